@@ -1,0 +1,86 @@
+"""The calibration set: a few hundred samples, as batches, with the way a batch goes through the model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import keystr as path_name
+
+Forward = Callable[[Any, int], Any]
+
+
+class CalibrationSet:
+    """Batches kept to be run again by each stage.
+
+    Args:
+        forward: ``forward(batch, batch_idx)`` passes a batch through the model and returns the model's output.
+    """
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+        self.batches: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def append(self, batch: Any) -> None:
+        """Keep a batch.
+
+        Raises:
+            ValueError: If a tensor of it has a NaN or infinity; the message says which batch and which part of it.
+        """
+        leaves, _ = tree_flatten_with_path(_plain(batch))
+        for path, leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                part = f"batch{path_name(path)}"
+                raise ValueError(
+                    f"Calibration batch {len(self.batches)}: {part} (shape {tuple(leaf.shape)}) holds NaN or infinity. "
+                    "Clean the data: ranges and reconstruction would be ruined by it."
+                )
+        self.batches.append(batch)
+
+    def run(self, index: int) -> Any:
+        """Pass batch ``index`` through the model and return the output."""
+        return self.forward(self.batches[index], index)
+
+    def require(self) -> None:
+        """Raise ``RuntimeError`` if there is no batch."""
+        if not self.batches:
+            raise RuntimeError("The calibration set is empty: give the Trainer a dataloader with at least one batch.")
+
+    @property
+    def samples(self) -> int:
+        """Number of samples: the length of the first tensor of each batch."""
+        return sum(batch_size(batch) for batch in self.batches)
+
+
+def batch_size(batch: Any) -> int:
+    """Length of the first tensor of a batch that has dimensions; 1 if there is none."""
+    return next((len(leaf) for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def _plain(batch: Any) -> Any:
+    """Mappings of any class (a tokenizer's ``BatchEncoding``) as a dict, whose parts torch knows how to find."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def output_logits(output: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output: of a mapping (such as a transformers output) all values but the loss.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(output, Mapping):
+        output = {key: value for key, value in output.items() if key != "loss"}
+        leaves = [leaf for value in output.values() for leaf in tree_leaves(value)]
+    else:
+        leaves = tree_leaves(output)
+    logits = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()]
+    if not logits:
+        raise TypeError(
+            f"The model's output ({type(output).__name__}) holds no floating-point tensor to compare; let "
+            "calibration_step() return the model's logits."
+        )
+    return logits

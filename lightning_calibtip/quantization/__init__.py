@@ -1,0 +1,1 @@
+"""What a quantized layer is: affine arithmetic, observers, quantizers, observed structure, BatchNorm folding."""

@@ -1,0 +1,202 @@
+"""Observers: what is remembered of the activations that pass a quantizer while calibrating.
+
+Each is a ``torchmetrics.Metric``: its states declare how they reduce across processes, so one generic routine syncs them all.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from .ranges import check_range_method, lp_optimal_range
+
+Range = tuple[Tensor, Tensor]
+
+
+class Observer(Metric):
+    """What all observers share: an update with each activation, and a range for any bit width at the end."""
+
+    full_state_update = False
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything was observed."""
+        return bool(self.update_count > 0)
+
+    def compute_range(self, bits: int, symmetric: bool) -> Range:
+        """Range for ``bits`` bits, each end of shape (1,), over all processes.
+
+        Raises:
+            RuntimeError: If nothing was observed yet.
+        """
+        if not self.seen:
+            raise RuntimeError("This observer has seen no data: run at least one calibration batch through the model.")
+        with self.sync_context(should_sync=self._to_sync):
+            return self._range(bits, symmetric)
+
+    def compute(self) -> Range:
+        """The range for 8 bits (``compute_range`` gives it for any width)."""
+        return self._range(8, False)
+
+    def _range(self, bits: int, symmetric: bool) -> Range:
+        raise NotImplementedError
+
+
+class MinMaxObserver(Observer):
+    """Smallest and greatest value of all batches.
+
+    Example:
+        >>> observer = MinMaxObserver()
+        >>> observer.update(torch.tensor([-1.0, 2.0]))
+        >>> observer.update(torch.tensor([0.0, 5.0]))
+        >>> observer.compute_range(bits=8, symmetric=False)
+        (tensor([-1.]), tensor([5.]))
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("minimum", torch.full((1,), torch.inf), dist_reduce_fx="min")
+        self.add_state("maximum", torch.full((1,), -torch.inf), dist_reduce_fx="max")
+
+    def update(self, x: Tensor) -> None:
+        """Widen the range to that of ``x`` (any shape)."""
+        low, high = torch.aminmax(x.detach().float())
+        self.minimum = torch.minimum(self.minimum, low)
+        self.maximum = torch.maximum(self.maximum, high)
+
+    def _range(self, bits: int, symmetric: bool) -> Range:
+        return self.minimum, self.maximum
+
+
+class MovingAverageObserver(Observer):
+    """Exponential moving average of each batch's smallest and greatest value, the range of the paper's code.
+
+    Args:
+        momentum: Weight of the newest batch, above 0 and at most 1.
+    """
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self, momentum: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be above 0 and at most 1, got {momentum}.")
+        self.momentum = momentum
+        self.add_state("minimum", torch.zeros(1), dist_reduce_fx="mean")
+        self.add_state("maximum", torch.zeros(1), dist_reduce_fx="mean")
+
+    def update(self, x: Tensor) -> None:
+        """Move the range towards that of ``x`` (any shape); the first batch sets it."""
+        low, high = torch.aminmax(x.detach().float())
+        weight = self.momentum if self.update_count > 1 else 1.0
+        self.minimum = torch.lerp(self.minimum, low, weight)
+        self.maximum = torch.lerp(self.maximum, high, weight)
+
+    def _range(self, bits: int, symmetric: bool) -> Range:
+        return self.minimum, self.maximum
+
+
+def merge_histograms(stacked: Tensor) -> Tensor:
+    """Add up histograms of different reach, the reduction of ``HistogramObserver`` across processes.
+
+    Args:
+        stacked: Shape (processes, 3 + bins); see ``HistogramObserver``.
+
+    Returns:
+        One such row, its reach the greatest of all.
+    """
+    reach = stacked[:, 0].max()
+    rows = [widen(row[3:], float(row[0]), float(reach)) for row in stacked]
+    ends = torch.stack([reach, stacked[:, 1].min(), stacked[:, 2].max()])
+    return torch.cat([ends, torch.stack(rows).sum(0)])
+
+
+def widen(histogram: Tensor, reach: float, wanted: float) -> Tensor:
+    """The same counts over ``[-wanted, wanted]``; both reaches are powers of two, so bins merge in pairs and nothing blurs."""
+    while 0 < reach < wanted:
+        quarter = histogram.numel() // 4
+        merged = histogram.view(-1, 2).sum(1)
+        histogram = torch.nn.functional.pad(merged, (quarter, quarter))
+        reach *= 2
+    return histogram
+
+
+class HistogramObserver(Observer):
+    """Histogram of all values seen, over a range that doubles as greater values come; from it the range is chosen at the end.
+
+    The state is one row: the reach (a power of two; bins span ``[-reach, reach]``), the smallest and the greatest value, and the
+    bins' counts.
+
+    Args:
+        method: ``"percentile"``, ``"mse"`` or ``"lp"``.
+        percentile: Share of the values, in per cent, that stays inside on each side, above 50 and at most 100.
+        p: Exponent of the error for ``"lp"``, above 0.
+        bins: Number of bins, a multiple of 4.
+    """
+
+    row: Tensor
+
+    def __init__(
+        self, method: str = "mse", percentile: float = 99.99, p: float = 2.4, bins: int = 8192, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 50 < percentile <= 100:
+            raise ValueError(f"percentile must be above 50 and at most 100 (per cent), got {percentile}.")
+        if p <= 0:
+            raise ValueError(f"p must be above 0, got {p}.")
+        self.method, self.percentile, self.p, self.bins = method, percentile, p, bins
+        start = torch.zeros(3 + bins)
+        start[1], start[2] = torch.inf, -torch.inf
+        self.add_state("row", start, dist_reduce_fx=merge_histograms)
+
+    def update(self, x: Tensor) -> None:
+        """Count the values of ``x`` (any shape)."""
+        values = x.detach().float()
+        low, high = (float(end) for end in torch.aminmax(values))
+        reach, wanted = float(self.row[0]), max(-low, high)
+        if wanted > reach:
+            wanted = 2.0 ** torch.tensor(wanted, dtype=torch.float64).log2().ceil().item()
+            self.row[3:] = widen(self.row[3:], reach, wanted)
+            reach = wanted
+        self.row[0] = reach
+        self.row[1] = min(float(self.row[1]), low)
+        self.row[2] = max(float(self.row[2]), high)
+        if reach:
+            counts = torch.histc(values, bins=self.bins, min=-reach, max=reach)
+            self.row[3:] += counts
+        else:
+            self.row[3 + self.bins // 2] += values.numel()
+
+    def _range(self, bits: int, symmetric: bool) -> Range:
+        reach, low, high = self.row[:3].split(1)
+        counts = self.row[3:]
+        width = 2 * reach / self.bins
+        centres = (torch.arange(self.bins, device=counts.device) + 0.5) * width - reach
+        if self.method == "percentile":
+            below = counts.cumsum(0) / counts.sum()
+            outside = 1 - self.percentile / 100
+            low_bin = int((below <= outside).sum())
+            high_bin = min(int((below < 1 - outside).sum()), self.bins - 1)
+            return torch.maximum(centres[low_bin] - width / 2, low), torch.minimum(centres[high_bin] + width / 2, high)
+        used = counts > 0
+        values, weights = centres[used].clamp(low, high).unsqueeze(0), counts[used]
+        return lp_optimal_range(values, weights, low, high, bits, symmetric, 2.0 if self.method == "mse" else self.p)
+
+
+def make_observer(method: str, momentum: float = 0.1, percentile: float = 99.99, p: float = 2.4) -> Observer:
+    """Observer for a range method by name.
+
+    Raises:
+        ValueError: If ``method`` is not one of ``RANGE_METHODS``, or a setting is out of its range.
+    """
+    check_range_method(method, "observer")
+    if method == "minmax":
+        return MinMaxObserver()
+    if method == "moving_average":
+        return MovingAverageObserver(momentum)
+    return HistogramObserver(method, percentile, p)

@@ -1,0 +1,73 @@
+"""AdaQuant over a whole model (Hubara et al. 2021, section 3): unit by unit, on float or on quantized inputs."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..calibration.calibration_set import CalibrationSet
+from ..calibration.replay import Replay
+from ..quantization.network import QuantizedNetwork
+from .optimize import UnitResult, optimize_unit, output_tensors
+from .samples import UnitSamples
+from .settings import MODES, AdaQuantSettings
+from .units import Unit, find_units
+
+Progress = Callable[[list[Unit]], Iterable[Unit]]
+
+
+def adaquant(
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    settings: AdaQuantSettings,
+    mode: str = "sequential",
+    granularity: str = "layer",
+    progress: Progress = iter,  # type: ignore[assignment]
+) -> list[UnitResult]:
+    """Reconstruct every unit of a calibrated model in place.
+
+    Sequential: a unit's inputs come from the already quantized units before it, its target from the float model, so that each
+    unit also makes up for the errors of those before (section 3.1). Parallel: the inputs come from the float model.
+
+    Args:
+        network: Calibrated.
+        calibration: The samples.
+        settings: Of the optimiser.
+        mode: ``"parallel"`` or ``"sequential"``.
+        granularity: ``"layer"`` or ``"block"`` (see ``find_units``).
+        progress: Wraps the list of units, to show how far it is.
+
+    Returns:
+        A result for each unit, in the order of execution.
+
+    Raises:
+        RuntimeError: If the model is not calibrated, or there is no calibration batch.
+        ValueError: If ``mode`` or ``granularity`` is unknown.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if not network.calibrated:
+        raise RuntimeError("AdaQuant starts from calibrated ranges: run Calibration first.")
+    calibration.require()
+    units = find_units(network, granularity)
+    assert network.structure is not None
+    streams = [
+        Replay(network.model, network.structure, calibration, [unit.name for unit in units])
+        for _ in range(2 if mode == "sequential" else 1)
+    ]
+    float_stream, quantized_stream = streams[0], streams[-1]
+    generator = torch.Generator().manual_seed(settings.seed)
+    results = []
+    for unit in progress(units):
+        with network.quantized(False):
+            float_calls = float_stream.capture(unit.name)
+            with torch.no_grad():
+                float_outputs = [[unit(call) for call in calls] for calls in float_calls]
+                targets = [[t.detach() for t in output_tensors(unit, o)] for calls in float_outputs for o in calls]
+        float_stream.finish(unit.name, float_outputs)
+        calls_in = float_calls if mode == "parallel" else quantized_stream.capture(unit.name)
+        samples = UnitSamples.join([call for calls in calls_in for call in calls], targets)
+        results.append(optimize_unit(unit, samples, settings, generator))
+        if mode == "sequential":
+            with torch.no_grad():
+                quantized_stream.finish(unit.name, [[unit(call) for call in calls] for calls in calls_in])
+    return results

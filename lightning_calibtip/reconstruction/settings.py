@@ -1,0 +1,71 @@
+"""Settings of AdaQuant, checked once, and the schedule of its optimiser."""
+
+import math
+from dataclasses import dataclass
+
+MODES = ("parallel", "sequential")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class AdaQuantSettings:
+    """How one unit is optimised.
+
+    Args:
+        iterations: Steps of Adam a unit, at least 1.
+        batch_size: Samples a step, at least 1.
+        weight_rate: Learning rate of weights.
+        bias_rate: Learning rate of biases.
+        weight_range_rate: Learning rate of the weights' scales and zero points.
+        input_range_rate: Learning rate of the inputs' scales and zero points.
+        relative: Whether rates are fractions of each parameter's own magnitude (the mean absolute weight; the mean scale; for a
+            bias, the root mean square of the layer's output; for a zero point, one integer step) or absolute, as in the paper.
+        schedule: ``"cosine"`` lets the rates fall to zero along half a cosine, ``"constant"`` keeps them.
+        holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is kept.
+        seed: Of the mini-batches.
+
+    Raises:
+        ValueError: naming the setting, its value and the allowed range.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 32
+    weight_rate: float = 2e-2
+    bias_rate: float = 1e-3
+    weight_range_rate: float = 5e-3
+    input_range_rate: float = 5e-3
+    relative: bool = True
+    schedule: str = "cosine"
+    holdout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("weight_rate", "bias_rate", "weight_range_rate", "input_range_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must be above 0 and below 1, got {self.holdout}.")
+
+    def rate_at(self, step: int) -> float:
+        """Factor of the learning rates at a step."""
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * step / self.iterations))
+
+
+# The settings of the paper's published code: absolute rates, no decay.
+PAPER = {
+    "iterations": 1000,
+    "batch_size": 50,
+    "weight_rate": 1e-5,
+    "bias_rate": 1e-3,
+    "weight_range_rate": 1e-3,
+    "input_range_rate": 1e-1,
+    "relative": False,
+    "schedule": "constant",
+}
