@@ -1,6 +1,6 @@
 """The calibration set: a few hundred samples, as batches, with the way a batch goes through the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,3 +84,25 @@ def output_logits(output: Any) -> list[Tensor]:
             "calibration_step() return the model's logits."
         )
     return logits
+
+
+class FirstSamples:
+    """The first batches of a loader, until they hold ``samples`` samples (the last batch is not cut).
+
+    Args:
+        loader: Any iterable of batches.
+        samples: At least 1.
+    """
+
+    def __init__(self, loader: Iterable[Any], samples: int) -> None:
+        if samples < 1:
+            raise ValueError(f"The number of calibration samples must be at least 1, got {samples}.")
+        self.loader, self.samples = loader, samples
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in self.loader:
+            yield batch
+            seen += batch_size(batch)
+            if seen >= self.samples:
+                return

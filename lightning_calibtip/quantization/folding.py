@@ -16,7 +16,9 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class FoldedBatchNorm(nn.Module):
-    """Stands where a BatchNorm was folded away: passes its input on, and remembers ``gamma`` and ``beta`` for re-tuning.
+    """Stands where a BatchNorm was folded away: passes its input on, and remembers for re-tuning what came out of it.
+
+    ``weight`` and ``bias`` are its gamma and beta; ``deviation`` is the standard deviation that its output had in training.
 
     Args:
         normalization: The BatchNorm that was folded.
@@ -24,13 +26,17 @@ class FoldedBatchNorm(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    deviation: Tensor
 
     def __init__(self, normalization: _BatchNorm) -> None:
         super().__init__()
         self.num_features, self.eps = normalization.num_features, normalization.eps
         gamma, beta = affine_parameters(normalization)
+        variance: Tensor = normalization.running_var  # type: ignore[assignment]
         self.register_buffer("weight", gamma.clone())
         self.register_buffer("bias", beta.clone())
+        # gamma, but for channels whose variance is not large against eps.
+        self.register_buffer("deviation", gamma.abs() * torch.sqrt(variance / (variance + self.eps)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""

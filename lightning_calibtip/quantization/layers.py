@@ -1,6 +1,6 @@
 """Which layers can be quantized, and how a layer of the user's is turned into a quantized one without changing its class."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +79,7 @@ class LayerState:
     """Values of everything that quantizing or reconstructing a layer can change: enough to put it back exactly."""
 
     bits: tuple[int, int]
+    errors: tuple[float, float] | None
     weight: Tensor
     bias: Tensor | None
     weight_scale: Tensor
@@ -100,6 +101,7 @@ class QuantizedLayer:
         channel_axis: Output-channel dimension of the weight.
         variants: Reconstructed states at other widths, by ``(weight_bits, activation_bits)``.
         range_methods: How ranges are chosen when the width changes; set by calibration.
+        errors: Relative output error of its unit before and after reconstruction, if it was reconstructed.
     """
 
     name: str
@@ -107,6 +109,7 @@ class QuantizedLayer:
     channel_axis: int
     variants: dict[tuple[int, int], LayerState] = field(default_factory=dict)
     range_methods: dict[str, Any] = field(default_factory=dict)
+    errors: tuple[float, float] | None = None
     float_weight: Tensor = field(init=False)
     float_bias: Tensor | None = field(init=False)
     _hook: Any = field(init=False, default=None)
@@ -207,6 +210,22 @@ class QuantizedLayer:
             raise RuntimeError(f"{self.name}: no calibration batch has reached this layer; run Calibration first.")
         on_input.set_range(*on_input.observer.compute_range(bits[1], on_input.symmetric))
 
+    @torch.no_grad()
+    def take(self, bits: tuple[int, int]) -> None:
+        """Go to another width: to the state that reconstruction found for it, if it has, else to the float weights with new ranges.
+
+        Raises:
+            RuntimeError: If neither is possible, for want of calibration.
+        """
+        if bits in self.variants:
+            self.restore(self.variants[bits])
+            return
+        self.weight.copy_(self.float_weight)
+        if self.bias is not None and self.float_bias is not None:
+            self.bias.copy_(self.float_bias)
+        self.errors = None
+        self.fit_ranges(bits)
+
     @contextmanager
     def as_float(self) -> Iterator[None]:
         """Inside, the layer has its float reference weight and bias, and nothing is quantized."""
@@ -230,13 +249,15 @@ class QuantizedLayer:
         on_weight, on_input = self.quantizers
         tensors = [self.weight, on_weight.scale, on_weight.zero_point, on_input.scale, on_input.zero_point]
         weight, *qparams = (tensor.detach().clone() for tensor in tensors)
-        return LayerState(self.bits, weight, None if self.bias is None else self.bias.detach().clone(), *qparams)
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return LayerState(self.bits, self.errors, weight, bias, *qparams)
 
     @torch.no_grad()
     def restore(self, state: LayerState) -> None:
         """Put a saved state back."""
         on_weight, on_input = self.quantizers
         on_weight.bits, on_input.bits = state.bits
+        self.errors = state.errors
         self.weight.copy_(state.weight)
         if self.bias is not None and state.bias is not None:
             self.bias.copy_(state.bias)
@@ -248,3 +269,18 @@ class QuantizedLayer:
     def integer_weight(self) -> Tensor:
         """Weight as the integers (int32) that a checkpoint holds."""
         return self.weight_quantizer.integers(self.weight.detach())
+
+
+@contextmanager
+def learning(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, gradients reach exactly these parameters."""
+    was = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, learned in zip(parameters, was, strict=True):
+            parameter.requires_grad_(learned)
+            parameter.grad = None

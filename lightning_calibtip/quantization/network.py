@@ -59,10 +59,12 @@ class QuantizedNetwork:
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         scheme.check_overrides(list(candidates))
+        self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         self.layers: dict[str, QuantizedLayer] = {}
         self.folds: list[Fold] = []
         self.floats: dict[str, str] = {}
         self.left: dict[str, str] = {}
+        self.fixed: set[str] = set()
         self.structure: Structure | None = None
         self._candidates = list(candidates)
 
@@ -106,6 +108,8 @@ class QuantizedNetwork:
                 self.leave_float(name, "its weight is not a plain parameter")
             else:
                 self._attach_layer(name, bits)
+                if self.scheme.override_for(name)[0] or (name in edges and self.scheme.edge_bits is not None):
+                    self.fixed.add(name)
 
     def _attach_layer(self, name: str, bits: Bits) -> None:
         scheme = self.scheme
@@ -120,6 +124,25 @@ class QuantizedNetwork:
             self.layers.pop(name).detach()
         self.floats[name] = reason
         log.warning("Layer %s stays float: %s.", name, reason)
+
+    @property
+    def free_layers(self) -> list[str]:
+        """Quantized layers whose width neither ``edge_bits`` nor an override fixes, in the order of execution."""
+        return [name for name in self.layers if name not in self.fixed]
+
+    @property
+    def quantizable_parameters(self) -> int:
+        """Weights of all layers that could be quantized, whether they are or not."""
+        floats = [self.model.get_submodule(name) for name in self.floats]
+        left = sum(layer.weight.numel() for layer in floats if isinstance(layer.weight, Tensor))
+        return left + sum(layer.weight.numel() for layer in self.layers.values())
+
+    @property
+    def weight_bits_total(self) -> int:
+        """Bits of the weights of all quantizable layers: 32 for each weight left float."""
+        quantized = sum(layer.weight.numel() for layer in self.layers.values())
+        bits = sum(layer.weight.numel() * layer.bits[0] for layer in self.layers.values())
+        return bits + 32 * (self.quantizable_parameters - quantized)
 
     @property
     def calibrated(self) -> bool:
@@ -203,19 +226,20 @@ class QuantizedNetwork:
         return LayerSummary(name, cls.__name__, kind, *widths, parameters, note)
 
     def to_config(self) -> dict[str, Any]:
-        """Plain values from which ``rebuild`` makes the same quantized structure on another copy of the float model."""
+        """Plain values from which ``load_config`` makes the same quantized structure on another copy of the float model."""
         return {
             "version": CONFIG_VERSION,
             "scheme": self.scheme.to_dict(),
             "folds": [[fold.layer, fold.normalization] for fold in self.folds],
             "layers": {name: list(layer.bits) for name, layer in self.layers.items()},
+            "fixed": sorted(self.fixed),
             "floats": dict(self.floats),
             "left": dict(self.left),
             "calibrated": self.calibrated,
         }
 
-    def rebuild(self, config: dict[str, Any]) -> None:
-        """Fold and attach as ``config`` says; ranges and weights are for the caller to load.
+    def load_config(self, config: dict[str, Any]) -> None:
+        """Fold and attach as ``config`` says, or check that it has been done; ranges and weights are for the caller to load.
 
         Raises:
             ValueError: If the configuration is of another version, or of another model.
@@ -225,8 +249,22 @@ class QuantizedNetwork:
                 f"The checkpoint's quantization config has version {config.get('version')!r}, this is version "
                 f"{CONFIG_VERSION}; load it with the release that wrote it."
             )
-        if self.prepared:
-            raise ValueError("The model is already quantized; load the checkpoint into one made from the float model.")
+        if not self.prepared:
+            self._rebuild(config)
+        elif list(config["layers"]) != list(self.layers) or config["folds"] != self.to_config()["folds"]:
+            raise ValueError(
+                "The model is already quantized, with other layers than the checkpoint's; load the checkpoint into a "
+                "QuantizationModule made anew from the float model."
+            )
+        self.scheme = QuantizationScheme(**config["scheme"])
+        for name, (weight_bits, activation_bits) in config["layers"].items():
+            on_weight, on_input = self.layers[name].quantizers
+            on_weight.bits, on_input.bits = weight_bits, activation_bits
+            self.layers[name].set_enabled(config["calibrated"])
+        self.fixed = set(config["fixed"])
+        self.floats, self.left = dict(config["floats"]), dict(config["left"])
+
+    def _rebuild(self, config: dict[str, Any]) -> None:
         names = {name for name, _ in self.model.named_modules()}
         wanted = {*config["layers"], *(name for pair in config["folds"] for name in pair)}
         if missing := sorted(wanted - names):
@@ -238,9 +276,3 @@ class QuantizedNetwork:
             apply_fold(self.model, fold)
         for name, (weight_bits, activation_bits) in config["layers"].items():
             self._attach_layer(name, (weight_bits, activation_bits))
-            self.layers[name].set_enabled(config["calibrated"])
-        self.floats, self.left = dict(config["floats"]), dict(config["left"])
-
-    def integer_weights(self) -> dict[str, Tensor]:
-        """Integers (int32) of each layer's weight by layer name."""
-        return {name: layer.integer_weight() for name, layer in self.layers.items()}

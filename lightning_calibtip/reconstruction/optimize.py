@@ -1,16 +1,15 @@
 """AdaQuant on one unit: optimise weights, bias and quantization parameters so that its output matches the float one."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..calibration.magnitudes import output_magnitudes
 from ..quantization.affine import SMALLEST_SCALE
-from ..quantization.layers import QuantizedLayer
+from ..quantization.layers import QuantizedLayer, learning
 from .samples import UnitSamples
 from .settings import AdaQuantSettings
 from .units import Unit
@@ -64,40 +63,6 @@ def relative_error(unit: Unit, samples: UnitSamples, index: Tensor) -> float:
     return error / power if power else error
 
 
-@contextmanager
-def _learning(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients reach exactly these parameters."""
-    was = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, learned in zip(parameters, was, strict=True):
-            parameter.requires_grad_(learned)
-            parameter.grad = None
-
-
-@torch.no_grad()
-def _output_magnitudes(unit: Unit, samples: UnitSamples, index: Tensor) -> dict[str, float]:
-    """Root mean square of each layer's output on a few samples, the yardstick of its bias."""
-    found: dict[str, float] = {}
-    handles = []
-    for layer in unit.layers:
-
-        def note(module: nn.Module, args: object, output: Tensor, name: str = layer.name) -> None:
-            found[name] = float(output.float().square().mean().sqrt())
-
-        handles.append(layer.module.register_forward_hook(note))
-    try:
-        unit(samples.take(index)[0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_magnitude: float) -> list[dict[str, object]]:
     """Adam's parameter groups of a layer, each with its learning rate."""
 
@@ -140,6 +105,8 @@ def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, 
         for layer, state in zip(unit.layers, initial, strict=True):
             layer.restore(state)
         log.warning("%s: restored to its state before AdaQuant: %s.", unit.name, note)
+    for layer in unit.layers:
+        layer.errors = (before, before if note else after)
     layers = tuple(layer.name for layer in unit.layers)
     return UnitResult(unit.name, layers, before, before if note else after, not note, note)
 
@@ -148,7 +115,8 @@ def _descend(
     unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, training: Tensor, generator: torch.Generator
 ) -> str:
     """The optimiser's steps; returns why it had to stop early, or ''."""
-    magnitudes = _output_magnitudes(unit, samples, training[: settings.batch_size])
+    call, _ = samples.take(training[: settings.batch_size])
+    magnitudes = output_magnitudes(unit.layers, lambda: unit(call))
     groups = [group for layer in unit.layers for group in _groups(layer, settings, magnitudes.get(layer.name, 0.0))]
     if not groups:
         return ""
@@ -156,7 +124,7 @@ def _descend(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scales = [quantizer.scale for layer in unit.layers for quantizer in layer.quantizers]
     queue = training[:0]
-    with _learning(parameters):
+    with learning(parameters):
         for step in range(settings.iterations):
             if len(queue) < min(settings.batch_size, len(training)):
                 queue = torch.cat([queue, training[torch.randperm(len(training), generator=generator)]])

@@ -1,0 +1,125 @@
+"""CalibTIP: the whole pipeline as one callback of an ordinary training."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from ..pipeline import QuantizationRun, make_stages, quantize
+from ..quantization.scheme import QuantizationScheme
+
+
+class CalibTIP(pl.Callback):
+    """Quantizes the model when ``fit`` ends, evaluates it before and after with its own ``validation_step``, and writes a checkpoint.
+
+    The trained module itself is not changed. The quantized checkpoint lies beside the Trainer's own; the figures go to the Trainer's
+    loggers as ``calibtip/<stage>/<metric>``. ``result`` holds the outcome, ``result.module`` the quantized module.
+
+    Args:
+        pipeline: ``"light"``, ``"advanced"``, ``"sequential"`` or ``"calibrate"``; see ``make_stages``.
+        weight_bits: Width of weights, 2 to 16.
+        activation_bits: Width of the layers' inputs, 2 to 16.
+        edge_bits: Width of the first and last layer, or None.
+        overrides: Width by layer name or pattern, see ``QuantizationModule``.
+        symmetric: Whether weights are signed with a zero point of 0.
+        per_channel: Whether weights have a scale for each output channel.
+        activation_symmetric: The same as ``symmetric`` for the layers' inputs.
+        compression: Budget of ``"light"`` and ``"advanced"``, see ``BitAllocation``.
+        candidates: Their candidate widths.
+        calibration_samples: How many samples to calibrate on.
+        calibration_dataloader: Where they come from; the first of the training data if None (better without augmentation).
+        stage_options: Further arguments of ``make_stages``.
+        filename: Of the checkpoint, without the suffix.
+        seed: Of everything random.
+
+    Raises:
+        ValueError: At construction, if a setting is out of its range.
+    """
+
+    result: QuantizationRun
+    checkpoint_path: Path
+
+    def __init__(
+        self,
+        pipeline: str = "sequential",
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        edge_bits: int | None = 8,
+        overrides: Mapping[str, int | Sequence[int] | None] | None = None,
+        symmetric: bool = False,
+        per_channel: bool = True,
+        activation_symmetric: bool = False,
+        compression: float = 0.13,
+        candidates: Sequence[int | Sequence[int]] = (4, 8),
+        calibration_samples: int = 1024,
+        calibration_dataloader: Iterable[Any] | None = None,
+        stage_options: Mapping[str, Any] | None = None,
+        filename: str = "quantized",
+        seed: int = 0,
+    ) -> None:
+        self.pipeline = pipeline
+        self.module_options = {
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "edge_bits": edge_bits,
+            "overrides": overrides,
+            "symmetric": symmetric,
+            "per_channel": per_channel,
+            "activation_symmetric": activation_symmetric,
+        }
+        self.stage_options = {
+            "compression": compression,
+            "candidates": candidates,
+            "seed": seed,
+            **(stage_options or {}),
+        }
+        if calibration_samples < 1:
+            raise ValueError(f"calibration_samples must be at least 1, got {calibration_samples}.")
+        self.calibration_samples = calibration_samples
+        self.calibration_dataloader = calibration_dataloader
+        self.filename = filename
+        # Bad settings must show now, not after hours of training.
+        QuantizationScheme(**self.module_options)  # type: ignore[arg-type]
+        make_stages(pipeline, **self.stage_options)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before training: refuse what could not be finished after it."""
+        if stage == "fit" and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"CalibTIP runs on one process, got {trainer.world_size}: train without it, then call "
+                "lightning_calibtip.quantize(model, calibration_dataloader) in one process."
+            )
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when training is over: run the pipeline on a copy of the trained module."""
+        if trainer.interrupted:
+            return
+        loader = self.calibration_dataloader or trainer.train_dataloader
+        self.result = quantize(
+            pl_module,
+            loader,
+            trainer.val_dataloaders or None,
+            self.pipeline,
+            self.calibration_samples,
+            self.stage_options,
+            {
+                "accelerator": {"cuda": "gpu"}.get(trainer.strategy.root_device.type, trainer.strategy.root_device.type),
+                "precision": trainer.precision,
+                "enable_progress_bar": False,
+            },
+            **self.module_options,
+        )
+        stages = [("float", 0.0, self.result.float_metrics), *self.result.stages]
+        for logger in trainer.loggers:
+            for name, seconds, metrics in stages:
+                figures = {f"calibtip/{name}/{key}": value for key, value in {**metrics, "seconds": seconds}.items()}
+                logger.log_metrics(figures, step=trainer.global_step)
+        checkpoints = trainer.checkpoint_callback
+        folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
+        self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
+        self.result.save(self.checkpoint_path)

@@ -1,0 +1,65 @@
+"""What all stages share: they run once, when the calibration epoch of a QuantizationModule ends."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+from ..module import QuantizationModule
+
+log = logging.getLogger(__name__)
+
+
+class Stage(pl.Callback, ABC):
+    """A step of post-training quantization as a callback: ``run`` does the work.
+
+    Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the calibration
+    data. ``seconds`` says how long the last run took.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @property
+    def name(self) -> str:
+        """Name in records and logs."""
+        return type(self).__name__
+
+    @abstractmethod
+    def run(self, module: QuantizationModule) -> dict[str, float]:
+        """Do the stage's work on a module whose calibration set is complete.
+
+        Returns:
+            Figures to log, by name.
+        """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before anything runs: the module must be a QuantizationModule, on one process."""
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, QuantizationModule):
+            raise MisconfigurationException(
+                f"{self.name} works on a QuantizationModule, got {type(pl_module).__name__}: wrap your module, "
+                "QuantizationModule(model, weight_bits=4, ...), or use the CalibTIP callback."
+            )
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"{self.name} runs on one process, got {trainer.world_size}: quantize with Trainer(devices=1)."
+            )
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when all calibration batches have been seen: run the stage and log its figures."""
+        assert isinstance(pl_module, QuantizationModule)
+        started = time.monotonic()
+        with trainer.precision_plugin.forward_context():
+            figures = self.run(pl_module)
+        self.seconds = time.monotonic() - started
+        figures = {f"{self.name}/{key}": value for key, value in {**figures, "seconds": self.seconds}.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        log.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

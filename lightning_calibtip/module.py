@@ -1,0 +1,285 @@
+"""QuantizationModule: a LightningModule around the user's own, whose layers are quantized."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from typing_extensions import override
+
+from .calibration.calibration_set import CalibrationSet
+from .export.checkpoint import pack_network, unpack_network
+from .quantization.network import LayerSummary, QuantizedNetwork
+from .quantization.scheme import QuantizationScheme
+from .report.table import layer_table
+
+ValidationStep = Callable[["QuantizationModule", Any, int], Any]
+
+_CHECKPOINT_KEY = "calibtip"
+_PREFIX = "model."
+_DATA_HOOKS = (
+    "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
+    "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer",
+)  # fmt: skip
+
+
+def _delegated(name: str) -> Callable[..., Any]:
+    """A hook that calls the wrapped module's hook of the same name, where there is one."""
+
+    def hook(self: "QuantizationModule", *args: Any, **kwargs: Any) -> Any:
+        inner = getattr(self.model, name, None)
+        if inner is None:
+            return None
+        with self._logging_through():
+            return inner(*args, **kwargs)
+
+    hook.__name__ = name
+    hook.__doc__ = f"Calls ``{name}`` of the wrapped module, with any signature."
+    return hook
+
+
+class QuantizationModule(pl.LightningModule):
+    """Wraps a trained model so that Lightning's Trainer calibrates, reconstructs and evaluates it quantized.
+
+    The model is copied; the original stays as it is. Every Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear, subclasses included, is
+    quantized once a ``Calibration`` callback has run. ``fit`` with the stage callbacks is the calibration: one epoch over the
+    calibration data, without an optimizer, the model in eval mode throughout. ``validation_step``, ``test_step``,
+    ``predict_step`` and ``forward`` are the wrapped module's own.
+
+    Args:
+        model: A trained ``LightningModule``, or any ``nn.Module``.
+        weight_bits: Width of weights, 2 to 16.
+        activation_bits: Width of the layers' inputs, 2 to 16.
+        edge_bits: Width of weights and inputs of the first and last layer; None to treat them like the rest.
+        overrides: Width by layer name or pattern (``{"head": None, "layer1.*": 8, "*.fc": (4, 8)}``): one width, a pair
+            ``(weight_bits, activation_bits)``, or None to leave the layer float. Of several matches the last counts.
+        symmetric: Whether weights are signed with a zero point of 0.
+        per_channel: Whether weights have a scale for each output channel.
+        activation_symmetric: The same as ``symmetric`` for the layers' inputs.
+        validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where ``module`` is this
+            one (for ``module(x)`` and ``module.log``), for validation and test.
+
+    Raises:
+        ValueError: If the model is quantized already, has no quantizable layer, a width is out of its range, or an override
+            matches no layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> QuantizationModule(net, weight_bits=4, overrides={"9": 8})
+        Traceback (most recent call last):
+        ...
+        ValueError: overrides['9'] matches no quantizable layer; the layers are: 0, 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_bits: int = 8,
+        activation_bits: int = 8,
+        edge_bits: int | None = 8,
+        overrides: Mapping[str, int | Sequence[int] | None] | None = None,
+        symmetric: bool = False,
+        per_channel: bool = True,
+        activation_symmetric: bool = False,
+        validation_step: ValidationStep | None = None,
+    ) -> None:
+        super().__init__()
+        scheme = QuantizationScheme(
+            weight_bits, activation_bits, edge_bits, overrides, symmetric, per_channel, activation_symmetric
+        )
+        self.save_hyperparameters(scheme.to_dict())
+        if isinstance(model, QuantizationModule):
+            raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
+        self.model = _copy_of(model).eval()
+        self.network = QuantizedNetwork(self.model, scheme)
+        self.calibration = CalibrationSet(self.calibration_step)
+        self.automatic_optimization = False
+        self._validation_step = validation_step
+        if isinstance(self.model, pl.LightningModule):
+            for name in _DATA_HOOKS:
+                if is_overridden(name, self.model):
+                    setattr(self, name, getattr(self.model, name))
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward, with any signature."""
+        return self.model(*args, **kwargs)
+
+    def calibration_step(self, batch: Any, batch_idx: int) -> Any:
+        """Pass a calibration batch through the model and return its output (the logits). Override it for other batches.
+
+        By default a tensor is passed as it is, of a tuple or list the first element, of a mapping the entries that the model's
+        ``forward`` takes.
+
+        Raises:
+            ValueError: If the batch is empty, or a mapping shares no name with ``forward``.
+        """
+        if isinstance(batch, Mapping):
+            parameters = inspect.signature(self.model.forward).parameters
+            takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+            inputs = {name: value for name, value in batch.items() if takes_any or name in parameters}
+            if not inputs:
+                raise ValueError(
+                    f"No entry of the calibration batch ({', '.join(map(str, batch))}) is an argument of "
+                    f"{type(self.model).__name__}.forward ({', '.join(parameters)}); override calibration_step()."
+                )
+            return self.model(**inputs)
+        if isinstance(batch, tuple | list):
+            if not batch:
+                raise ValueError("The calibration batch is empty; override calibration_step() to say what is passed.")
+            return self.model(batch[0])
+        return self.model(batch)
+
+    @contextmanager
+    def quantized(self, enabled: bool) -> Iterator[None]:
+        """Inside, the model computes quantized (True), or as the float model that was passed in, BatchNorms folded (False)."""
+        with self.network.quantized(enabled):
+            yield
+
+    def layer_summary(self) -> list[LayerSummary]:
+        """What has become of each layer: quantized at which widths, folded, or float and why."""
+        return self.network.summary()
+
+    def print_summary(self) -> None:
+        """Print the layer summary as a table."""
+        self.print(layer_table(self.layer_summary()))
+
+    # What follows is called by the Trainer.
+
+    @override
+    def train(self, mode: bool = True) -> "QuantizationModule":
+        """Set the mode of this module; the wrapped model stays in eval mode."""
+        super().train(mode)
+        if "model" in self._modules:
+            self.model.eval()
+        return self
+
+    @override
+    def configure_optimizers(self) -> None:
+        """Calibration needs no optimizer, and none of the user's runs."""
+        return None
+
+    @override
+    def on_fit_start(self) -> None:
+        """Start a new calibration set."""
+        self.calibration.batches.clear()
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        """One epoch is the whole calibration."""
+        self.trainer.should_stop = True
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Keep the calibration batch; the first one also shows the model's structure."""
+        self.calibration.append(batch)
+        if self.network.structure is None:
+            with torch.no_grad():
+                self.network.prepare(lambda: self.calibration.run(0))
+
+    @override
+    def on_fit_end(self) -> None:
+        """Complain if no batch came; the data are needed no longer."""
+        self.calibration.require()
+        self.calibration.batches.clear()
+
+    def _evaluation_step(self, name: str, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self._validation_step is not None and name != "predict_step":
+            return self._validation_step(self, batch, batch_idx, *args, **kwargs)
+        step = getattr(self.model, name, None)
+        if step is None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has no {name}; pass validation_step= to QuantizationModule, or wrap a "
+                "LightningModule that has one."
+            )
+        with self._logging_through():
+            return step(batch, batch_idx, *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's ``validation_step``."""
+        return self._evaluation_step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's ``test_step``."""
+        return self._evaluation_step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's ``predict_step``; of a plain module, its output for the batch."""
+        if not isinstance(self.model, pl.LightningModule):
+            return self.calibration_step(args[0], args[1])
+        return self._evaluation_step("predict_step", *args, **kwargs)
+
+    @contextmanager
+    def _logging_through(self) -> Iterator[None]:
+        """Inside, ``self.log`` of the wrapped module is that of this one, which the Trainer knows."""
+        self.model.log = self.log  # type: ignore[assignment]
+        self.model.log_dict = self.log_dict  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del self.model.log, self.model.log_dict
+
+    on_validation_start = _delegated("on_validation_start")
+    on_validation_end = _delegated("on_validation_end")
+    on_validation_epoch_start = _delegated("on_validation_epoch_start")
+    on_validation_epoch_end = _delegated("on_validation_epoch_end")
+    on_validation_batch_start = _delegated("on_validation_batch_start")
+    on_validation_batch_end = _delegated("on_validation_batch_end")
+    on_test_start = _delegated("on_test_start")
+    on_test_end = _delegated("on_test_end")
+    on_test_epoch_start = _delegated("on_test_epoch_start")
+    on_test_epoch_end = _delegated("on_test_epoch_end")
+    on_test_batch_start = _delegated("on_test_batch_start")
+    on_test_batch_end = _delegated("on_test_batch_end")
+    on_predict_start = _delegated("on_predict_start")
+    on_predict_end = _delegated("on_predict_end")
+    on_predict_epoch_start = _delegated("on_predict_epoch_start")
+    on_predict_epoch_end = _delegated("on_predict_epoch_end")
+    on_predict_batch_start = _delegated("on_predict_batch_start")
+    on_predict_batch_end = _delegated("on_predict_batch_end")
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put packed integers and the quantization config in the place of the quantized layers' weights."""
+        checkpoint[_CHECKPOINT_KEY] = pack_network(self.network, checkpoint["state_dict"], _PREFIX)
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the quantized structure from the config, before Lightning loads the state dict.
+
+        Raises:
+            ValueError: If the checkpoint is not of a QuantizationModule, or of another model.
+        """
+        if _CHECKPOINT_KEY not in checkpoint:
+            raise ValueError(
+                "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first and "
+                "wrap that."
+            )
+        unpack_network(self.network, checkpoint[_CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """Deep copy without the Trainer that a LightningModule may hold."""
+    holders = [module for module in model.modules() if isinstance(module, pl.LightningModule)]
+    trainers = [module._trainer for module in holders]
+    for module in holders:
+        module._trainer = None
+    try:
+        duplicate = copy.deepcopy(model)
+    finally:
+        for module, trainer in zip(holders, trainers, strict=True):
+            module._trainer = trainer
+    for parameter in duplicate.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return duplicate
+
+

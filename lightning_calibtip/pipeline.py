@@ -1,0 +1,212 @@
+"""Pipelines: which stages run, in which order, with which defaults; and running them on a finished model."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from .calibration.calibration_set import FirstSamples
+from .callbacks.adaquant import AdaQuant
+from .callbacks.batch_norm_tuning import BatchNormTuning
+from .callbacks.bias_tuning import BiasTuning
+from .callbacks.bit_allocation import BitAllocation
+from .callbacks.calibration import Calibration
+from .callbacks.stage import Stage
+from .module import QuantizationModule
+from .report.record import StageRecord, run_record
+
+log = logging.getLogger(__name__)
+
+PIPELINES = ("calibrate", "light", "advanced", "sequential")
+
+
+def make_stages(
+    pipeline: str,
+    compression: float = 0.13,
+    candidates: Sequence[int | Sequence[int]] = (4, 8),
+    observer: str = "mse",
+    adaquant: Mapping[str, Any] | None = None,
+    bias_tuning: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> list[Stage]:
+    """Stages of a pipeline, in order.
+
+    - ``"calibrate"``: ranges only.
+    - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
+    - ``"advanced"``: parallel AdaQuant at every candidate width, bit allocation over the results, BatchNorm and bias tuning.
+    - ``"sequential"``: sequential AdaQuant at the given widths, BatchNorm and bias tuning.
+
+    BatchNorm tuning comes after the bits and weights are settled, since it measures their statistics; bias tuning comes last, since
+    it corrects what is left, end to end.
+
+    Args:
+        pipeline: One of the above.
+        compression: See ``BitAllocation``.
+        candidates: See ``BitAllocation``.
+        observer: Ranges of activations and weights, see ``Calibration``.
+        adaquant: Further arguments of ``AdaQuant``.
+        bias_tuning: Further arguments of ``BiasTuning``.
+        seed: Of everything random.
+
+    Raises:
+        ValueError: If ``pipeline`` is unknown or a setting is out of its range.
+    """
+    if pipeline not in PIPELINES:
+        raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
+    stages: list[Stage] = [Calibration(observer, observer)]
+    if pipeline == "advanced":
+        stages.append(AdaQuant(**{"mode": "parallel", "candidates": candidates, "seed": seed, **(adaquant or {})}))
+    if pipeline == "sequential":
+        stages.append(AdaQuant(**{"mode": "sequential", "seed": seed, **(adaquant or {})}))
+    if pipeline in ("light", "advanced"):
+        stages.append(BitAllocation(compression, candidates))
+    if pipeline != "calibrate":
+        stages.append(BatchNormTuning())
+    if pipeline in ("advanced", "sequential"):
+        stages.append(BiasTuning(**{"seed": seed, **(bias_tuning or {})}))
+    return stages
+
+
+@dataclass(frozen=True)
+class QuantizationRun:
+    """Outcome of ``run_stages``.
+
+    Args:
+        module: The quantized module.
+        float_metrics: What the user's own validation logged for the float model.
+        stages: Name, seconds and logged metrics of each stage.
+        calibration_samples: Number of samples that were used.
+    """
+
+    module: QuantizationModule
+    float_metrics: dict[str, float]
+    stages: list[tuple[str, float, dict[str, float]]]
+    calibration_samples: int
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What validation logged after the last stage."""
+        return self.stages[-1][2] if self.stages else self.float_metrics
+
+    def record(self, recipe: str, model: str, metric: str, seed: int) -> dict[str, Any]:
+        """The figures of the run as in ``result.json``, with the logged value named ``metric`` as the metric.
+
+        Raises:
+            KeyError: If the validation logged no such value.
+        """
+        if metric not in self.float_metrics:
+            raise KeyError(f"validation logged no {metric!r}, only {', '.join(self.float_metrics) or 'nothing'}.")
+        stages = [StageRecord(name, seconds, metrics.get(metric)) for name, seconds, metrics in self.stages]
+        return run_record(
+            self.module.network, recipe, model, metric, seed, self.calibration_samples, self.float_metrics[metric], stages
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        trainer = _quiet_trainer({}, [])
+        trainer.strategy.connect(self.module)
+        trainer.save_checkpoint(path, weights_only=True)
+
+
+def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+    defaults = {
+        "accelerator": "auto",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**{**defaults, "callbacks": callbacks, **options})
+
+
+def run_stages(
+    module: QuantizationModule,
+    stages: Sequence[Stage],
+    calibration: Iterable[Any],
+    validation: Any = None,
+    trainer_options: Mapping[str, Any] | None = None,
+) -> QuantizationRun:
+    """Run stages one after the other, with the user's validation before and after each.
+
+    Args:
+        module: Not calibrated yet, or to be tuned further.
+        stages: In order.
+        calibration: Dataloader (or any iterable) of calibration batches; it is gone through once a stage.
+        validation: Dataloader(s) for ``validation_step``, or None to evaluate nothing.
+        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, ...). Its loggers get the metrics after
+            each stage, under ``<stage>/<metric>``.
+    """
+    options = dict(trainer_options or {})
+
+    def evaluate(name: str, step: int) -> dict[str, float]:
+        if validation is None:
+            return {}
+        trainer = _quiet_trainer({**options, "logger": False}, [])
+        logged = trainer.validate(module, validation, verbose=False)
+        metrics = {key: float(value) for results in logged for key, value in results.items()}
+        loggers = options.get("logger") or []
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
+        log.info("%s: %s", name, metrics)
+        return metrics
+
+    done: list[tuple[str, float, dict[str, float]]] = []
+    samples = 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*configure_optimizers.* returned `None`")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*defined a `validation_step` but have no `val_dataloader`.*")
+        warnings.filterwarnings("ignore", ".*max_epochs. was not set.*")
+        float_metrics = evaluate("float", 0)
+        for step, stage in enumerate(stages, start=1):
+            trainer = _quiet_trainer({"num_sanity_val_steps": 0, **options}, [_Counter(), stage])
+            trainer.fit(module, calibration)
+            samples = trainer.callbacks[0].samples  # type: ignore[attr-defined]
+            done.append((stage.name, stage.seconds, evaluate(stage.name, step)))
+    return QuantizationRun(module, float_metrics, done, samples)
+
+
+class _Counter(pl.Callback):
+    """Notes how many samples the calibration set has."""
+
+    samples = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the stages run."""
+        assert isinstance(pl_module, QuantizationModule)
+        self.samples = pl_module.calibration.samples
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    validation: Any = None,
+    pipeline: str = "sequential",
+    calibration_samples: int | None = None,
+    stage_options: Mapping[str, Any] | None = None,
+    trainer_options: Mapping[str, Any] | None = None,
+    **module_options: Any,
+) -> QuantizationRun:
+    """Quantize a finished model in one call.
+
+    Args:
+        model: A trained ``LightningModule`` (or any ``nn.Module``, with ``validation_step=`` among the module options).
+        calibration: Dataloader of calibration batches; labels are not used.
+        validation: Dataloader(s) for the model's ``validation_step``, to evaluate before and after each stage.
+        pipeline: ``"calibrate"``, ``"light"``, ``"advanced"`` or ``"sequential"``; see ``make_stages``.
+        calibration_samples: Use only the first batches of ``calibration`` that hold this many samples.
+        stage_options: Further arguments of ``make_stages``.
+        trainer_options: Further arguments of the ``Trainer``.
+        **module_options: Arguments of ``QuantizationModule``: ``weight_bits``, ``activation_bits``, ``overrides``, ...
+    """
+    if calibration_samples is not None:
+        calibration = FirstSamples(calibration, calibration_samples)
+    module = QuantizationModule(model, **module_options)
+    return run_stages(module, make_stages(pipeline, **(stage_options or {})), calibration, validation, trainer_options)

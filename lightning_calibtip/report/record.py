@@ -1,0 +1,102 @@
+"""The record of a run, ``result.json``: metrics of each stage, size, and what became of each layer."""
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..quantization.network import QuantizedNetwork
+from .size import model_size
+from .table import text_table
+
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage of a run: how long it took and the metric after it (None where nothing was evaluated)."""
+
+    name: str
+    seconds: float
+    metric: float | None
+
+
+def peak_rss_bytes() -> int:
+    """Greatest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def layer_records(network: QuantizedNetwork) -> list[dict[str, Any]]:
+    """A line for each quantizable layer; ``error_before`` and ``error_after`` are relative to the output's mean square, and None
+    where nothing was reconstructed.
+    """
+    records = []
+    for line in network.summary():
+        if line.kind == "folded" or line.name in network.left:
+            continue
+        layer = network.layers.get(line.name)
+        before, after = (layer.errors if layer is not None else None) or (None, None)
+        records.append(
+            {
+                "name": line.name,
+                "weight_bits": line.weight_bits,
+                "activation_bits": line.activation_bits,
+                "parameters": line.parameters,
+                "error_before": before,
+                "error_after": after,
+            }
+        )
+    return records
+
+
+def run_record(
+    network: QuantizedNetwork,
+    recipe: str,
+    model: str,
+    metric: str,
+    seed: int,
+    calibration_samples: int,
+    float_metric: float | None,
+    stages: Sequence[StageRecord],
+) -> dict[str, Any]:
+    """All figures of a run as plain values; metrics are fractions (0 to 1)."""
+    size = model_size(network)
+    return {
+        "version": RECORD_VERSION,
+        "recipe": recipe,
+        "model": model,
+        "metric": metric,
+        "seed": seed,
+        "calibration_samples": calibration_samples,
+        "float": float_metric,
+        "calibrated": next((stage.metric for stage in stages if stage.name == "Calibration"), None),
+        "quantized": stages[-1].metric if stages else None,
+        "stages": [asdict(stage) for stage in stages],
+        "size": {"float_bytes": size.float_bytes, "quantized_bytes": size.quantized_bytes, "ratio": size.ratio},
+        "layers": layer_records(network),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON: whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def record_table(record: Mapping[str, Any]) -> str:
+    """The stages of a record as a table."""
+    rows = [["float", None, record["float"]]]
+    rows += [[stage["name"], stage["seconds"], stage["metric"]] for stage in record["stages"]]
+    return text_table(["stage", "seconds", record["metric"]], rows)

@@ -1,0 +1,41 @@
+"""Text tables for people in a terminal."""
+
+from collections.abc import Sequence
+
+from ..quantization.network import LayerSummary
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lines with aligned columns; numbers to the right, everything else to the left.
+
+    Example:
+        >>> print(text_table(["layer", "bits"], [["conv1", 8], ["fc", 4]]))
+        layer  bits
+        -----  ----
+        conv1     8
+        fc        4
+    """
+    cells = [[_text(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    right = [bool(rows) and all(isinstance(row[i], int | float) or row[i] is None for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def layer_table(lines: Sequence[LayerSummary]) -> str:
+    """The layer summary: what has become of each layer, and a count at the end."""
+    rows = [[s.name, s.type, s.kind, s.weight_bits, s.activation_bits, s.parameters, s.note] for s in lines]
+    counts = {kind: sum(s.kind == kind for s in lines) for kind in ("quantized", "folded", "float")}
+    closing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    header = ["layer", "type", "is", "weight bits", "activation bits", "weights", "note"]
+    return f"{text_table(header, rows)}\n{closing}"
