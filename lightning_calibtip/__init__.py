@@ -1,4 +1,5 @@
-"""Post-training quantization for PyTorch Lightning: calibrate, reconstruct, allocate bits, re-tune statistics (CalibTIP)."""
+"""Post-training quantization for PyTorch Lightning: calibrate, reconstruct, allocate bits, re-tune statistics
+(CalibTIP)."""
 
 from .callbacks.adaquant import AdaQuant
 from .callbacks.batch_norm_tuning import BatchNormTuning

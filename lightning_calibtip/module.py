@@ -46,10 +46,10 @@ def _delegated(name: str) -> Callable[..., Any]:
 class QuantizationModule(pl.LightningModule):
     """Wraps a trained model so that Lightning's Trainer calibrates, reconstructs and evaluates it quantized.
 
-    The model is copied; the original stays as it is. Every Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear, subclasses included, is
-    quantized once a ``Calibration`` callback has run. ``fit`` with the stage callbacks is the calibration: one epoch over the
-    calibration data, without an optimizer, the model in eval mode throughout. ``validation_step``, ``test_step``,
-    ``predict_step`` and ``forward`` are the wrapped module's own.
+    The model is copied; the original stays as it is. Every Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear, subclasses
+    included, is quantized once a ``Calibration`` callback has run. ``fit`` with the stage callbacks is the calibration:
+    one epoch over the calibration data, without an optimizer, the model in eval mode throughout. ``validation_step``,
+    ``test_step``, ``predict_step`` and ``forward`` are the wrapped module's own.
 
     Args:
         model: A trained ``LightningModule``, or any ``nn.Module``.
@@ -61,12 +61,12 @@ class QuantizationModule(pl.LightningModule):
         symmetric: Whether weights are signed with a zero point of 0.
         per_channel: Whether weights have a scale for each output channel.
         activation_symmetric: The same as ``symmetric`` for the layers' inputs.
-        validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where ``module`` is this
-            one (for ``module(x)`` and ``module.log``), for validation and test.
+        validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where
+            ``module`` is this one (for ``module(x)`` and ``module.log``), for validation and test.
 
     Raises:
-        ValueError: If the model is quantized already, has no quantizable layer, a width is out of its range, or an override
-            matches no layer.
+        ValueError: If the model is quantized already, has no quantizable layer, a width is out of its range, or an
+            override matches no layer.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -113,8 +113,8 @@ class QuantizationModule(pl.LightningModule):
     def calibration_step(self, batch: Any, batch_idx: int) -> Any:
         """Pass a calibration batch through the model and return its output (the logits). Override it for other batches.
 
-        By default a tensor is passed as it is, of a tuple or list the first element, of a mapping the entries that the model's
-        ``forward`` takes.
+        By default a tensor is passed as it is, of a tuple or list the first element, of a mapping the entries that the
+        model's ``forward`` takes.
 
         Raises:
             ValueError: If the batch is empty, or a mapping shares no name with ``forward``.
@@ -137,7 +137,8 @@ class QuantizationModule(pl.LightningModule):
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
-        """Inside, the model computes quantized (True), or as the float model that was passed in, BatchNorms folded (False)."""
+        """Inside, the model computes quantized (True), or as the float model that was passed in, BatchNorms folded
+        (False)."""
         with self.network.quantized(enabled):
             yield
 
@@ -170,8 +171,8 @@ class QuantizationModule(pl.LightningModule):
         self.calibration.batches.clear()
 
     @override
-    def on_train_epoch_start(self) -> None:
-        """One epoch is the whole calibration."""
+    def on_train_epoch_end(self) -> None:
+        """One epoch is the whole calibration: stop after it, whatever ``max_epochs`` says."""
         self.trainer.should_stop = True
 
     @override
@@ -260,8 +261,8 @@ class QuantizationModule(pl.LightningModule):
         """
         if _CHECKPOINT_KEY not in checkpoint:
             raise ValueError(
-                "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first and "
-                "wrap that."
+                "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first "
+                "and wrap that."
             )
         unpack_network(self.network, checkpoint[_CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
 
@@ -281,5 +282,3 @@ def _copy_of(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(False)
         parameter.grad = None
     return duplicate
-
-

@@ -38,11 +38,12 @@ def make_stages(
 
     - ``"calibrate"``: ranges only.
     - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
-    - ``"advanced"``: parallel AdaQuant at every candidate width, bit allocation over the results, BatchNorm and bias tuning.
+    - ``"advanced"``: parallel AdaQuant at every candidate width, bit allocation over the results, BatchNorm and bias
+    tuning.
     - ``"sequential"``: sequential AdaQuant at the given widths, BatchNorm and bias tuning.
 
-    BatchNorm tuning comes after the bits and weights are settled, since it measures their statistics; bias tuning comes last, since
-    it corrects what is left, end to end.
+    BatchNorm tuning comes after the bits and weights are settled, since it measures their statistics; bias tuning comes
+    last, since it corrects what is left, end to end.
 
     Args:
         pipeline: One of the above.
@@ -103,7 +104,14 @@ class QuantizationRun:
             raise KeyError(f"validation logged no {metric!r}, only {', '.join(self.float_metrics) or 'nothing'}.")
         stages = [StageRecord(name, seconds, metrics.get(metric)) for name, seconds, metrics in self.stages]
         return run_record(
-            self.module.network, recipe, model, metric, seed, self.calibration_samples, self.float_metrics[metric], stages
+            self.module.network,
+            recipe,
+            model,
+            metric,
+            seed,
+            self.calibration_samples,
+            self.float_metrics[metric],
+            stages,
         )
 
     def save(self, path: str | Path) -> None:
@@ -140,8 +148,8 @@ def run_stages(
         stages: In order.
         calibration: Dataloader (or any iterable) of calibration batches; it is gone through once a stage.
         validation: Dataloader(s) for ``validation_step``, or None to evaluate nothing.
-        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, ...). Its loggers get the metrics after
-            each stage, under ``<stage>/<metric>``.
+        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, ...). Its loggers get the
+            metrics after each stage, under ``<stage>/<metric>``.
     """
     options = dict(trainer_options or {})
 
@@ -164,6 +172,8 @@ def run_stages(
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*defined a `validation_step` but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", ".*max_epochs. was not set.*")
+        warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)..*deprecated.*")
         float_metrics = evaluate("float", 0)
         for step, stage in enumerate(stages, start=1):
             trainer = _quiet_trainer({"num_sanity_val_steps": 0, **options}, [_Counter(), stage])

@@ -32,7 +32,7 @@ def allocate(
     calibration: CalibrationSet,
     candidates: Sequence[Bits],
     compression: float,
-    progress: Progress = iter,  # type: ignore[assignment]
+    progress: Progress = iter,
 ) -> Allocation:
     """Give each free layer the width that together lose least within a weight budget, in place.
 
@@ -42,7 +42,8 @@ def allocate(
         network: Calibrated.
         calibration: The samples.
         candidates: ``(weight_bits, activation_bits)`` pairs.
-        compression: Budget, as the paper's: weight bits of the quantizable layers over 32 bits each; above 0 and at most 1.
+        compression: Budget, as the paper's: weight bits of the quantizable layers over 32 bits each; above 0 and at
+            most 1.
         progress: Wraps the list of layer names while measuring.
 
     Raises:

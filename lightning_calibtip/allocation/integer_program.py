@@ -1,4 +1,5 @@
-"""The integer program that picks one candidate for each layer (Hubara et al. 2021, section 4). It knows tables, not models."""
+"""The integer program that picks one candidate for each layer (Hubara et al. 2021, section 4). It knows tables, not
+models."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -43,8 +44,8 @@ def choose_candidates(
         The optimum (of equals, the one CBC finds with a single thread, which is deterministic).
 
     Raises:
-        ValueError: If there is no layer, a layer has no candidate, the tables' keys differ, or a value is not finite; the message
-            names layer and candidate.
+        ValueError: If there is no layer, a layer has no candidate, the tables' keys differ, or a value is not finite;
+            the message names layer and candidate.
         InfeasibleBudgetError: If even the cheapest choice is over the budget; states the reachable range.
         RuntimeError: If the solver stops without a proved optimum.
 

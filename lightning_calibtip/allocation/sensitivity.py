@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.logits import float_logits, mean_divergence
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
-from ..calibration.logits import float_logits, mean_divergence
 
 Table = dict[str, dict[Bits, float]]
 Progress = Callable[[list[str]], Iterable[str]]
@@ -15,12 +15,12 @@ def measure_sensitivity(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
     candidates: Sequence[Bits],
-    progress: Progress = iter,  # type: ignore[assignment]
+    progress: Progress = iter,
 ) -> Table:
     """Measure the rise of the KL divergence to the float logits for every free layer and candidate.
 
-    The base is the candidate with the most bits, in all free layers at once. A layer takes a width with the parameters that
-    AdaQuant found for it there, if it has (``variants``), else with ranges alone.
+    The base is the candidate with the most bits, in all free layers at once. A layer takes a width with the parameters
+    that AdaQuant found for it there, if it has (``variants``), else with ranges alone.
 
     Args:
         network: Calibrated; left at the base.

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from torch.utils._pytree import keystr as path_name
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 Forward = Callable[[Any, int], Any]
 
@@ -67,7 +67,8 @@ def _plain(batch: Any) -> Any:
 
 
 def output_logits(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output: of a mapping (such as a transformers output) all values but the loss.
+    """The floating-point tensors of a model's output: of a mapping (such as a transformers output) all values but the
+    loss.
 
     Raises:
         TypeError: If there is none.

@@ -1,4 +1,5 @@
-"""Distance of a quantized model's logits from the float model's, the unlabelled loss of tuning and of bit allocation."""
+"""Distance of a quantized model's logits from the float model's, the unlabelled loss of tuning and of bit
+allocation."""
 
 from typing import Any
 
@@ -6,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calibration_set import CalibrationSet, output_logits
 from ..quantization.network import QuantizedNetwork
+from .calibration_set import CalibrationSet, output_logits
 
 
 @torch.no_grad()

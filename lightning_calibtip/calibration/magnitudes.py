@@ -12,7 +12,8 @@ from ..quantization.layers import QuantizedLayer
 
 @torch.no_grad()
 def output_magnitudes(layers: Iterable[QuantizedLayer], run: Callable[[], Any]) -> dict[str, float]:
-    """Root mean square of each layer's output, by layer name, in what ``run`` runs; layers that do not run are missing."""
+    """Root mean square of each layer's output, by layer name, in what ``run`` runs; layers that do not run are
+    missing."""
     found: dict[str, float] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -1,8 +1,8 @@
 """Replay: the inputs of one unit after the other, at the cost of a constant number of passes over the calibration set.
 
-Finished modules answer with their stored outputs instead of computing, and each pass stops at the unit in work. Once all units
-inside a parent are finished, the parent itself is stored and its insides are no longer run. Of the stored outputs only those are
-kept that something still to come depends on.
+Finished modules answer with their stored outputs instead of computing, and each pass stops at the unit in work. Once
+all units inside a parent are finished, the parent itself is stored and its insides are no longer run. Of the stored
+outputs only those are kept that something still to come depends on.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,8 +61,8 @@ class Replay:
     def capture(self, unit: str) -> list[list[UnitCall]]:
         """Inputs of ``unit``: for each batch, each call's arguments.
 
-        Stored outputs stand in for everything finished. A module that is called several times is followed to its last call,
-        with what lies between computing as it is now.
+        Stored outputs stand in for everything finished. A module that is called several times is followed to its last
+        call, with what lies between computing as it is now.
 
         Raises:
             RuntimeError: If a batch does not reach the unit.
@@ -96,9 +96,7 @@ class Replay:
         for inner in [other for other in self._stored if other != name and _is_inside(other, name)]:
             del self._stored[inner]
 
-    def _capture_batch(
-        self, index: int, unit: str, calls: int, promoted: dict[str, list[Any]]
-    ) -> list[UnitCall]:
+    def _capture_batch(self, index: int, unit: str, calls: int, promoted: dict[str, list[Any]]) -> list[UnitCall]:
         captured: list[UnitCall] = []
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -206,7 +204,7 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
     quantizer = getattr(module, "input_quantizer", None)
     was_enabled = quantizer is not None and quantizer.enabled
     had = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: tree_map(_recall, output)  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: tree_map(_recall, output)
     if quantizer is not None:
         quantizer.enabled = False
     try:
@@ -215,6 +213,6 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
         if had is None:
             del module.forward
         else:
-            module.forward = had  # type: ignore[method-assign]
+            module.forward = had
         if quantizer is not None:
             quantizer.enabled = was_enabled

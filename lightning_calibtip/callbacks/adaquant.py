@@ -19,7 +19,8 @@ class AdaQuant(Stage):
 
     Args:
         mode: ``"sequential"``: each unit sees the quantized outputs of those before it; ``"parallel"``: float ones.
-        granularity: A unit is a ``"layer"``, or a ``"block"`` of layers around which paths fork and join (found by running).
+        granularity: A unit is a ``"layer"``, or a ``"block"`` of layers around which paths fork and join (found by
+            running).
         iterations: Steps of Adam a unit.
         batch_size: Samples a step.
         weight_rate: Learning rate of weights.
@@ -29,8 +30,8 @@ class AdaQuant(Stage):
         relative: Whether rates are fractions of each parameter's own magnitude, or absolute.
         schedule: ``"cosine"`` or ``"constant"``.
         holdout: Share of the calibration samples that decides whether a unit's result is kept.
-        candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for ``BitAllocation`` to
-            choose from; needs ``mode="parallel"``. None for the module's own widths only.
+        candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for
+            ``BitAllocation`` to choose from; needs ``mode="parallel"``. None for the module's own widths only.
         seed: Of the mini-batches.
 
     Raises:
@@ -74,8 +75,8 @@ class AdaQuant(Stage):
         self.candidates = None if candidates is None else [check_pair(pair, "candidates") for pair in candidates]
         if self.candidates is not None and (mode != "parallel" or not self.candidates):
             raise ValueError(
-                f'candidates must not be empty and need mode="parallel", got {candidates!r} and mode={mode!r}: states that '
-                "were reconstructed on one another's outputs cannot be mixed."
+                f'candidates must not be empty and need mode="parallel", got {candidates!r} and mode={mode!r}: states '
+                "that were reconstructed on one another's outputs cannot be mixed."
             )
 
     @classmethod

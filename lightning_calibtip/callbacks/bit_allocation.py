@@ -16,8 +16,8 @@ class BitAllocation(Stage):
     ``allocation`` holds the last outcome.
 
     Args:
-        compression: Budget: weight bits of the quantizable layers over 32 bits each (0.125 is 4 bits throughout), above 0 and at
-            most 1.
+        compression: Budget: weight bits of the quantizable layers over 32 bits each (0.125 is 4 bits throughout), above
+            0 and at most 1.
         candidates: Widths, or pairs ``(weight_bits, activation_bits)``; at least two.
 
     Raises:

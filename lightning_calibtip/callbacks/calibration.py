@@ -11,16 +11,19 @@ from .stage import Stage
 
 
 class Calibration(Stage):
-    """Observes the layers' inputs during the calibration epoch, sets all ranges at its end and switches quantization on.
+    """Observes the layers' inputs during the calibration epoch, sets all ranges at its end and switches quantization
+    on.
 
     BatchNorms are folded into the layers before them on the first batch. Only calibration batches move an observer.
 
     Args:
-        observer: How activation ranges are chosen: ``"minmax"``, ``"moving_average"`` (of each batch's minimum and maximum, the
-            paper's), ``"percentile"``, ``"mse"`` (least mean squared error) or ``"lp"`` (least L_p error, as LAPQ starts).
+        observer: How activation ranges are chosen: ``"minmax"``, ``"moving_average"`` (of each batch's minimum and
+            maximum, the paper's), ``"percentile"``, ``"mse"`` (least mean squared error) or ``"lp"`` (least L_p error,
+            as LAPQ starts).
         weight_observer: The same for weights.
         momentum: For ``"moving_average"``: weight of the newest batch, above 0 and at most 1.
-        percentile: For ``"percentile"``: share of values, in per cent, inside the range on each side, above 50 and at most 100.
+        percentile: For ``"percentile"``: share of values, in per cent, inside the range on each side, above 50 and at
+            most 100.
         p: For ``"lp"``: exponent of the error, above 0.
 
     Raises:
@@ -36,7 +39,10 @@ class Calibration(Stage):
         p: float = 2.4,
     ) -> None:
         super().__init__()
-        for method in (check_range_method(observer, "observer"), check_range_method(weight_observer, "weight_observer")):
+        for method in (
+            check_range_method(observer, "observer"),
+            check_range_method(weight_observer, "weight_observer"),
+        ):
             make_observer(method, momentum, percentile, p)
         self.observer, self.weight_observer = observer, weight_observer
         self.momentum, self.percentile, self.p = momentum, percentile, p

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ..pipeline import QuantizationRun, make_stages, quantize
@@ -13,10 +13,12 @@ from ..quantization.scheme import QuantizationScheme
 
 
 class CalibTIP(pl.Callback):
-    """Quantizes the model when ``fit`` ends, evaluates it before and after with its own ``validation_step``, and writes a checkpoint.
+    """Quantizes the model when ``fit`` ends, evaluates it before and after with its own ``validation_step``, and writes
+    a checkpoint.
 
-    The trained module itself is not changed. The quantized checkpoint lies beside the Trainer's own; the figures go to the Trainer's
-    loggers as ``calibtip/<stage>/<metric>``. ``result`` holds the outcome, ``result.module`` the quantized module.
+    The trained module itself is not changed. The quantized checkpoint lies beside the Trainer's own; the figures go to
+    the Trainer's loggers as ``calibtip/<stage>/<metric>``. ``result`` holds the outcome, ``result.module`` the
+    quantized module.
 
     Args:
         pipeline: ``"light"``, ``"advanced"``, ``"sequential"`` or ``"calibrate"``; see ``make_stages``.
@@ -30,7 +32,8 @@ class CalibTIP(pl.Callback):
         compression: Budget of ``"light"`` and ``"advanced"``, see ``BitAllocation``.
         candidates: Their candidate widths.
         calibration_samples: How many samples to calibrate on.
-        calibration_dataloader: Where they come from; the first of the training data if None (better without augmentation).
+        calibration_dataloader: Where they come from; the first of the training data if None (better without
+            augmentation).
         stage_options: Further arguments of ``make_stages``.
         filename: Of the checkpoint, without the suffix.
         seed: Of everything random.
@@ -99,7 +102,7 @@ class CalibTIP(pl.Callback):
         """Called when training is over: run the pipeline on a copy of the trained module."""
         if trainer.interrupted:
             return
-        loader = self.calibration_dataloader or trainer.train_dataloader
+        loader: Any = self.calibration_dataloader or trainer.train_dataloader
         self.result = quantize(
             pl_module,
             loader,
@@ -108,7 +111,9 @@ class CalibTIP(pl.Callback):
             self.calibration_samples,
             self.stage_options,
             {
-                "accelerator": {"cuda": "gpu"}.get(trainer.strategy.root_device.type, trainer.strategy.root_device.type),
+                "accelerator": {"cuda": "gpu"}.get(
+                    trainer.strategy.root_device.type, trainer.strategy.root_device.type
+                ),
                 "precision": trainer.precision,
                 "enable_progress_bar": False,
             },

@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ..module import QuantizationModule
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Stage(pl.Callback, ABC):
     """A step of post-training quantization as a callback: ``run`` does the work.
 
-    Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the calibration
-    data. ``seconds`` says how long the last run took.
+    Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the
+    calibration data. ``seconds`` says how long the last run took.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,8 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
         prefix: Of the model's names in ``state_dict``.
 
     Returns:
-        ``{"config": ..., "weights": {layer: {"packed", "shape"}}}``, for ``torch.save`` and ``torch.load(weights_only=True)``.
+        ``{"config": ..., "weights": {layer: {"packed", "shape"}}}``, for ``torch.save`` and
+        ``torch.load(weights_only=True)``.
     """
     weights = {}
     for name, layer in network.layers.items():
@@ -34,7 +35,8 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
 def unpack_network(
     network: QuantizedNetwork, packed: dict[str, Any], state_dict: dict[str, Tensor], prefix: str
 ) -> None:
-    """Give the network the structure of a checkpoint, and its state dict the latent weights, which are the dequantized integers.
+    """Give the network the structure of a checkpoint, and its state dict the latent weights, which are the dequantized
+    integers.
 
     Args:
         network: Of the float model; or already with this very structure.

@@ -41,6 +41,8 @@ def unpack_integers(packed: Tensor, shape: tuple[int, ...], bits: int, qmin: int
     """
     count = math.prod(shape)
     if len(packed) != math.ceil(count * bits / 8):
-        raise ValueError(f"{len(packed)} bytes cannot hold exactly {count} integers of {bits} bits: damaged checkpoint?")
+        raise ValueError(
+            f"{len(packed)} bytes cannot hold exactly {count} integers of {bits} bits: damaged checkpoint?"
+        )
     stream = ((packed.to(torch.int32).unsqueeze(1) >> torch.arange(8)) & 1).reshape(-1)[: count * bits].view(-1, bits)
     return ((stream << torch.arange(bits)).sum(1) + qmin).to(torch.int32).view(shape)

@@ -1,8 +1,8 @@
 """Affine (uniform) quantization as pure functions of tensors.
 
 A real number ``x`` is stored as the integer ``q = clamp(round(x / scale) + zero_point, qmin, qmax)`` and read back as
-``(q - zero_point) * scale``. All functions take ``scale`` and ``zero_point`` either with one element (per tensor) or with
-one element for each index of ``axis`` (per channel).
+``(q - zero_point) * scale``. All functions take ``scale`` and ``zero_point`` either with one element (per tensor) or
+with one element for each index of ``axis`` (per channel).
 """
 
 from typing import Any
@@ -42,9 +42,9 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
 def choose_qparams(minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale and zero point that map the real range ``[minimum, maximum]`` onto the integers of ``bits`` bits.
 
-    The range is widened to contain zero, so that zero (padding, pruned weights) is always exact. A range that is only zero
-    gets the scale 1. A symmetric range without negative values puts the zero point at ``qmin`` instead of wasting half of the
-    integers.
+    The range is widened to contain zero, so that zero (padding, pruned weights) is always exact. A range that is only
+    zero gets the scale 1. A symmetric range without negative values puts the zero point at ``qmin`` instead of wasting
+    half of the integers.
 
     Args:
         minimum: Smallest real values, any shape.
@@ -95,12 +95,14 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = 
     return shifted * _along(scale.float(), q.dim(), axis)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+) -> Tensor:
     """``dequantize(quantize(x))`` in one fused kernel, differentiable by the straight-through estimator.
 
-    Gradients follow LSQ+ (Bhalgat et al. 2020, eq. 4-7; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where ``x`` is
-    inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated integer outside;
-    ``zero_point`` is used rounded and gets ``-scale`` where ``x`` saturates.
+    Gradients follow LSQ+ (Bhalgat et al. 2020, eq. 4-7; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
+    ``x`` is inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated
+    integer outside; ``zero_point`` is used rounded and gets ``-scale`` where ``x`` saturates.
 
     Args:
         x: Floating-point tensor; computed in float32 and returned in its own type.
@@ -144,7 +146,7 @@ class _FakeQuantize(torch.autograd.Function):
         return output.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inside, *saved = ctx.saved_tensors
         passed = grad * inside
         grad_scale = grad_zero_point = None

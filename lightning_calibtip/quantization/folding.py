@@ -1,4 +1,5 @@
-"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), for pairs that running the model has proved."""
+"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), for pairs that running the model has
+proved."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +19,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class FoldedBatchNorm(nn.Module):
     """Stands where a BatchNorm was folded away: passes its input on, and remembers for re-tuning what came out of it.
 
-    ``weight`` and ``bias`` are its gamma and beta; ``deviation`` is the standard deviation that its output had in training.
+    ``weight`` and ``bias`` are its gamma and beta; ``deviation`` is the standard deviation that its output had in
+    training.
 
     Args:
         normalization: The BatchNorm that was folded.
@@ -70,7 +72,7 @@ def output_channels(layer: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
 
 def folded_parameters(layer: nn.Module, normalization: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias that make ``layer`` alone compute what ``normalization(layer(x))`` computes in eval mode."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr]
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
     mean: Tensor = normalization.running_mean  # type: ignore[assignment]
     variance: Tensor = normalization.running_var  # type: ignore[assignment]
     gamma, beta = affine_parameters(normalization)
@@ -90,7 +92,9 @@ def _why_not(layer: nn.Module, normalization: nn.Module) -> str:
         return "the layer's weight or bias is not a plain parameter"
     groups = layer.groups if isinstance(layer, _TRANSPOSED) else 1
     kind = layer_kind(layer)
-    if kind is None or layer.weight.shape[kind.channel_axis] * groups != normalization.num_features:
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if kind is None or weight.shape[kind.channel_axis] * groups != normalization.num_features:
         return "it normalizes another dimension than the layer's output channels"
     return ""
 
@@ -98,7 +102,8 @@ def _why_not(layer: nn.Module, normalization: nn.Module) -> str:
 def fold_batch_norm(
     model: nn.Module, structure: Structure, run: Callable[[], Any], skip: Callable[[str], bool] = lambda name: False
 ) -> tuple[list[Fold], dict[str, str]]:
-    """Fold each BatchNorm into the layer before it where the structure proves the pair, and check the result on one batch.
+    """Fold each BatchNorm into the layer before it where the structure proves the pair, and check the result on one
+    batch.
 
     A fold is kept if the layer with the folded parameters reproduces the BatchNorm's output on the batch (this covers
     subclasses with a ``forward`` of their own that ignores the bias, say).
@@ -126,7 +131,7 @@ def fold_batch_norm(
         if follower is None:
             for call in structure.calls_of[name] if reason else []:
                 readers = [c.name for c in structure.calls if c.name in left and c.reads == call.writes]
-                left.update({reader: reason for reader in readers})
+                left.update(dict.fromkeys(readers, reason))
         elif reason := _why_not(modules[name], modules[follower]):
             left[follower] = reason
         else:
@@ -136,7 +141,9 @@ def fold_batch_norm(
     for fold in folds:
         apply_fold(model, fold)
         del left[fold.normalization]
-    left.update({f.normalization: f"folding it into {f.layer} changes the output" for f in candidates if f not in exact})
+    left.update(
+        {f.normalization: f"folding it into {f.layer} changes the output" for f in candidates if f not in exact}
+    )
     return folds, left
 
 
@@ -184,7 +191,7 @@ def apply_fold(model: nn.Module, fold: Fold) -> None:
     layer, normalization = model.get_submodule(fold.layer), model.get_submodule(fold.normalization)
     assert isinstance(normalization, _BatchNorm)
     weight, bias = folded_parameters(layer, normalization)
-    layer.weight.copy_(weight)  # type: ignore[operator, union-attr]
+    layer.weight.copy_(weight)  # type: ignore[operator]
     layer.bias = nn.Parameter(bias.to(weight.dtype))
     folded = FoldedBatchNorm(normalization).train(normalization.training)
     for parent in list(model.modules()):

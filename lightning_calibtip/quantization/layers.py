@@ -1,9 +1,10 @@
-"""Which layers can be quantized, and how a layer of the user's is turned into a quantized one without changing its class."""
+"""Which layers can be quantized, and how a layer of the user's is turned into a quantized one without changing its
+class."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
 def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Forward pre-hook: the first tensor that the layer is given goes through its quantizer."""
-    quantizer = layer.input_quantizer
+    quantizer = cast(Quantizer, layer.input_quantizer)
     for index, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
             return (*args[:index], quantizer(value), *args[index + 1 :]), kwargs
@@ -92,8 +93,8 @@ class LayerState:
 class QuantizedLayer:
     """A layer of the user's model with a quantizer on its weight and one on its input.
 
-    The layer keeps its class and its ``forward``: the weight is under ``torch.nn.utils.parametrize``, the input under a forward
-    pre-hook. Make one by ``attach``.
+    The layer keeps its class and its ``forward``: the weight is under ``torch.nn.utils.parametrize``, the input under a
+    forward pre-hook. Make one by ``attach``.
 
     Args:
         name: Full name in the model.
@@ -197,7 +198,8 @@ class QuantizedLayer:
             quantizer.enabled = enabled
 
     def fit_ranges(self, bits: tuple[int, int]) -> None:
-        """Set the width and choose both ranges for it: the weight's from the weight, the input's from what was observed.
+        """Set the width and choose both ranges for it: the weight's from the weight, the input's from what was
+        observed.
 
         Raises:
             RuntimeError: If no calibration batch has reached the layer.
@@ -212,7 +214,8 @@ class QuantizedLayer:
 
     @torch.no_grad()
     def take(self, bits: tuple[int, int]) -> None:
-        """Go to another width: to the state that reconstruction found for it, if it has, else to the float weights with new ranges.
+        """Go to another width: to the state that reconstruction found for it, if it has, else to the float weights with
+        new ranges.
 
         Raises:
             RuntimeError: If neither is possible, for want of calibration.

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -90,7 +89,8 @@ class QuantizedNetwork:
             self.structure = observe_structure(self.model, run)
 
     def _bake_parametrizations(self) -> None:
-        """Make parametrized weights (weight norm, spectral norm) plain: their value in eval mode does not change any more."""
+        """Make parametrized weights (weight norm, spectral norm) plain: their value in eval mode does not change any
+        more."""
         for name in self._candidates:
             module = self.model.get_submodule(name)
             for tensor in list(getattr(module, "parametrizations", {})):
@@ -119,7 +119,8 @@ class QuantizedNetwork:
         )
 
     def leave_float(self, name: str, reason: str) -> None:
-        """Take a layer out of quantization, for a reason that the summary gives; warns, for it was meant to be quantized."""
+        """Take a layer out of quantization, for a reason that the summary gives; warns, for it was meant to be
+        quantized."""
         if name in self.layers:
             self.layers.pop(name).detach()
         self.floats[name] = reason
@@ -169,7 +170,8 @@ class QuantizedNetwork:
                     layer.input_quantizer.observing = False
 
     def fit_ranges(self) -> None:
-        """Choose all ranges from what was observed and switch quantization on; layers that never ran stay float, with a warning.
+        """Choose all ranges from what was observed and switch quantization on; layers that never ran stay float, with a
+        warning.
 
         Raises:
             RuntimeError: If no layer was reached at all.
@@ -216,17 +218,18 @@ class QuantizedNetwork:
                 count = sum(p.numel() for p in module.parameters(recurse=False))
                 lines.append(self._line(name, "float", count, self.floats.get(name) or self.left[name]))
             elif not self.prepared and layer_kind(module) is not None:
-                lines.append(self._line(name, "float", module.weight.numel(), "not calibrated yet"))  # type: ignore[operator, union-attr]
+                lines.append(self._line(name, "float", module.weight.numel(), "not calibrated yet"))
         return sorted(lines, key=lambda line: order.index(line.name) if line.name in order else len(order))
 
     def _line(self, name: str, kind: str, parameters: int, note: str, bits: Bits | None = None) -> LayerSummary:
         module = self.model.get_submodule(name)
         cls = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
-        widths = bits or (None, None)
-        return LayerSummary(name, cls.__name__, kind, *widths, parameters, note)
+        weight_bits, activation_bits = bits or (None, None)
+        return LayerSummary(name, cls.__name__, kind, weight_bits, activation_bits, parameters, note)
 
     def to_config(self) -> dict[str, Any]:
-        """Plain values from which ``load_config`` makes the same quantized structure on another copy of the float model."""
+        """Plain values from which ``load_config`` makes the same quantized structure on another copy of the float
+        model."""
         return {
             "version": CONFIG_VERSION,
             "scheme": self.scheme.to_dict(),
@@ -239,7 +242,8 @@ class QuantizedNetwork:
         }
 
     def load_config(self, config: dict[str, Any]) -> None:
-        """Fold and attach as ``config`` says, or check that it has been done; ranges and weights are for the caller to load.
+        """Fold and attach as ``config`` says, or check that it has been done; ranges and weights are for the caller to
+        load.
 
         Raises:
             ValueError: If the configuration is of another version, or of another model.

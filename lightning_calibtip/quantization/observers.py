@@ -1,6 +1,7 @@
 """Observers: what is remembered of the activations that pass a quantizer while calibrating.
 
-Each is a ``torchmetrics.Metric``: its states declare how they reduce across processes, so one generic routine syncs them all.
+Each is a ``torchmetrics.Metric``: its states declare how they reduce across processes, so one generic routine syncs
+them all.
 """
 
 from typing import Any
@@ -117,7 +118,8 @@ def merge_histograms(stacked: Tensor) -> Tensor:
 
 
 def widen(histogram: Tensor, reach: float, wanted: float) -> Tensor:
-    """The same counts over ``[-wanted, wanted]``; both reaches are powers of two, so bins merge in pairs and nothing blurs."""
+    """The same counts over ``[-wanted, wanted]``; both reaches are powers of two, so bins merge in pairs and nothing
+    blurs."""
     while 0 < reach < wanted:
         quarter = histogram.numel() // 4
         merged = histogram.view(-1, 2).sum(1)
@@ -127,10 +129,11 @@ def widen(histogram: Tensor, reach: float, wanted: float) -> Tensor:
 
 
 class HistogramObserver(Observer):
-    """Histogram of all values seen, over a range that doubles as greater values come; from it the range is chosen at the end.
+    """Histogram of all values seen, over a range that doubles as greater values come; from it the range is chosen at
+    the end.
 
-    The state is one row: the reach (a power of two; bins span ``[-reach, reach]``), the smallest and the greatest value, and the
-    bins' counts.
+    The state is one row: the reach (a power of two; bins span ``[-reach, reach]``), the smallest and the greatest
+    value, and the bins' counts.
 
     Args:
         method: ``"percentile"``, ``"mse"`` or ``"lp"``.

@@ -10,8 +10,8 @@ from .observers import Observer
 class Quantizer(nn.Module):
     """Fake-quantizes what passes through it, once it is enabled; observes it, while an observer is watching.
 
-    Scale and zero point are parameters without gradients, so that they are saved, moved and, during reconstruction, learned
-    like any other.
+    Scale and zero point are parameters without gradients, so that they are saved, moved and, during reconstruction,
+    learned like any other.
 
     Args:
         name: Of the tensor, for messages: ``"layer1.0.conv1 input"``.

@@ -17,7 +17,8 @@ class QuantizationScheme:
     Args:
         weight_bits: Width of weights, 2 to 16.
         activation_bits: Width of the layers' inputs, 2 to 16.
-        edge_bits: Width of weights and inputs of the first and the last layer that run, or None to treat them like the rest.
+        edge_bits: Width of weights and inputs of the first and the last layer that run, or None to treat them like the
+            rest.
         overrides: By name or pattern (``fnmatch``: ``"layer1.*"``): one width for both, a pair ``(weight_bits,
             activation_bits)``, or None to leave the layer float. Where several match, the last one counts.
         symmetric: Whether weights use signed integers with a zero point of 0.
@@ -50,7 +51,8 @@ class QuantizationScheme:
         for pattern in self.overrides or {}:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
-                    f"overrides[{pattern!r}] matches no quantizable layer; the layers are: {', '.join(names) or 'none'}."
+                    f"overrides[{pattern!r}] matches no quantizable layer; the layers are: "
+                    f"{', '.join(names) or 'none'}."
                 )
 
     def override_for(self, name: str) -> tuple[bool, Bits | None]:

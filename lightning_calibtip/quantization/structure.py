@@ -1,8 +1,8 @@
 """The structure of a model as observed while it runs one batch: no graph is traced, nothing is assumed from names.
 
-Module hooks see which module was called when, with which tensors; a ``TorchDispatchMode`` sees every operator between them, with
-the identity and the version of each tensor. From this record follow, as facts, the execution order, who consumes a value, which
-activation function comes after a layer, and where branches join.
+Module hooks see which module was called when, with which tensors; a ``TorchDispatchMode`` sees every operator between
+them, with the identity and the version of each tensor. From this record follow, as facts, the execution order, who
+consumes a value, which activation function comes after a layer, and where branches join.
 """
 
 from collections import defaultdict
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 Activation = Callable[[Tensor], Tensor]
 
 _ACTIVATIONS = {
-    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid",
-    "sigmoid", "tanh", "softplus", "log_sigmoid", "threshold", "clamp", "clamp_min",
+    "relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish",
+    "hardsigmoid", "sigmoid", "tanh", "softplus", "log_sigmoid", "threshold", "clamp", "clamp_min",
 }  # fmt: skip
 _JOINS = {"add", "sub", "cat", "mul", "maximum", "bmm", "matmul", "baddbmm", "scaled_dot_product_attention"}
 
@@ -101,8 +101,8 @@ class Structure:
     def normalization_after(self, layer: str, is_normalization: Callable[[str], bool]) -> tuple[str | None, str]:
         """The module that normalizes exactly the output of ``layer``, and nothing else, or None and the reason.
 
-        Every call of the layer must be followed by the same module on the very tensor, unchanged in place, that the layer
-        returned; nothing else may read that tensor; and the module must not serve another layer.
+        Every call of the layer must be followed by the same module on the very tensor, unchanged in place, that the
+        layer returned; nothing else may read that tensor; and the module must not serve another layer.
         """
         followers: set[str] = set()
         calls = self.calls_of.get(layer, [])

@@ -21,11 +21,12 @@ def adaquant(
     settings: AdaQuantSettings,
     mode: str = "sequential",
     granularity: str = "layer",
-    progress: Progress = iter,  # type: ignore[assignment]
+    progress: Progress = iter,
 ) -> list[UnitResult]:
     """Reconstruct every unit of a calibrated model in place.
 
-    Sequential: a unit's inputs come from the already quantized units before it, its target from the float model, so that each
+    Sequential: a unit's inputs come from the already quantized units before it, its target from the float model, so
+        that each
     unit also makes up for the errors of those before (section 3.1). Parallel: the inputs come from the float model.
 
     Args:

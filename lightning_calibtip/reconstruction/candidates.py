@@ -1,4 +1,5 @@
-"""AdaQuant at several widths: each layer gets a reconstructed state for every candidate that bit allocation may choose."""
+"""AdaQuant at several widths: each layer gets a reconstructed state for every candidate that bit allocation may
+choose."""
 
 from collections.abc import Sequence
 
@@ -16,13 +17,13 @@ def adaquant_candidates(
     settings: AdaQuantSettings,
     candidates: Sequence[Bits],
     granularity: str = "layer",
-    progress: Progress = iter,  # type: ignore[assignment]
+    progress: Progress = iter,
 ) -> dict[Bits, list[UnitResult]]:
     """Run parallel AdaQuant at each candidate width and keep the results as each layer's ``variants``.
 
-    Only parallel reconstruction makes states that can be mixed: a sequential one assumes the widths of the layers before it. Layers
-    with a fixed width are reconstructed at that one. Afterwards each free layer is at its own width if that is a candidate, else at
-    the widest.
+    Only parallel reconstruction makes states that can be mixed: a sequential one assumes the widths of the layers
+    before it. Layers with a fixed width are reconstructed at that one. Afterwards each free layer is at its own width
+    if that is a candidate, else at the widest.
 
     Returns:
         The units' results by candidate.

@@ -22,7 +22,8 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of one unit; errors are relative: mean squared error over the target's mean square, on held-out samples.
+    """What became of one unit; errors are relative: mean squared error over the target's mean square, on held-out
+    samples.
 
     Args:
         name: Of the unit.
@@ -80,7 +81,9 @@ def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_magnitude:
     return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if lr > 0]
 
 
-def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, generator: torch.Generator) -> UnitResult:
+def optimize_unit(
+    unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, generator: torch.Generator
+) -> UnitResult:
     """Optimise one unit in place; put it back as it was where that does not lower the error on held-out samples.
 
     Args:

@@ -18,8 +18,8 @@ class UnitSamples:
     """Inputs and targets of all calibration samples.
 
     Every tensor that has the samples along its first dimension is one long tensor; what is the same for all (masks that
-    broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call stays whole and
-    counts as one sample.
+    broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call stays
+    whole and counts as one sample.
     """
 
     _spec: TreeSpec
@@ -51,7 +51,8 @@ class UnitSamples:
         return cls(spec, [], [], rows, len(rows))
 
     def take(self, index: Tensor) -> tuple[UnitCall, Target]:
-        """The samples at ``index`` (int64, shape (n,)) as one call and its targets; of whole calls, the first of ``index``."""
+        """The samples at ``index`` (int64, shape (n,)) as one call and its targets; of whole calls, the first of
+        ``index``."""
         if self._whole is not None:
             leaves = self._whole[int(index[0])]
         else:
@@ -64,11 +65,13 @@ class UnitSamples:
 
 
 def _join_column(column: list[Any], lengths: list[int]) -> tuple[Any, bool] | None:
-    """One argument over all calls: joined along the samples, or kept once if it is the same in all, or None if neither fits."""
+    """One argument over all calls: joined along the samples, or kept once if it is the same in all, or None if neither
+    fits."""
     first = column[0]
     if not isinstance(first, Tensor):
         return (first, False) if all(type(other) is type(first) and other == first for other in column) else None
-    if all(leaf.dim() and leaf.shape[0] == n and leaf.shape[1:] == first.shape[1:] for leaf, n in zip(column, lengths)):
+    pairs = zip(column, lengths, strict=True)
+    if all(leaf.dim() and leaf.shape[0] == n and leaf.shape[1:] == first.shape[1:] for leaf, n in pairs):
         return torch.cat(column), True
     if all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in column):
         return first, False

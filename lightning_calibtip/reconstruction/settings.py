@@ -18,10 +18,12 @@ class AdaQuantSettings:
         bias_rate: Learning rate of biases.
         weight_range_rate: Learning rate of the weights' scales and zero points.
         input_range_rate: Learning rate of the inputs' scales and zero points.
-        relative: Whether rates are fractions of each parameter's own magnitude (the mean absolute weight; the mean scale; for a
-            bias, the root mean square of the layer's output; for a zero point, one integer step) or absolute, as in the paper.
+        relative: Whether rates are fractions of each parameter's own magnitude (the mean absolute weight; the mean
+            scale; for a bias, the root mean square of the layer's output; for a zero point, one integer step) or
+            absolute, as in the paper.
         schedule: ``"cosine"`` lets the rates fall to zero along half a cosine, ``"constant"`` keeps them.
-        holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is kept.
+        holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is
+            kept.
         seed: Of the mini-batches.
 
     Raises:

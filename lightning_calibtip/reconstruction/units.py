@@ -49,8 +49,8 @@ def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
 
     Args:
         network: Prepared and calibrated.
-        granularity: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork and join again (BRECQ, Li et al.
-            2021, section 3.2); layers outside of these stay units of their own.
+        granularity: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork and join again (BRECQ, Li
+            et al. 2021, section 3.2); layers outside of these stay units of their own.
 
     Raises:
         ValueError: If ``granularity`` is neither.

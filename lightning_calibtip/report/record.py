@@ -32,7 +32,8 @@ def peak_rss_bytes() -> int:
 
 
 def layer_records(network: QuantizedNetwork) -> list[dict[str, Any]]:
-    """A line for each quantizable layer; ``error_before`` and ``error_after`` are relative to the output's mean square, and None
+    """A line for each quantizable layer; ``error_before`` and ``error_after`` are relative to the output's mean square,
+    and None
     where nothing was reconstructed.
     """
     records = []

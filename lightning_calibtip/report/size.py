@@ -27,7 +27,8 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def model_size(network: QuantizedNetwork) -> ModelSize:
-    """Size of what inference needs: weights at their bits, scales and (where not symmetric) zero points at 4 bytes each, and
+    """Size of what inference needs: weights at their bits, scales and (where not symmetric) zero points at 4 bytes
+    each, and
     whatever stays float. The memory of folded BatchNorms, which only re-tuning needs, does not count.
     """
     total = tensor_bytes(network.model)

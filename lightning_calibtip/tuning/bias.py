@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.logits import float_logits, kl_divergence, mean_divergence
 from ..calibration.magnitudes import output_magnitudes
 from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.layers import learning
 from ..quantization.network import QuantizedNetwork
-from ..calibration.logits import float_logits, kl_divergence, mean_divergence
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,10 @@ class BiasTuningSettings:
     Args:
         epochs: Passes over the calibration set, at least 1.
         rate: Adam's learning rate, as a fraction of the root mean square of each layer's output.
-        scale_rate: Learning rate of the scales of weights and inputs, as a fraction of each tensor's mean scale; 0 leaves
-            scales alone.
-        holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below 1.
+        scale_rate: Learning rate of the scales of weights and inputs, as a fraction of each tensor's mean scale; 0
+            leaves scales alone.
+        holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below
+            1.
         seed: Of the order of batches and of the choice of held-out ones.
 
     Raises:

@@ -1,0 +1,53 @@
+"""Figures of a run as matplotlib objects (the ``recipes`` extra installs it); records come from ``report.record``."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def stage_figure(records: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The metric after each stage, one group of bars a run.
+
+    Args:
+        records: Label (``"W4A4"``) -> record. All must have the same metric.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    labels = ["float"]
+    for record in records.values():
+        labels += [stage["name"] for stage in record["stages"] if stage["name"] not in labels]
+    width = 0.8 / max(1, len(records))
+    for group, (label, record) in enumerate(records.items()):
+        values = {"float": record["float"], **{stage["name"]: stage["metric"] for stage in record["stages"]}}
+        places = [i + (group - (len(records) - 1) / 2) * width for i, name in enumerate(labels) if name in values]
+        heights = [values[name] for name in labels if name in values]
+        axes.bar_label(axes.bar(places, heights, width, label=label), fmt="%.3f", fontsize=7)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(f"{next(iter(records.values()))['metric']} (fraction)")
+    axes.set_ylim(0, 1.08)
+    axes.set_xlabel("after stage")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def layer_error_figure(record: Mapping[str, Any]) -> Figure:
+    """Relative output error of each layer before and after reconstruction, on a logarithmic axis.
+
+    Raises:
+        ValueError: If no layer of the record was reconstructed.
+    """
+    layers = [layer for layer in record["layers"] if layer["error_before"] is not None]
+    if not layers:
+        raise ValueError("The record has no reconstructed layer: run a pipeline with AdaQuant.")
+    figure = Figure(figsize=(max(6.0, 0.22 * len(layers) + 2), 4.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(layers))
+    axes.plot(places, [layer["error_before"] for layer in layers], "o-", label="ranges only", markersize=4)
+    axes.plot(places, [layer["error_after"] for layer in layers], "s-", label="after AdaQuant", markersize=4)
+    axes.set_yscale("log")
+    axes.set_xticks(places, [layer["name"] for layer in layers], rotation=90, fontsize=7)
+    axes.set_ylabel("error / mean square of the output")
+    axes.set_xlabel("layer, in the order of execution")
+    axes.legend()
+    return figure

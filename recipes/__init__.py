@@ -1,0 +1,1 @@
+"""Runnable, configurable reproductions on top of the package."""

@@ -1,0 +1,41 @@
+"""What every recipe writes into its output folder."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_calibtip.pipeline import QuantizationRun
+from lightning_calibtip.report.record import record_table, write_record
+
+
+def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:
+    """Print the record's table and write ``result.json`` and ``quantized.ckpt``."""
+    run.save(output / "quantized.ckpt")
+    write_record(output / "result.json", record)
+    run.module.print_summary()
+    print()
+    print(record_table(record))
+    size = record["size"]
+    print(
+        f"\nsize: {size['float_bytes']:,} bytes float, {size['quantized_bytes']:,} quantized "
+        f"(ratio {size['ratio']:.4f}); written to {output}"
+    )
+
+
+def make_logger(kind: str, output: Path, project: str) -> Any:
+    """Lightning logger ``"wandb"`` or ``"csv"`` that writes below ``output``, or False for ``"none"``.
+
+    Raises:
+        ValueError: If ``kind`` is another word.
+    """
+    if kind == "none":
+        return False
+    output.mkdir(parents=True, exist_ok=True)
+    if kind == "csv":
+        from lightning.pytorch.loggers import CSVLogger
+
+        return CSVLogger(output, name="", version="log")
+    if kind == "wandb":
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(project=project, save_dir=output)
+    raise ValueError(f"logger must be wandb, csv or none, got {kind!r}.")

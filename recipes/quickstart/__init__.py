@@ -1,0 +1,1 @@
+"""From nothing to a quantized network in one command."""

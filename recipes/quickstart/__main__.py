@@ -1,0 +1,75 @@
+"""Train a digit classifier and quantize it when training ends: ``python -m recipes.quickstart``."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+from jsonargparse import auto_cli
+
+from lightning_calibtip import CalibTIP
+from lightning_calibtip.report.figures import layer_error_figure, stage_figure
+from lightning_calibtip.report.record import write_record
+from lightning_calibtip.report.table import text_table
+
+from .digits import DigitClassifier, digit_loaders
+
+
+def main(epochs: int = 12, seed: int = 0, output: Path = Path("runs/quickstart")) -> None:
+    """Train a small residual network, quantize it to W4A4 and W2A4, print a table and save figures.
+
+    Args:
+        epochs: Of training.
+        seed: Of everything random.
+        output: Folder for checkpoints, records and figures.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    pl.seed_everything(seed, verbose=False)
+    train, validation = digit_loaders(seed)
+    callbacks = {
+        f"W{weight_bits}A{activation_bits}": CalibTIP(
+            pipeline="sequential",
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            calibration_samples=500,
+            filename=f"w{weight_bits}a{activation_bits}",
+            seed=seed,
+        )
+        for weight_bits, activation_bits in ((4, 4), (2, 4))
+    }
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks.values()),
+        default_root_dir=output,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    print(f"Training a small residual network on handwritten digits for {epochs} epochs, then quantizing it ...")
+    trainer.fit(DigitClassifier(), train, validation)
+
+    records = {}
+    for label, callback in callbacks.items():
+        records[label] = callback.result.record("quickstart", "digits", "accuracy", seed)
+        write_record(output / f"result_{label}.json", records[label])
+        layer_error_figure(records[label]).savefig(output / f"errors_{label}.png", dpi=150)
+    stage_figure(records).savefig(output / "stages.png", dpi=150)
+
+    first = next(iter(callbacks.values())).result
+    first.module.print_summary()
+    names = {"Calibration": "ranges only"}
+    stages = [stage["name"] for stage in records["W4A4"]["stages"]]
+    rows: list[list[object]] = [["float", *(record["float"] for record in records.values())]]
+    for index, name in enumerate(stages):
+        rows.append([names.get(name, f"+ {name}"), *(record["stages"][index]["metric"] for record in records.values())])
+    rows.append(["size / float size", *(record["size"]["ratio"] for record in records.values())])
+    print(f"\nAccuracy on {len(validation.dataset)} held-out digits\n")  # type: ignore[arg-type]
+    print(text_table(["stage", *records], rows))
+    print(f"\nRecords, figures and quantized checkpoints are in {output}.")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)

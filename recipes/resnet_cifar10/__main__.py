@@ -1,0 +1,84 @@
+"""Quantize a CIFAR-10 ResNet: ``python -m recipes.resnet_cifar10 --help`` lists the options."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from jsonargparse import auto_cli
+
+from lightning_calibtip import quantize
+from recipes.output import make_logger, write_run
+
+from .data import CifarData
+from .model import CifarClassifier
+
+
+def main(
+    checkpoint: Path,
+    data: str = "cifar10",
+    model: Literal["resnet20", "resnet32", "resnet44", "resnet56"] = "resnet20",
+    pipeline: Literal["calibrate", "light", "advanced", "sequential"] = "sequential",
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    edge_bits: int | None = 8,
+    compression: float = 0.13,
+    candidates: list[int | list[int]] | None = None,
+    observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
+    calibration_samples: int = 1024,
+    split: Literal["test", "train"] = "test",
+    adaquant: dict[str, Any] | None = None,
+    bias_tuning: dict[str, Any] | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    logger: Literal["wandb", "csv", "none"] = "none",
+    output: Path = Path("runs/resnet_cifar10"),
+) -> None:
+    """Quantize a CIFAR-10 ResNet by a CalibTIP pipeline and write result.json and quantized.ckpt.
+
+    Args:
+        checkpoint: File with the trained weights, named as in akamaster/pytorch_resnet_cifar10.
+        data: The hub's cifar10, or a folder with train*.parquet and test*.parquet.
+        model: Architecture.
+        pipeline: Which stages run.
+        weight_bits: Width of weights.
+        activation_bits: Width of activations.
+        edge_bits: Width of the first and last layer; null to treat them like the rest.
+        compression: Size budget of light and advanced: weight bits over 32 bits a weight.
+        candidates: Widths that light and advanced choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not given.
+        observer: How ranges are chosen.
+        calibration_samples: Number of training images to calibrate on.
+        split: Evaluate on the test images, or on the training images that are not calibrated on (to choose settings).
+        adaquant: Further arguments of AdaQuant.
+        bias_tuning: Further arguments of BiasTuning.
+        seed: Of everything random.
+        accelerator: Of the Trainer: cpu, gpu, auto, ...
+        logger: Where metrics go besides the output folder.
+        output: Folder for the results.
+    """
+    pl.seed_everything(seed, verbose=False)
+    trained = CifarClassifier(model, checkpoint)
+    images = CifarData(data, calibration_samples, split=split)
+    images.setup()
+    run = quantize(
+        trained,
+        images.train_dataloader(),
+        images.val_dataloader(),
+        pipeline,
+        stage_options={
+            "compression": compression,
+            "candidates": candidates or [4, 8],
+            "observer": observer,
+            "adaquant": adaquant,
+            "bias_tuning": bias_tuning,
+            "seed": seed,
+        },
+        trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-resnet-cifar10")},
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        edge_bits=edge_bits,
+    )
+    write_run(run, run.record("resnet_cifar10", model, "top1", seed), output)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
