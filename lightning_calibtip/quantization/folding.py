@@ -195,6 +195,6 @@ def apply_fold(model: nn.Module, fold: Fold) -> None:
     layer.bias = nn.Parameter(bias.to(weight.dtype))
     folded = FoldedBatchNorm(normalization).train(normalization.training)
     for parent in list(model.modules()):
-        for child, module in parent.named_children():
+        for child, module in list(parent._modules.items()):
             if module is normalization:
                 setattr(parent, child, folded)

@@ -24,7 +24,9 @@ _ACTIVATIONS = {
     "relu", "relu6", "hardtanh", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish",
     "hardsigmoid", "sigmoid", "tanh", "softplus", "log_sigmoid", "threshold", "clamp", "clamp_min",
 }  # fmt: skip
-_JOINS = {"add", "sub", "cat", "mul", "maximum", "bmm", "matmul", "baddbmm", "scaled_dot_product_attention"}
+_JOINS = {"add", "sub", "cat", "mul", "maximum", "bmm", "matmul", "baddbmm"}
+# The fused kernels of attention have names of their own (``scaled_dot_product_flash_attention_for_cpu``).
+_ATTENTION = "scaled_dot_product"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Structure:
                 operator
                 for operator in self.readers[final.storage]
                 if nexts[0].index not in operator.scope
+                # A layer may return a view of what it computed.
+                and not (call.index in operator.scope and {w.storage for w in operator.writes} == {final.storage})
                 and any(read.storage == final.storage and read.version >= final.version for read in operator.reads)
             ]
             if others:
@@ -170,7 +174,7 @@ class Structure:
 
     def _owner_of_join(self, operator: Operator) -> str | None:
         """Innermost module inside which the inputs of a joining operator have a common ancestor."""
-        if operator.name not in _JOINS:
+        if operator.name not in _JOINS and not operator.name.startswith(_ATTENTION):
             return None
         inputs = [value for value in dict.fromkeys(operator.reads) if not self.is_fixed(value)]
         if len(inputs) < 2:

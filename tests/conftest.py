@@ -1,0 +1,136 @@
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(2)
+
+
+class Block(nn.Module):
+    """Residual block with functional activations, as ResNets have."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return F.relu(out)
+
+
+class TinyResNet(nn.Module):
+    def __init__(self, channels: int = 6, blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(blocks)))
+        self.head = nn.Linear(channels, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.relu(self.norm(self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class TinyClassifier(pl.LightningModule):
+    """A user's LightningModule."""
+
+    def __init__(self, net: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net = net or TinyResNet()
+        self.epoch_ends = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        logits = self(batch[0])
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+        self.log_dict({"val_acc": (logits.argmax(1) == batch[1]).float().mean()})
+
+    def on_validation_epoch_end(self):
+        self.epoch_ends += 1
+        self.log("epoch_ends", float(self.epoch_ends))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def randomize_batch_norms(model: nn.Module, generator: torch.Generator) -> None:
+    """Give BatchNorms statistics as if trained, so that folding has something to do."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.2, 1.5),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.5, 0.5),
+            ):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def tiny_resnet(generator: torch.Generator) -> nn.Module:
+    torch.manual_seed(0)
+    net = TinyResNet()
+    randomize_batch_norms(net, generator)
+    return net.eval()
+
+
+@pytest.fixture
+def tiny_classifier(tiny_resnet: nn.Module) -> TinyClassifier:
+    return TinyClassifier(tiny_resnet)
+
+
+@pytest.fixture
+def images(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(48, 1, 8, 8, generator=generator)
+
+
+@pytest.fixture
+def loader(images: torch.Tensor) -> DataLoader:
+    labels = torch.arange(len(images)) % 4
+    return DataLoader(TensorDataset(images, labels), batch_size=16)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path):
+    def make(*callbacks: pl.Callback, **options) -> pl.Trainer:
+        defaults = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return pl.Trainer(**{**defaults, "callbacks": list(callbacks), **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    folder = Path(os.environ.get("CALIBTIP_TEST_DATA", "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set CALIBTIP_TEST_DATA to the folder with cifar10/ and imagenet/")
+    return folder.resolve()

@@ -1,0 +1,28 @@
+"""Quantized networks made without a Trainer."""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_calibtip.calibration.calibration_set import CalibrationSet
+from lightning_calibtip.quantization.network import QuantizedNetwork
+from lightning_calibtip.quantization.scheme import QuantizationScheme
+
+
+def calibration_set(model: nn.Module, *batches: Tensor) -> CalibrationSet:
+    calibration = CalibrationSet(lambda batch, index: model(batch))
+    for batch in batches:
+        calibration.append(batch)
+    return calibration
+
+
+def calibrated_network(
+    model: nn.Module, calibration: CalibrationSet, observer: str = "mse", **scheme
+) -> QuantizedNetwork:
+    network = QuantizedNetwork(model, QuantizationScheme(**{"weight_bits": 4, "activation_bits": 4, **scheme}))
+    network.prepare(lambda: calibration.run(0))
+    network.watch(observer, observer, 0.1, 99.99, 2.4)
+    with network.observing(), torch.no_grad():
+        for index in range(len(calibration)):
+            calibration.run(index)
+    network.fit_ranges()
+    return network

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from lightning_calibtip.quantization.affine import choose_qparams, fake_quantize
+from lightning_calibtip.quantization.observers import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    make_observer,
+    merge_histograms,
+)
+
+
+def test_moving_average_follows_the_recurrence():
+    observer = MovingAverageObserver(momentum=0.25)
+    for low, high in ((-1.0, 4.0), (-3.0, 8.0)):
+        observer.update(torch.tensor([low, high]))
+    low, high = observer.compute_range(8, False)
+    assert float(low) == pytest.approx(-1.5) and float(high) == pytest.approx(5.0)
+
+
+def test_histogram_counts_are_exact_while_the_range_doubles():
+    torch.manual_seed(0)
+    batches = [torch.randn(500) * spread for spread in (0.1, 3.0, 40.0)]
+    observer = HistogramObserver(bins=64)
+    for batch in batches:
+        observer.update(batch)
+    everything = torch.cat(batches)
+    reach = float(observer.row[0])
+    wanted = torch.histc(everything, bins=64, min=-reach, max=reach)
+    assert float(observer.row[3:].sum()) == 1500
+    assert torch.equal(observer.row[3:].view(-1, 2).sum(1)[8:-8], wanted.view(-1, 2).sum(1)[8:-8])
+    assert float(observer.row[1]) == float(everything.min())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mse_observer_comes_close_to_the_optimum_on_the_raw_values(bits):
+    torch.manual_seed(0)
+    x = torch.nn.functional.relu(torch.randn(20_000)) ** 2
+    observer = make_observer("mse")
+    for batch in x.split(5000):
+        observer.update(batch)
+
+    def error(low, high):
+        scale, zero_point = choose_qparams(low, high, bits, False)
+        return float((fake_quantize(x, scale, zero_point, 0, 2**bits - 1) - x).square().mean())
+
+    best = min(error(torch.zeros(1), x.max().view(1) * f) for f in torch.linspace(0.02, 1, 300).tolist())
+    assert error(*observer.compute_range(bits, False)) <= best * 1.05
+
+
+def test_percentile_observer_leaves_the_share_outside():
+    observer = make_observer("percentile", percentile=99.0)
+    observer.update(torch.linspace(-1, 1, 100_001))
+    low, high = observer.compute_range(8, False)
+    assert float(low) == pytest.approx(-0.98, abs=2e-3) and float(high) == pytest.approx(0.98, abs=2e-3)
+
+
+@pytest.mark.parametrize("method", ["minmax", "moving_average", "percentile", "mse", "lp"])
+def test_constant_and_zero_activations_give_finite_ranges(method):
+    for value in (0.0, 2.0, -3.0):
+        observer = make_observer(method)
+        observer.update(torch.full((10,), value))
+        low, high = observer.compute_range(4, False)
+        scale, zero_point = choose_qparams(low, high, 4, False)
+        assert float(fake_quantize(torch.full((1,), value), scale, zero_point, 0, 15)) == pytest.approx(value, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "lp"])
+def test_reduced_over_processes_equals_one_process_that_saw_everything(method):
+    torch.manual_seed(0)
+    parts = [torch.randn(4000), torch.randn(4000) * 9]
+    together = make_observer(method)
+    observers = [make_observer(method) for _ in parts]
+    for observer, part in zip(observers, parts, strict=True):
+        observer.update(part)
+        together.update(part)
+    merged = make_observer(method)
+    merged.update(parts[0])
+    # What torchmetrics does with the gathered states of each process.
+    for state, reduce in merged._reductions.items():
+        setattr(merged, state, reduce(torch.stack([getattr(observer, state) for observer in observers])).view(-1))
+    for bits in (3, 8):
+        for got, wanted in zip(merged.compute_range(bits, False), together.compute_range(bits, False), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_merging_keeps_every_count():
+    small, large = HistogramObserver(bins=16), HistogramObserver(bins=16)
+    small.update(torch.full((3,), 0.9))
+    large.update(torch.tensor([-7.0, 0.1]))
+    merged = merge_histograms(torch.stack([small.row, large.row]))
+    assert float(merged[3:].sum()) == 5 and float(merged[0]) == 8
+
+
+def test_asking_for_a_range_before_data_is_an_error():
+    with pytest.raises(RuntimeError, match="has seen no data"):
+        MinMaxObserver().compute_range(8, False)
+
+
+@pytest.mark.parametrize("options,name", [({"percentile": 40.0}, "percentile"), ({"p": 0.0}, "p must be above 0")])
+def test_settings_out_of_range_are_refused(options, name):
+    with pytest.raises(ValueError, match=name):
+        make_observer("lp", **options)
+    with pytest.raises(ValueError, match="momentum"):
+        make_observer("moving_average", momentum=1.5)
