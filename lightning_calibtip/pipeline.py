@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .calibration.calibration_set import FirstSamples
 from .callbacks.adaquant import AdaQuant
@@ -40,10 +41,12 @@ def make_stages(
     - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
     - ``"advanced"``: parallel AdaQuant at every candidate width, bit allocation over the results, BatchNorm and bias
     tuning.
-    - ``"sequential"``: sequential AdaQuant at the given widths, BatchNorm and bias tuning.
+    - ``"sequential"``: BatchNorm tuning, sequential AdaQuant at the given widths, bias tuning.
 
-    BatchNorm tuning comes after the bits and weights are settled, since it measures their statistics; bias tuning comes
-    last, since it corrects what is left, end to end.
+    BatchNorm tuning measures the statistics of settled widths, so it comes after bit allocation. Before sequential AdaQuant
+    it gives a better start; after it, there is nothing left to gain: each layer's output has least error already, and such
+    an output has less variance than its target, which BatchNorm tuning would blow up again. Bias tuning comes last, since
+    it corrects what is left, end to end.
 
     Args:
         pipeline: One of the above.
@@ -60,13 +63,14 @@ def make_stages(
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     stages: list[Stage] = [Calibration(observer, observer)]
+    if pipeline == "sequential":
+        stages.append(BatchNormTuning())
     if pipeline == "advanced":
         stages.append(AdaQuant(**{"mode": "parallel", "candidates": candidates, "seed": seed, **(adaquant or {})}))
     if pipeline == "sequential":
         stages.append(AdaQuant(**{"mode": "sequential", "seed": seed, **(adaquant or {})}))
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(compression, candidates))
-    if pipeline != "calibrate":
         stages.append(BatchNormTuning())
     if pipeline in ("advanced", "sequential"):
         stages.append(BiasTuning(**{"seed": seed, **(bias_tuning or {})}))
@@ -152,6 +156,9 @@ def run_stages(
             metrics after each stage, under ``<stage>/<metric>``.
     """
     options = dict(trainer_options or {})
+    if isinstance(calibration, list | tuple):
+        # The Trainer would take a list for several dataloaders.
+        calibration = DataLoader(calibration, batch_size=None)  # type: ignore[arg-type]
 
     def evaluate(name: str, step: int) -> dict[str, float]:
         if validation is None:

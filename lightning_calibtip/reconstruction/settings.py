@@ -30,10 +30,10 @@ class AdaQuantSettings:
         ValueError: naming the setting, its value and the allowed range.
     """
 
-    iterations: int = 1000
+    iterations: int = 500
     batch_size: int = 32
-    weight_rate: float = 2e-2
-    bias_rate: float = 1e-3
+    weight_rate: float = 5e-3
+    bias_rate: float = 2e-3
     weight_range_rate: float = 5e-3
     input_range_rate: float = 5e-3
     relative: bool = True

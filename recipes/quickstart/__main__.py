@@ -15,11 +15,12 @@ from lightning_calibtip.report.table import text_table
 from .digits import DigitClassifier, digit_loaders
 
 
-def main(epochs: int = 12, seed: int = 0, output: Path = Path("runs/quickstart")) -> None:
+def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = Path("runs/quickstart")) -> None:
     """Train a small residual network, quantize it to W4A4 and W2A4, print a table and save figures.
 
     Args:
         epochs: Of training.
+        iterations: Of AdaQuant, a layer.
         seed: Of everything random.
         output: Folder for checkpoints, records and figures.
     """
@@ -34,6 +35,7 @@ def main(epochs: int = 12, seed: int = 0, output: Path = Path("runs/quickstart")
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             calibration_samples=500,
+            stage_options={"adaquant": {"iterations": iterations}},
             filename=f"w{weight_bits}a{activation_bits}",
             seed=seed,
         )

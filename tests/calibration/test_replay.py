@@ -1,0 +1,182 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_calibtip.calibration.replay import Replay
+from lightning_calibtip.quantization.layers import layer_kind
+from lightning_calibtip.quantization.structure import observe_structure
+from tests.conftest import TinyResNet
+from tests.networks import calibration_set
+
+
+class UNet(nn.Module):
+    """Skip connections across blocks; keyword and tuple arguments; in-place activations."""
+
+    class Stage(nn.Module):
+        def __init__(self, channels_in, channels):
+            super().__init__()
+            self.conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+
+        def forward(self, pair, *, scale):
+            x, mask = pair
+            return F.relu_(self.conv(x)) * scale, mask
+
+    def __init__(self):
+        super().__init__()
+        self.down1, self.down2 = self.Stage(1, 4), self.Stage(4, 4)
+        self.up1, self.up2 = self.Stage(8, 4), self.Stage(5, 4)
+
+    def forward(self, x):
+        mask = torch.ones_like(x)
+        a, mask = self.down1((x, mask), scale=2.0)
+        b, mask = self.down2((F.max_pool2d(a, 2), mask), scale=1.0)
+        up = F.interpolate(b, scale_factor=2)
+        c, mask = self.up1((torch.cat([a, up], 1), mask), scale=0.5)
+        return self.up2((torch.cat([c, x], 1), mask), scale=1.0)[0]
+
+
+class SideEffect(nn.Module):
+    """A block that hands a value on behind the return value's back: it must not be skipped as a whole."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            self.memory = torch.tanh(self.fc(x))
+            return self.memory * 2
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.middle, self.last = self.Encoder(), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.middle(self.encoder(x))
+        return self.last(y + self.encoder.memory)
+
+
+class Shared(nn.Module):
+    """One layer used at three places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(3):
+            x = torch.tanh(self.shared(x))
+        return self.last(x)
+
+
+def everything_each_unit_saw(model, calibration, names):
+    seen = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda m, args, kwargs, name=name: seen[name].append(torch.utils._pytree.tree_leaves((args, kwargs))[0].clone()),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for index in range(len(calibration)):
+            calibration.run(index)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "model,shape",
+    [
+        (UNet(), (3, 1, 8, 8)),
+        (SideEffect(), (3, 4)),
+        (Shared(), (3, 4)),
+        (TinyResNet(), (3, 1, 8, 8)),
+    ],
+    ids=["unet", "side effect", "shared layer", "resnet"],
+)
+def test_replayed_inputs_equal_those_of_full_passes(model, shape):
+    torch.manual_seed(0)
+    model.eval()
+    calibration = calibration_set(model, torch.randn(shape), torch.randn(shape))
+    structure = observe_structure(model, lambda: calibration.run(0))
+    names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+    wanted = everything_each_unit_saw(model, calibration, names)
+    replay = Replay(model, structure, calibration, names)
+    for name in names:
+        captured = replay.capture(name)
+        got = [torch.utils._pytree.tree_leaves((c.args, c.kwargs))[0] for batch in captured for c in batch]
+        assert len(got) == len(wanted[name])
+        for ours, theirs in zip(got, wanted[name], strict=True):
+            assert torch.equal(ours, theirs), name
+        module = model.get_submodule(name)
+        with torch.no_grad():
+            replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
+
+
+def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth():
+    counts = {}
+    for blocks in (2, 8):
+        model = TinyResNet(blocks=blocks).eval()
+        calibration = calibration_set(model, torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8))
+        structure = observe_structure(model, lambda calibration=calibration: calibration.run(0))
+        names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+        replay = Replay(model, structure, calibration, names)
+        calls = []
+        convolve = nn.Conv2d._conv_forward
+        try:
+            nn.Conv2d._conv_forward = lambda self, *a: calls.append(self) or convolve(self, *a)
+            for name in names:
+                captured = replay.capture(name)
+                module = model.get_submodule(name)
+                replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
+        finally:
+            nn.Conv2d._conv_forward = convolve
+        counts[blocks] = len(calls) / (len(calibration) * (1 + 2 * blocks))
+    assert counts[2] == counts[8] == 1.0
+
+
+def test_only_what_is_still_needed_is_kept():
+    model = TinyResNet(blocks=12).eval()
+    calibration = calibration_set(model, torch.randn(2, 1, 8, 8))
+    structure = observe_structure(model, lambda: calibration.run(0))
+    names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+    replay = Replay(model, structure, calibration, names)
+    one = 2 * 6 * 8 * 8 * 4
+    for name in names[:-1]:
+        captured = replay.capture(name)
+        module = model.get_submodule(name)
+        replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
+        assert replay.stored_bytes <= 3 * one, name
+
+
+def test_model_is_as_before_after_a_capture():
+    model = Shared().eval()
+    calibration = calibration_set(model, torch.randn(3, 4))
+    structure = observe_structure(model, lambda: calibration.run(0))
+    wanted = calibration.run(0)
+    replay = Replay(model, structure, calibration, ["first", "shared", "last"])
+    first = replay.capture("first")
+    replay.finish("first", [[torch.zeros(3, 4)] for _ in first])
+    replay.capture("shared")
+    assert torch.equal(calibration.run(0), wanted)
+    assert "forward" not in model.first.__dict__
+
+
+def test_a_batch_that_does_not_reach_the_unit_is_an_error_that_names_it():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)) if x.sum() > 0 else self.a(x)
+
+    model = Sometimes().eval()
+    calibration = calibration_set(model, torch.ones(1, 2), -torch.ones(1, 2))
+    structure = observe_structure(model, lambda: calibration.run(0))
+    with pytest.raises(RuntimeError, match="b: calibration batch 1 called it 0 times, the first batch 1 times"):
+        Replay(model, structure, calibration, ["b"]).capture("b")

@@ -1,0 +1,227 @@
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.candidates import adaquant_candidates
+from lightning_calibtip.reconstruction.optimize import optimize_unit, output_tensors, relative_error
+from lightning_calibtip.reconstruction.samples import UnitSamples
+from lightning_calibtip.reconstruction.settings import PAPER, AdaQuantSettings
+from lightning_calibtip.reconstruction.units import find_units
+from tests.networks import calibrated_network, calibration_set
+
+QUICK = AdaQuantSettings(iterations=40, batch_size=16)
+
+
+@pytest.fixture
+def calibrated(tiny_resnet, images):
+    calibration = calibration_set(tiny_resnet, *images.split(16))
+    return calibrated_network(tiny_resnet, calibration, weight_bits=2, activation_bits=4), calibration
+
+
+def test_units_of_layers_carry_the_activation_that_follows(calibrated):
+    network, _ = calibrated
+    units = {unit.name: unit for unit in find_units(network, "layer")}
+    assert list(units) == [
+        "stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2", "head",
+    ]  # fmt: skip
+    x = torch.linspace(-1, 1, 5)
+    for name in ("stem", "blocks.0.conv1", "blocks.1.conv1"):
+        assert torch.equal(units[name].activation(x), F.relu(x))
+    for name in ("blocks.0.conv2", "head"):
+        assert units[name].activation is None
+
+
+def test_units_of_blocks_hold_each_layer_once(calibrated):
+    network, _ = calibrated
+    units = find_units(network, "block")
+    assert [unit.name for unit in units] == ["stem", "blocks.0", "blocks.1", "head"]
+    assert sorted(layer.name for unit in units for layer in unit.layers) == sorted(network.layers)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_reconstruction_brings_the_logits_closer_to_float(tiny_resnet, images, calibrated, mode, granularity):
+    network, calibration = calibrated
+    with torch.no_grad():
+        with network.quantized(False):
+            wanted = tiny_resnet(images)
+        before = (tiny_resnet(images) - wanted).square().mean()
+        results = adaquant(network, calibration, AdaQuantSettings(iterations=150, batch_size=16), mode, granularity)
+        after = (tiny_resnet(images) - wanted).square().mean()
+        with network.quantized(False):
+            torch.testing.assert_close(tiny_resnet(images), wanted)
+    assert after < before
+    assert all(result.error_after <= result.error_before for result in results)
+    # The edges have 8 bits and hardly an error to lower.
+    assert all(result.kept for result in results if result.name not in ("stem", "head"))
+    for layer in network.layers.values():
+        assert torch.equal(layer.weight_quantizer.zero_point, layer.weight_quantizer.zero_point.round())
+        assert layer.errors is not None
+
+
+def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, images, calibrated, monkeypatch):
+    network, calibration = calibrated
+    seen = {}
+
+    def record(unit, samples, settings, generator):
+        call, target = samples.take(torch.arange(samples.count))
+        seen[unit.name] = (call.args[0], target[0])
+        return optimize_unit(unit, samples, settings, generator)
+
+    monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
+    adaquant(network, calibration, QUICK, "sequential")
+    inputs = {}
+    for name, layer in network.layers.items():
+        layer.module.register_forward_pre_hook(
+            lambda m, args, name=name: inputs.__setitem__(name, args[0].clone()), prepend=True
+        )
+    with torch.no_grad():
+        tiny_resnet(images)
+        for name, (unit_input, _) in seen.items():
+            torch.testing.assert_close(unit_input, inputs[name], msg=name)
+        with network.quantized(False):
+            logits = tiny_resnet(images)
+    torch.testing.assert_close(seen["head"][1], logits)
+
+
+def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
+    network, calibration = calibrated
+    before = {name: layer.save() for name, layer in network.layers.items()}
+    absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, relative=False)
+    with caplog.at_level(logging.WARNING):
+        results = adaquant(network, calibration, absurd)
+    for result in results:
+        assert not result.kept and result.error_after == result.error_before
+        assert f"{result.name}: restored" in caplog.text
+        layer, state = network.layers[result.name], before[result.name]
+        assert torch.equal(layer.weight, state.weight) and torch.equal(layer.bias, state.bias)
+        assert torch.equal(layer.input_quantizer.scale, state.input_scale)
+
+
+def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
+    network, calibration = calibrated
+    before = network.layers["blocks.0.conv1"].save()
+
+    def poison(unit, output):
+        leaves = output_tensors(unit, output)
+        if unit.name == "blocks.0.conv1" and torch.is_grad_enabled():
+            leaves = [leaf * float("nan") for leaf in leaves]
+        return leaves
+
+    monkeypatch.setattr("lightning_calibtip.reconstruction.optimize.output_tensors", poison)
+    with caplog.at_level(logging.WARNING):
+        results = {result.name: result for result in adaquant(network, calibration, QUICK)}
+    assert not results["blocks.0.conv1"].kept and "nan at step 0" in results["blocks.0.conv1"].note
+    assert "blocks.0.conv1: restored" in caplog.text
+    assert torch.equal(network.layers["blocks.0.conv1"].weight, before.weight)
+    assert any(result.kept for result in results.values())
+
+
+def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_resnet, images):
+    weights = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(tiny_resnet)
+        calibration = calibration_set(model, *images.split(16))
+        network = calibrated_network(model, calibration)
+        adaquant(network, calibration, AdaQuantSettings(iterations=15, batch_size=16, seed=seed))
+        weights.append([layer.weight.clone() for layer in network.layers.values()])
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
+
+
+def test_a_parameter_with_rate_zero_stays(calibrated):
+    network, calibration = calibrated
+    before = {name: layer.save() for name, layer in network.layers.items()}
+    only_bias = AdaQuantSettings(
+        iterations=10, batch_size=16, weight_rate=0, weight_range_rate=0, input_range_rate=0, bias_rate=1e-3
+    )
+    adaquant(network, calibration, only_bias)
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.weight, before[name].weight)
+        assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
+        assert torch.equal(layer.input_quantizer.scale, before[name].input_scale)
+    assert any(not torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
+
+
+def test_shared_layer_is_reconstructed_on_all_its_calls():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.shared(torch.tanh(self.shared(self.first(x))))))
+
+    torch.manual_seed(0)
+    model = Shared().eval()
+    calibration = calibration_set(model, *torch.randn(256, 6).split(64))
+    network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4)
+    results = {r.name: r for r in adaquant(network, calibration, AdaQuantSettings(iterations=100, batch_size=16))}
+    assert results["shared"].error_after < results["shared"].error_before
+
+
+def test_candidates_leave_a_state_for_each_width(calibrated):
+    network, calibration = calibrated
+    adaquant_candidates(network, calibration, QUICK, [(2, 4), (8, 8)])
+    for name in network.free_layers:
+        layer = network.layers[name]
+        assert set(layer.variants) == {(2, 4), (8, 8)} and layer.bits == (2, 4)
+        assert layer.variants[2, 4].errors[1] > layer.variants[8, 8].errors[1]
+        layer.take((8, 8))
+        assert layer.bits == (8, 8) and torch.equal(layer.weight, layer.variants[8, 8].weight)
+    assert network.layers["stem"].bits == (8, 8) and not network.layers["stem"].variants
+
+
+def test_uncalibrated_model_and_unknown_mode_are_errors(calibrated):
+    network, calibration = calibrated
+    with pytest.raises(ValueError, match="mode must be one of parallel, sequential, got 'serial'"):
+        adaquant(network, calibration, QUICK, "serial")
+    with pytest.raises(ValueError, match="granularity must be one of"):
+        adaquant(network, calibration, QUICK, "parallel", "stage")
+    for layer in network.layers.values():
+        layer.set_enabled(False)
+    with pytest.raises(RuntimeError, match="run Calibration first"):
+        adaquant(network, calibration, QUICK)
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("iterations", 0),
+        ("batch_size", 0),
+        ("weight_rate", -1.0),
+        ("bias_rate", float("inf")),
+        ("input_range_rate", float("nan")),
+        ("schedule", "linear"),
+        ("holdout", 0.0),
+        ("holdout", 1.0),
+    ],
+)
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        AdaQuantSettings(**{name: value})
+
+
+def test_papers_settings_are_absolute_and_constant():
+    settings = AdaQuantSettings(**PAPER)
+    assert (settings.batch_size, settings.iterations, settings.relative) == (50, 1000, False)
+    assert settings.rate_at(0) == settings.rate_at(999) == 1.0
+    assert AdaQuantSettings(iterations=10).rate_at(5) == pytest.approx(0.5)
+
+
+def test_error_is_relative_to_the_targets_power(calibrated):
+    network, calibration = calibrated
+    unit = find_units(network, "layer")[-1]
+    from lightning_calibtip.calibration.replay import UnitCall
+
+    x = torch.randn(20, 6)
+    with torch.no_grad():
+        output = unit.module(x)
+    samples = UnitSamples.join([UnitCall((x,), {})], [[output + 2.0]])
+    wanted = float(4.0 / (output + 2.0).square().mean())
+    assert relative_error(unit, samples, torch.arange(20)) == pytest.approx(wanted, rel=1e-4)

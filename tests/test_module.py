@@ -1,0 +1,324 @@
+import copy
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule
+from tests.conftest import TinyClassifier, TinyResNet
+
+
+@pytest.fixture
+def calibrated(tiny_classifier, loader, make_trainer):
+    module = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4)
+    make_trainer(Calibration()).fit(module, loader)
+    return module
+
+
+def as_loader(*batches):
+    return DataLoader(list(batches), batch_size=None)
+
+
+def logits_of(module, images):
+    with torch.no_grad():
+        return module(images)
+
+
+def test_original_model_stays_untouched(tiny_classifier, loader, make_trainer):
+    before = copy.deepcopy(tiny_classifier.state_dict())
+    tiny_classifier.train()
+    module = QuantizationModule(tiny_classifier, weight_bits=4)
+    make_trainer(Calibration(), AdaQuant(iterations=5)).fit(module, loader)
+    after = tiny_classifier.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert tiny_classifier.training and all(p.requires_grad for p in tiny_classifier.parameters())
+    assert type(tiny_classifier.net.stem) is nn.Conv2d
+
+
+def test_users_steps_and_hooks_log_through_the_trainer(calibrated, tiny_classifier, loader, make_trainer):
+    logged = make_trainer().validate(calibrated, loader, verbose=False)[0]
+    assert set(logged) == {"val_loss", "val_acc", "epoch_ends"}
+    wanted = make_trainer().validate(tiny_classifier, loader, verbose=False)[0]
+    assert logged["val_loss"] == pytest.approx(wanted["val_loss"], rel=0.3)
+    assert logged["val_loss"] != wanted["val_loss"]
+
+
+def test_steps_with_a_dataloader_index_and_several_loaders_work(calibrated, loader, make_trainer):
+    logged = make_trainer().validate(calibrated, [loader, loader], verbose=False)
+    assert len(logged) == 2 and "val_acc/dataloader_idx_1" in logged[1]
+
+
+def test_test_and_predict_steps_are_the_users(loader, images, make_trainer):
+    class Full(TinyClassifier):
+        def test_step(self, batch, batch_idx):
+            self.log("test_only", 7.0)
+
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0]).argmax(1)
+
+    module = QuantizationModule(Full())
+    make_trainer(Calibration()).fit(module, loader)
+    assert make_trainer().test(module, loader, verbose=False)[0] == {"test_only": 7.0}
+    predicted = torch.cat(make_trainer().predict(module, loader))
+    assert torch.equal(predicted, logits_of(module, images).argmax(1))
+
+
+def test_users_own_dataloaders_are_used(images, make_trainer):
+    class WithData(TinyClassifier):
+        def val_dataloader(self):
+            return DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.int64)), 8)
+
+    assert "val_loss" in make_trainer().validate(QuantizationModule(WithData()), verbose=False)[0]
+
+
+def test_forward_takes_any_signature():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, a, *rest, factor=1, **more):
+            return self.fc(a) * factor + sum(rest) + more.get("shift", 0)
+
+    net = Odd()
+    module, x = QuantizationModule(net), torch.ones(1, 2)
+    torch.testing.assert_close(module(x, 1, 2, factor=3, shift=4), net(x, 1, 2, factor=3, shift=4))
+
+
+def test_plain_module_with_a_validation_step(tiny_resnet, loader, make_trainer):
+    def validation_step(module, batch, batch_idx):
+        module.log("agreement", (module(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    module = QuantizationModule(tiny_resnet, validation_step=validation_step)
+    make_trainer(Calibration()).fit(module, loader)
+    assert 0 <= make_trainer().validate(module, loader, verbose=False)[0]["agreement"] <= 1
+
+
+def test_module_without_a_step_says_what_to_pass(tiny_resnet, loader, make_trainer):
+    with pytest.raises(NotImplementedError, match="TinyResNet has no validation_step; pass validation_step="):
+        make_trainer().validate(QuantizationModule(tiny_resnet), loader, verbose=False)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "list", "mapping"])
+def test_calibration_batches_of_each_kind_become_a_forward_call(kind, images, make_trainer):
+    class Named(TinyResNet):
+        def forward(self, pixels, mask=None):
+            return super().forward(pixels)
+
+    batches = {
+        "tensor": [images],
+        "list": [[images, "no label"]],
+        "mapping": [{"pixels": images, "labels": torch.zeros(len(images))}],
+    }[kind]
+    module = QuantizationModule(Named())
+    make_trainer(Calibration("minmax")).fit(module, as_loader(*batches))
+    on_input = module.network.layers["stem"].input_quantizer
+    reach = float(on_input.scale) * 255
+    assert reach == pytest.approx(float(images.max() - images.min()), rel=1e-3)
+
+
+def test_mapping_without_a_name_that_forward_takes_is_an_error(images, make_trainer):
+    with pytest.raises(ValueError, match=r"No entry of the calibration batch \(pictures\) is an argument of"):
+        make_trainer(Calibration()).fit(QuantizationModule(TinyResNet()), as_loader({"pictures": images}))
+
+
+def test_calibration_step_can_be_overridden(images, make_trainer):
+    class Halved(QuantizationModule):
+        def calibration_step(self, batch, batch_idx):
+            return self.model(batch["deep"]["pixels"] / 2)
+
+    module = Halved(TinyResNet())
+    make_trainer(Calibration("minmax")).fit(module, as_loader({"deep": {"pixels": images}}))
+    reach = float(module.network.layers["stem"].input_quantizer.scale) * 255
+    assert reach == pytest.approx(float(images.max() - images.min()) / 2, rel=1e-3)
+
+
+def test_only_calibration_batches_move_observers(tiny_classifier, loader, images, make_trainer):
+    far = DataLoader(TensorDataset(images * 1000, torch.zeros(len(images), dtype=torch.int64)), 16)
+    scales = []
+    for options in ({"val_dataloaders": far}, {}):
+        module = QuantizationModule(tiny_classifier)
+        make_trainer(Calibration(), num_sanity_val_steps=2).fit(module, loader, **options)
+        scales.append(torch.stack([layer.input_quantizer.scale for layer in module.network.layers.values()]))
+    assert torch.equal(scales[0], scales[1])
+
+
+def test_dropout_and_left_over_batch_norm_do_not_move(loader, images, make_trainer):
+    net = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 3, 3), nn.Dropout(0.9), nn.Flatten(), nn.Linear(108, 4))
+    module = QuantizationModule(net)
+    module.train()
+    make_trainer(Calibration()).fit(module, loader)
+    assert torch.equal(module.model[0].running_mean, torch.zeros(1))
+    assert torch.equal(logits_of(module, images), logits_of(module, images))
+    notes = {line.name: line.note for line in module.layer_summary() if line.kind == "float"}
+    assert "no convolution or linear layer" in notes["0"]
+
+
+def test_one_epoch_calibrates_whatever_max_epochs_says(tiny_classifier, loader, make_trainer):
+    trainer = make_trainer(Calibration(), max_epochs=50)
+    trainer.fit(QuantizationModule(tiny_classifier), loader)
+    assert trainer.current_epoch == 1
+
+
+def test_no_calibration_batch_is_an_error(tiny_classifier, make_trainer):
+    with pytest.raises(RuntimeError, match="calibration set is empty"):
+        make_trainer(Calibration()).fit(QuantizationModule(tiny_classifier), as_loader())
+
+
+def test_nan_batch_is_an_error_that_names_it(tiny_classifier, images, make_trainer):
+    bad = images.clone()
+    bad[3] = float("nan")
+    with pytest.raises(ValueError, match=r"Calibration batch 1: batch.* holds NaN or infinity"):
+        make_trainer(Calibration()).fit(QuantizationModule(tiny_classifier), as_loader([images], [bad]))
+
+
+def test_quantization_module_cannot_be_wrapped_again(calibrated):
+    with pytest.raises(ValueError, match="already a QuantizationModule"):
+        QuantizationModule(calibrated)
+    with pytest.raises(ValueError, match="already quantized"):
+        QuantizationModule(calibrated.model)
+
+
+def test_quantized_false_gives_the_float_output_also_after_reconstruction(
+    tiny_classifier, images, loader, make_trainer
+):
+    module = QuantizationModule(tiny_classifier, weight_bits=2, activation_bits=4)
+    make_trainer(Calibration(), AdaQuant(iterations=20), BiasTuning(epochs=1, holdout=0)).fit(module, loader)
+    wanted = logits_of(tiny_classifier, images)
+    with module.quantized(False):
+        torch.testing.assert_close(logits_of(module, images), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits_of(module, images), wanted, atol=1e-3)
+
+
+def test_deep_copy_is_independent(calibrated, images):
+    wanted = logits_of(calibrated, images)
+    duplicate = copy.deepcopy(calibrated)
+    for layer in duplicate.network.layers.values():
+        layer.weight.data.zero_()
+    assert torch.equal(logits_of(calibrated, images), wanted)
+    assert not torch.equal(logits_of(duplicate, images), wanted)
+
+
+def test_summary_is_printed_with_every_layer(calibrated, capsys):
+    calibrated.print_summary()
+    printed = capsys.readouterr().out
+    assert "net.blocks.1.conv2" in printed and "6 quantized, 5 folded, 0 float" in printed
+
+
+@pytest.fixture
+def checkpoint(tiny_classifier, loader, make_trainer, tmp_path):
+    module = QuantizationModule(tiny_classifier, weight_bits=3, activation_bits=4, overrides={"net.blocks.0.*": (5, 7)})
+    trainer = make_trainer(Calibration(), AdaQuant(iterations=10))
+    trainer.fit(module, loader)
+    path = tmp_path / "quantized.ckpt"
+    trainer.save_checkpoint(path)
+    return module, path
+
+
+def test_reloaded_checkpoint_gives_the_same_logits_bit_for_bit(checkpoint, images):
+    module, path = checkpoint
+    # The checkpoint is complete: the model that is passed gives the structure only.
+    loaded = QuantizationModule.load_from_checkpoint(path, model=TinyClassifier())
+    assert torch.equal(logits_of(loaded, images), logits_of(module, images))
+    assert sum(line.kind == "quantized" for line in loaded.layer_summary()) == 6
+    assert loaded.network.layers["net.blocks.0.conv1"].bits == (5, 7)
+
+
+def test_checkpoint_loads_with_weights_only_and_holds_packed_integers(checkpoint):
+    module, path = checkpoint
+    saved = torch.load(path, weights_only=True)
+    weights = saved["calibtip"]["weights"]
+    assert set(weights) == set(module.network.layers)
+    for name, layer in module.network.layers.items():
+        assert weights[name]["packed"].numel() == (layer.weight.numel() * layer.bits[0] + 7) // 8
+    assert not any("original" in key for key in saved["state_dict"])
+
+
+def test_reloaded_module_with_trained_weights_knows_the_float_model(checkpoint, tiny_classifier, images):
+    _, path = checkpoint
+    loaded = QuantizationModule.load_from_checkpoint(path, model=tiny_classifier)
+    with loaded.quantized(False):
+        torch.testing.assert_close(logits_of(loaded, images), logits_of(tiny_classifier, images), rtol=1e-4, atol=1e-5)
+
+
+def test_reloaded_module_can_be_tuned_further(checkpoint, tiny_classifier, loader, make_trainer):
+    _, path = checkpoint
+    loaded = QuantizationModule.load_from_checkpoint(path, model=tiny_classifier)
+    make_trainer(AdaQuant(iterations=5)).fit(loaded, loader)
+    assert loaded.network.layers["net.head"].errors is not None
+
+
+def test_validate_with_ckpt_path_in_a_new_process(checkpoint, loader, make_trainer, tmp_path):
+    module, path = checkpoint
+    wanted = make_trainer().validate(module, loader, verbose=False)[0]
+    torch.save([list(batch) for batch in loader], tmp_path / "batches.pt")
+    script = (
+        "import sys, torch, lightning.pytorch as pl\n"
+        "torch.set_num_threads(1)\n"
+        "from tests.conftest import TinyClassifier\n"
+        "from lightning_calibtip import QuantizationModule\n"
+        "batches = torch.utils.data.DataLoader(torch.load(sys.argv[2]), batch_size=None)\n"
+        "trainer = pl.Trainer(accelerator='cpu', logger=False, enable_progress_bar=False)\n"
+        "module = QuantizationModule(TinyClassifier(), weight_bits=8)\n"
+        "logged = trainer.validate(module, batches, ckpt_path=sys.argv[1], verbose=False)[0]\n"
+        "print('LOSS', logged['val_loss'].hex())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path), str(tmp_path / "batches.pt")], capture_output=True, text=True
+    )
+    assert f"LOSS {wanted['val_loss'].hex()}" in done.stdout, done.stderr
+
+
+def test_validate_with_ckpt_path_on_the_very_module_restores_it(checkpoint, images, loader, make_trainer):
+    module, path = checkpoint
+    wanted = logits_of(module, images)
+    for layer in module.network.layers.values():
+        layer.weight.data.zero_()
+    make_trainer().validate(module, loader, ckpt_path=path, verbose=False)
+    assert torch.equal(logits_of(module, images), wanted)
+
+
+def test_checkpoints_of_something_else_are_refused(checkpoint, tiny_classifier, make_trainer, tmp_path, loader):
+    _, path = checkpoint
+    with pytest.raises(ValueError, match="checkpoint is of another model: this one has no module"):
+        QuantizationModule.load_from_checkpoint(path, model=nn.Sequential(nn.Linear(2, 2)), overrides=None)
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(tiny_classifier, loader)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="was not saved by a QuantizationModule"):
+        make_trainer().validate(QuantizationModule(TinyClassifier()), loader, ckpt_path=tmp_path / "plain.ckpt")
+    saved = torch.load(path, weights_only=True)
+    saved["calibtip"]["config"]["version"] = 99
+    torch.save(saved, tmp_path / "newer.ckpt")
+    with pytest.raises(ValueError, match="version 99, this is version 1"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "newer.ckpt", model=TinyClassifier())
+
+
+def test_saving_before_calibration_and_loading_again_works(tiny_classifier, images, loader, make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.validate(QuantizationModule(tiny_classifier), loader, verbose=False)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "float.ckpt", model=TinyClassifier())
+    torch.testing.assert_close(logits_of(loaded, images), logits_of(tiny_classifier, images))
+
+
+def test_model_attached_to_a_trainer_is_copied_without_it(tiny_classifier, loader, make_trainer):
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(tiny_classifier, loader)
+    module = QuantizationModule(tiny_classifier)
+    assert module.model._trainer is None and tiny_classifier.trainer is trainer
+
+
+def test_bfloat16_autocast_of_the_trainer_is_honoured(tiny_classifier, images, loader, make_trainer):
+    seen = []
+    module = QuantizationModule(tiny_classifier)
+    module.model.net.head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    make_trainer(Calibration(), AdaQuant(iterations=3), precision="bf16-mixed").fit(module, loader)
+    assert torch.bfloat16 in seen
+    assert torch.isfinite(F.softmax(logits_of(module, images), -1)).all()
+    assert isinstance(module, pl.LightningModule)
