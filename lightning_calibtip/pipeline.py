@@ -43,10 +43,10 @@ def make_stages(
     tuning.
     - ``"sequential"``: BatchNorm tuning, sequential AdaQuant at the given widths, bias tuning.
 
-    BatchNorm tuning measures the statistics of settled widths, so it comes after bit allocation. Before sequential AdaQuant
-    it gives a better start; after it, there is nothing left to gain: each layer's output has least error already, and such
-    an output has less variance than its target, which BatchNorm tuning would blow up again. Bias tuning comes last, since
-    it corrects what is left, end to end.
+    BatchNorm tuning measures the statistics of settled widths, so it comes after bit allocation. Before sequential
+    AdaQuant it gives a better start; after it, there is nothing left to gain: each layer's output has least error
+    already, and such an output has less variance than its target, which BatchNorm tuning would blow up again. Bias
+    tuning comes last, since it corrects what is left, end to end.
 
     Args:
         pipeline: One of the above.

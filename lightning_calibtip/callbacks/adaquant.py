@@ -25,9 +25,10 @@ class AdaQuant(Stage):
         batch_size: Samples a step.
         weight_rate: Learning rate of weights.
         bias_rate: Learning rate of biases.
-        weight_range_rate: Learning rate of the weights' scales and zero points.
-        input_range_rate: Learning rate of the inputs' scales and zero points.
-        relative: Whether rates are fractions of each parameter's own magnitude, or absolute.
+        weight_range_rate: Learning rate of the weights' scales.
+        input_range_rate: Learning rate of the inputs' scales.
+        zero_point_rate: Learning rate of zero points, in integer steps.
+        relative: Whether rates are fractions of a quantization step (see ``AdaQuantSettings``), or absolute.
         schedule: ``"cosine"`` or ``"constant"``.
         holdout: Share of the calibration samples that decides whether a unit's result is kept.
         candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for
@@ -48,6 +49,7 @@ class AdaQuant(Stage):
         bias_rate: float = AdaQuantSettings.bias_rate,
         weight_range_rate: float = AdaQuantSettings.weight_range_rate,
         input_range_rate: float = AdaQuantSettings.input_range_rate,
+        zero_point_rate: float = AdaQuantSettings.zero_point_rate,
         relative: bool = True,
         schedule: str = "cosine",
         holdout: float = AdaQuantSettings.holdout,
@@ -67,6 +69,7 @@ class AdaQuant(Stage):
             bias_rate,
             weight_range_rate,
             input_range_rate,
+            zero_point_rate,
             relative,
             schedule,
             holdout,

@@ -11,8 +11,8 @@ class BatchNormTuning(Stage):
     """Rebuilds each folded BatchNorm, re-estimates its statistics on the quantized model and folds it again.
 
     Args:
-        reference: What channels are brought back to: ``"float"``, the float model's statistics over the calibration set, or
-            ``"training"``, BatchNorm's own gamma and beta, as in the paper.
+        reference: What channels are brought back to: ``"float"``, the float model's statistics over the calibration
+            set, or ``"training"``, BatchNorm's own gamma and beta, as in the paper.
 
     Raises:
         ValueError: If ``reference`` is unknown.

@@ -64,20 +64,28 @@ def relative_error(unit: Unit, samples: UnitSamples, index: Tensor) -> float:
     return error / power if power else error
 
 
-def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_magnitude: float) -> list[dict[str, object]]:
-    """Adam's parameter groups of a layer, each with its learning rate."""
+def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_error: float) -> list[dict[str, object]]:
+    """Adam's parameter groups of a layer, each with its learning rate (see ``AdaQuantSettings.relative``).
 
-    def rate(value: float, magnitude: float) -> float:
-        return value * magnitude if settings.relative else value
+    Args:
+        layer: The layer.
+        settings: The rates.
+        output_error: Root mean square of its unit's output error, in the unit of the layer's output.
+    """
+
+    def rate(value: float, step: float) -> float:
+        return value * step if settings.relative else value
 
     on_weight, on_input = layer.quantizers
-    groups = [([layer.weight], rate(settings.weight_rate, float(layer.weight.detach().abs().mean())))]
+    groups = [([layer.weight], rate(settings.weight_rate, float(on_weight.scale.mean())))]
     if layer.bias is not None:
-        groups.append(([layer.bias], rate(settings.bias_rate, output_magnitude)))
+        groups.append(([layer.bias], rate(settings.bias_rate, output_error)))
     for quantizer, value in ((on_weight, settings.weight_range_rate), (on_input, settings.input_range_rate)):
-        groups.append(([quantizer.scale], rate(value, float(quantizer.scale.mean()))))
+        groups.append(
+            ([quantizer.scale], rate(value, float(quantizer.scale.mean()) / (quantizer.qmax - quantizer.qmin)))
+        )
         if not quantizer.symmetric:
-            groups.append(([quantizer.zero_point], rate(value, float(2**quantizer.bits - 1))))
+            groups.append(([quantizer.zero_point], settings.zero_point_rate))
     return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if lr > 0]
 
 
@@ -101,7 +109,7 @@ def optimize_unit(
     holdout, training = (order[:held], order[held:]) if samples.count > 1 else (order, order)
     before = relative_error(unit, samples, holdout)
     initial = [layer.save() for layer in unit.layers]
-    diverged = _descend(unit, samples, settings, training, generator)
+    diverged = _descend(unit, samples, settings, training, before, generator)
     after = float("nan") if diverged else relative_error(unit, samples, holdout)
     note = diverged or ("" if after < before else f"the held-out error did not fall ({before:.3g} to {after:.3g})")
     if note:
@@ -115,12 +123,21 @@ def optimize_unit(
 
 
 def _descend(
-    unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, training: Tensor, generator: torch.Generator
+    unit: Unit,
+    samples: UnitSamples,
+    settings: AdaQuantSettings,
+    training: Tensor,
+    error_before: float,
+    generator: torch.Generator,
 ) -> str:
     """The optimiser's steps; returns why it had to stop early, or ''."""
     call, _ = samples.take(training[: settings.batch_size])
     magnitudes = output_magnitudes(unit.layers, lambda: unit(call))
-    groups = [group for layer in unit.layers for group in _groups(layer, settings, magnitudes.get(layer.name, 0.0))]
+    groups = [
+        group
+        for layer in unit.layers
+        for group in _groups(layer, settings, magnitudes.get(layer.name, 0.0) * error_before**0.5)
+    ]
     if not groups:
         return ""
     optimizer = torch.optim.Adam(groups)
@@ -135,7 +152,7 @@ def _descend(
             error, power = _loss(unit, samples, index)
             loss = error / power.clamp_min(1e-20)
             if not bool(torch.isfinite(loss)):
-                return f"the error became {float(loss)} at step {step}"
+                return f"the error became {float(loss.detach())} at step {step}"
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for group in optimizer.param_groups:

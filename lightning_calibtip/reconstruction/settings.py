@@ -16,11 +16,13 @@ class AdaQuantSettings:
         batch_size: Samples a step, at least 1.
         weight_rate: Learning rate of weights.
         bias_rate: Learning rate of biases.
-        weight_range_rate: Learning rate of the weights' scales and zero points.
-        input_range_rate: Learning rate of the inputs' scales and zero points.
-        relative: Whether rates are fractions of each parameter's own magnitude (the mean absolute weight; the mean
-            scale; for a bias, the root mean square of the layer's output; for a zero point, one integer step) or
-            absolute, as in the paper.
+        weight_range_rate: Learning rate of the weights' scales.
+        input_range_rate: Learning rate of the inputs' scales.
+        zero_point_rate: Learning rate of zero points, in integer steps. A zero point acts rounded, so every move of it
+            is a jump; the default lets it move by about one in a run, where its gradient keeps the sign.
+        relative: Whether rates are fractions of a quantization step, so that they fit any width and any layer: for a
+            weight, of its scale; for a scale, of what moves the end of the range by one step; for a bias, of the root
+            mean square of the output error. Otherwise they are absolute, as in the paper.
         schedule: ``"cosine"`` lets the rates fall to zero along half a cosine, ``"constant"`` keeps them.
         holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is
             kept.
@@ -32,10 +34,11 @@ class AdaQuantSettings:
 
     iterations: int = 500
     batch_size: int = 32
-    weight_rate: float = 5e-3
-    bias_rate: float = 2e-3
-    weight_range_rate: float = 5e-3
-    input_range_rate: float = 5e-3
+    weight_rate: float = 1e-2
+    bias_rate: float = 2e-2
+    weight_range_rate: float = 5e-2
+    input_range_rate: float = 5e-2
+    zero_point_rate: float = 4e-3
     relative: bool = True
     schedule: str = "cosine"
     holdout: float = 0.1
@@ -45,7 +48,7 @@ class AdaQuantSettings:
         for name in ("iterations", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("weight_rate", "bias_rate", "weight_range_rate", "input_range_rate"):
+        for name in ("weight_rate", "bias_rate", "weight_range_rate", "input_range_rate", "zero_point_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if self.schedule not in SCHEDULES:
@@ -68,6 +71,7 @@ PAPER = {
     "bias_rate": 1e-3,
     "weight_range_rate": 1e-3,
     "input_range_rate": 1e-1,
+    "zero_point_rate": 1e-1,
     "relative": False,
     "schedule": "constant",
 }

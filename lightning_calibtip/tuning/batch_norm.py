@@ -38,18 +38,18 @@ def tune_batch_norm(
 ) -> BatchNormTuningResult:
     """Re-estimate each folded BatchNorm's statistics on the quantized model and fold it again.
 
-    In the order of execution, the mean and deviation of each quantized channel over the calibration set are measured, with
-    all layers before it tuned already, and brought back to those of the reference: the bias takes the shift; the stretch
-    goes into the per-channel weight scale, so that the integers stay as they are. Where there is no scale for each output
-    channel (weights quantized per tensor, grouped transposed convolutions), only the shift is corrected. If the model ends
-    farther from the float logits than before, it is put back.
+    In the order of execution, the mean and deviation of each quantized channel over the calibration set are measured,
+    with all layers before it tuned already, and brought back to those of the reference: the bias takes the shift; the
+    stretch goes into the per-channel weight scale, so that the integers stay as they are. Where there is no scale for
+    each output channel (weights quantized per tensor, grouped transposed convolutions), only the shift is corrected. If
+    the model ends farther from the float logits than before, it is put back.
 
     Args:
         network: Calibrated.
         calibration: The samples.
         reference: ``"training"`` brings channels to the mean beta and the deviation gamma that BatchNorm gave them in
-            training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set: the
-            set's own deviation from the training data (its few samples, no augmentation) then cancels.
+            training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set:
+            the set's own deviation from the training data (its few samples, no augmentation) then cancels.
 
     Returns:
         The layers and the divergence; no layers if no BatchNorm was folded.
@@ -70,9 +70,7 @@ def tune_batch_norm(
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     before = mean_divergence(calibration, logits, everything)
     initial = {name: network.layers[name].save() for name in order}
-    float_stream, quantized_stream = (
-        Replay(network.model, network.structure, calibration, order) for _ in range(2)
-    )
+    float_stream, quantized_stream = (Replay(network.model, network.structure, calibration, order) for _ in range(2))
     for name in order:
         layer = network.layers[name]
         norm = network.model.get_submodule(folds[name].normalization)

@@ -20,8 +20,8 @@ class CifarData(pl.LightningDataModule):
         calibration_samples: The first so many training images.
         batch_size: Of calibration.
         eval_batch_size: Of validation.
-        split: ``"test"`` to evaluate on the test images; ``"train"`` on the training images after the calibration ones, for
-            choosing settings.
+        split: ``"test"`` to evaluate on the test images; ``"train"`` on the training images after the calibration ones,
+            for choosing settings.
 
     Raises:
         ValueError: If there are fewer training images than asked for.
@@ -43,7 +43,9 @@ class CifarData(pl.LightningDataModule):
         """Read the images."""
         train = load_images(self.data, "train")
         if self.calibration_samples > len(train):
-            raise ValueError(f"calibration_samples={self.calibration_samples}, but {self.data} has {len(train)} images.")
+            raise ValueError(
+                f"calibration_samples={self.calibration_samples}, but {self.data} has {len(train)} images."
+            )
         self.calibration = TensorDataset(*train[: self.calibration_samples])
         rest = train[self.calibration_samples :]
         self.evaluation = TensorDataset(*(load_images(self.data, "test")[:] if self.split == "test" else rest))

@@ -75,7 +75,9 @@ def everything_each_unit_saw(model, calibration, names):
     seen = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda m, args, kwargs, name=name: seen[name].append(torch.utils._pytree.tree_leaves((args, kwargs))[0].clone()),
+            lambda m, args, kwargs, name=name: seen[name].append(
+                torch.utils._pytree.tree_leaves((args, kwargs))[0].clone()
+            ),
             with_kwargs=True,
         )
         for name in names
@@ -85,6 +87,18 @@ def everything_each_unit_saw(model, calibration, names):
             calibration.run(index)
     for handle in handles:
         handle.remove()
+    return seen
+
+
+def finish_all(replay, model, names):
+    """Capture and finish one unit after the other, as reconstruction does; returns each unit's inputs."""
+    seen = {}
+    for name in names:
+        captured = replay.capture(name)
+        module = model.get_submodule(name)
+        with torch.no_grad():
+            replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
+        seen[name] = [torch.utils._pytree.tree_leaves((c.args, c.kwargs))[0] for batch in captured for c in batch]
     return seen
 
 
@@ -105,19 +119,14 @@ def test_replayed_inputs_equal_those_of_full_passes(model, shape):
     structure = observe_structure(model, lambda: calibration.run(0))
     names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
     wanted = everything_each_unit_saw(model, calibration, names)
-    replay = Replay(model, structure, calibration, names)
+    seen = finish_all(Replay(model, structure, calibration, names), model, names)
     for name in names:
-        captured = replay.capture(name)
-        got = [torch.utils._pytree.tree_leaves((c.args, c.kwargs))[0] for batch in captured for c in batch]
-        assert len(got) == len(wanted[name])
-        for ours, theirs in zip(got, wanted[name], strict=True):
+        assert len(seen[name]) == len(wanted[name])
+        for ours, theirs in zip(seen[name], wanted[name], strict=True):
             assert torch.equal(ours, theirs), name
-        module = model.get_submodule(name)
-        with torch.no_grad():
-            replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
 
 
-def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth():
+def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth(monkeypatch):
     counts = {}
     for blocks in (2, 8):
         model = TinyResNet(blocks=blocks).eval()
@@ -127,14 +136,14 @@ def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth():
         replay = Replay(model, structure, calibration, names)
         calls = []
         convolve = nn.Conv2d._conv_forward
-        try:
-            nn.Conv2d._conv_forward = lambda self, *a: calls.append(self) or convolve(self, *a)
-            for name in names:
-                captured = replay.capture(name)
-                module = model.get_submodule(name)
-                replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
-        finally:
-            nn.Conv2d._conv_forward = convolve
+
+        def counting(self, *args, calls=calls, convolve=convolve):
+            calls.append(self)
+            return convolve(self, *args)
+
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", counting)
+        finish_all(replay, model, names)
+        monkeypatch.undo()
         counts[blocks] = len(calls) / (len(calibration) * (1 + 2 * blocks))
     assert counts[2] == counts[8] == 1.0
 
@@ -147,9 +156,7 @@ def test_only_what_is_still_needed_is_kept():
     replay = Replay(model, structure, calibration, names)
     one = 2 * 6 * 8 * 8 * 4
     for name in names[:-1]:
-        captured = replay.capture(name)
-        module = model.get_submodule(name)
-        replay.finish(name, [[module(*c.args, **c.kwargs) for c in batch] for batch in captured])
+        finish_all(replay, model, [name])
         assert replay.stored_bytes <= 3 * one, name
 
 

@@ -54,7 +54,12 @@ def test_every_layer_type_is_quantized_close_to_float_at_8_bits(layer, shape, pe
     with torch.no_grad():
         wanted = model(x)
         network = calibrated_network(
-            model, calibration_set(model, x), weight_bits=8, activation_bits=8, per_channel=per_channel, symmetric=symmetric
+            model,
+            calibration_set(model, x),
+            weight_bits=8,
+            activation_bits=8,
+            per_channel=per_channel,
+            symmetric=symmetric,
         )
         got = model(x)
     assert 0 < float((got - wanted).abs().max()) < 0.05 * float(wanted.abs().max())

@@ -48,5 +48,5 @@ def test_dead_channel_keeps_a_usable_range():
 
 
 def test_unknown_method_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="observer must be one of minmax, .*got 'entropy'"):
+    with pytest.raises(ValueError, match=r"observer must be one of minmax, .*got 'entropy'"):
         check_range_method("entropy", "observer")

@@ -43,22 +43,53 @@ def test_units_of_blocks_hold_each_layer_once(calibrated):
     assert sorted(layer.name for unit in units for layer in unit.layers) == sorted(network.layers)
 
 
-@pytest.mark.parametrize("mode", ["parallel", "sequential"])
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_reconstruction_brings_the_logits_closer_to_float(tiny_resnet, images, calibrated, mode, granularity):
-    network, calibration = calibrated
+def layer_errors(network, images):
+    """Each layer's output error on float inputs, after the ReLU where one follows, computed without the package."""
+    relu = {"stem", "blocks.0.conv1", "blocks.1.conv1"}
+    inputs = {}
+    handles = [
+        layer.module.register_forward_pre_hook(lambda m, args, n=name: inputs.__setitem__(n, args[0].clone()))
+        for name, layer in network.layers.items()
+    ]
+    errors = {}
     with torch.no_grad():
         with network.quantized(False):
-            wanted = tiny_resnet(images)
-        before = (tiny_resnet(images) - wanted).square().mean()
-        results = adaquant(network, calibration, AdaQuantSettings(iterations=150, batch_size=16), mode, granularity)
-        after = (tiny_resnet(images) - wanted).square().mean()
-        with network.quantized(False):
-            torch.testing.assert_close(tiny_resnet(images), wanted)
-    assert after < before
-    assert all(result.error_after <= result.error_before for result in results)
-    # The edges have 8 bits and hardly an error to lower.
-    assert all(result.kept for result in results if result.name not in ("stem", "head"))
+            network.model(images)
+            for handle in handles:
+                handle.remove()
+            wanted = {name: layer.module(inputs[name]) for name, layer in network.layers.items()}
+        for name, layer in network.layers.items():
+            act = F.relu if name in relu else (lambda x: x)
+            errors[name] = float((act(layer.module(inputs[name])) - act(wanted[name])).square().mean())
+    return errors
+
+
+def test_parallel_reconstruction_lowers_the_output_error_of_every_layer(calibrated, generator):
+    network, calibration = calibrated
+    fresh = torch.randn(64, 1, 8, 8, generator=generator)
+    before = layer_errors(network, fresh)
+    adaquant(network, calibration, AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2), "parallel")
+    after = layer_errors(network, fresh)
+    for name in network.free_layers:
+        assert after[name] < 0.9 * before[name], name
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_reconstruction_lowers_held_out_errors_and_keeps_the_float_model(
+    tiny_resnet, images, calibrated, mode, granularity
+):
+    network, calibration = calibrated
+    with torch.no_grad(), network.quantized(False):
+        wanted = tiny_resnet(images)
+    settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
+    results = adaquant(network, calibration, settings, mode, granularity)
+    with torch.no_grad(), network.quantized(False):
+        torch.testing.assert_close(tiny_resnet(images), wanted)
+    for result in results:
+        # The edges have 8 bits and hardly an error to lower.
+        edge = result.name in ("stem", "head")
+        assert result.error_after < result.error_before or (edge and not result.kept)
     for layer in network.layers.values():
         assert torch.equal(layer.weight_quantizer.zero_point, layer.weight_quantizer.zero_point.round())
         assert layer.errors is not None
@@ -92,7 +123,7 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
 def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
     network, calibration = calibrated
     before = {name: layer.save() for name, layer in network.layers.items()}
-    absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, relative=False)
+    absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, bias_rate=1e6, relative=False)
     with caplog.at_level(logging.WARNING):
         results = adaquant(network, calibration, absurd)
     for result in results:
@@ -159,9 +190,9 @@ def test_shared_layer_is_reconstructed_on_all_its_calls():
 
     torch.manual_seed(0)
     model = Shared().eval()
-    calibration = calibration_set(model, *torch.randn(256, 6).split(64))
+    calibration = calibration_set(model, *torch.randn(1024, 6).split(128))
     network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4)
-    results = {r.name: r for r in adaquant(network, calibration, AdaQuantSettings(iterations=100, batch_size=16))}
+    results = {r.name: r for r in adaquant(network, calibration, AdaQuantSettings(iterations=200, batch_size=64))}
     assert results["shared"].error_after < results["shared"].error_before
 
 
@@ -215,7 +246,7 @@ def test_papers_settings_are_absolute_and_constant():
 
 
 def test_error_is_relative_to_the_targets_power(calibrated):
-    network, calibration = calibrated
+    network, _ = calibrated
     unit = find_units(network, "layer")[-1]
     from lightning_calibtip.calibration.replay import UnitCall
 

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_calibtip import CalibTIP, QuantizationModule
+from tests.conftest import TinyClassifier
+
+QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}}
+
+
+@pytest.mark.parametrize("pipeline", ["calibrate", "light", "advanced", "sequential"])
+def test_pipeline_runs_when_training_ends(pipeline, tiny_classifier, images, loader, make_trainer, tmp_path):
+    callback = CalibTIP(
+        pipeline, weight_bits=4, activation_bits=4, compression=0.2, calibration_samples=32, stage_options=QUICK
+    )
+    logger = CSVLogger(tmp_path, name="log", version=0)
+    trainer = make_trainer(callback, max_epochs=1, logger=logger)
+    trainer.fit(tiny_classifier, loader, loader)
+    result = callback.result
+    assert result.calibration_samples == 32
+    assert set(result.float_metrics) == set(result.metrics) == {"val_loss", "val_acc", "epoch_ends"}
+    float_loss = trainer.validate(tiny_classifier, loader, verbose=False)[0]["val_loss"]
+    assert result.float_metrics["val_loss"] == pytest.approx(float_loss, rel=1e-4)
+    loaded = QuantizationModule.load_from_checkpoint(callback.checkpoint_path, model=TinyClassifier())
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.module(images))
+    columns = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "calibtip/Calibration/val_acc" in columns and "calibtip/float/val_loss" in columns
+    assert type(tiny_classifier.net.stem) is torch.nn.Conv2d
+
+
+def test_checkpoint_lies_beside_the_trainers_own(tiny_classifier, loader, make_trainer, tmp_path):
+    own = ModelCheckpoint(tmp_path / "ckpt")
+    callback = CalibTIP("calibrate", filename="int8")
+    make_trainer(callback, own, max_epochs=1, enable_checkpointing=True).fit(tiny_classifier, loader)
+    names = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert "int8.ckpt" in names and len(names) == 2
+
+
+def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):
+    callback = CalibTIP("calibrate", calibration_dataloader=[images[:10] * 100], stage_options={"observer": "minmax"})
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
+    scale = callback.result.module.network.layers["net.stem"].input_quantizer.scale
+    assert float(scale) * 255 == pytest.approx(100 * float(images[:10].max() - images[:10].min()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"pipeline": "fast"}, "pipeline must be one of calibrate, light, advanced, sequential, got 'fast'"),
+        ({"weight_bits": 1}, "weight_bits must be"),
+        ({"calibration_samples": 0}, "calibration_samples must be at least 1"),
+        ({"pipeline": "light", "compression": 2.0}, "compression must be"),
+        ({"stage_options": {"adaquant": {"iterations": 0}}}, "iterations must be"),
+    ],
+)
+def test_bad_settings_raise_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        CalibTIP(**options)
+
+
+def test_more_than_one_process_is_refused_before_training(tiny_classifier, make_trainer):
+    trainer = make_trainer()
+    trainer.strategy.__class__ = type("Two", (type(trainer.strategy),), {"world_size": 2})
+    trainer.__class__ = type("TwoTrainer", (type(trainer),), {"world_size": 2})
+    with pytest.raises(MisconfigurationException, match="CalibTIP runs on one process, got 2"):
+        CalibTIP().setup(trainer, tiny_classifier, "fit")

@@ -1,0 +1,132 @@
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_calibtip import (
+    AdaQuant,
+    BatchNormTuning,
+    BiasTuning,
+    BitAllocation,
+    Calibration,
+    QuantizationModule,
+    Stage,
+)
+
+ALL = [
+    Calibration,
+    lambda: AdaQuant(mode="parallel", iterations=3, candidates=[2, 8]),
+    lambda: BitAllocation(compression=0.2, candidates=[2, 8]),
+    BatchNormTuning,
+    lambda: BiasTuning(epochs=1),
+]
+
+
+def weights(module):
+    return {name: layer.weight.clone() for name, layer in module.network.layers.items()}
+
+
+def test_stages_run_in_list_order_in_one_fit(tiny_classifier, loader, make_trainer):
+    order = []
+
+    def recording(stage):
+        run = stage.run
+        stage.run = lambda module: order.append(stage.name) or run(module)
+        return stage
+
+    stages = [recording(make()) for make in ALL]
+    make_trainer(*stages).fit(QuantizationModule(tiny_classifier), loader)
+    assert order == ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"]
+    assert all(stage.seconds > 0 for stage in stages)
+
+
+def test_stages_one_by_one_give_the_same_as_together(tiny_classifier, loader, make_trainer):
+    together = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4)
+    make_trainer(*(make() for make in ALL)).fit(together, loader)
+    alone = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4)
+    for make in ALL:
+        make_trainer(make()).fit(alone, loader)
+    for name, weight in weights(together).items():
+        assert torch.equal(weight, weights(alone)[name]), name
+
+
+@pytest.mark.parametrize("make", ALL[1:], ids=["AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"])
+def test_a_stage_before_calibration_says_so(make, tiny_classifier, loader, make_trainer):
+    with pytest.raises(RuntimeError, match="run Calibration first"):
+        make_trainer(make()).fit(QuantizationModule(tiny_classifier), loader)
+
+
+def test_stage_on_a_plain_module_says_what_to_do(tiny_classifier, loader, make_trainer):
+    with pytest.raises(
+        MisconfigurationException, match=r"Calibration works on a QuantizationModule, got TinyClassifier"
+    ):
+        make_trainer(Calibration()).fit(tiny_classifier, loader)
+
+
+def test_figures_go_to_every_logger(tiny_classifier, loader, make_trainer, tmp_path):
+    loggers = [CSVLogger(tmp_path, name=name) for name in "ab"]
+    make_trainer(Calibration(), AdaQuant(iterations=2), logger=loggers).fit(QuantizationModule(tiny_classifier), loader)
+    for logger in loggers:
+        logger.save()
+        text = (tmp_path / logger.name / "version_0" / "metrics.csv").read_text()
+        assert "AdaQuant/error_after" in text and "Calibration/seconds" in text
+
+
+def test_own_stage_needs_only_run(tiny_classifier, loader, make_trainer):
+    class Count(Stage):
+        def run(self, module):
+            self.samples = module.calibration.samples
+            return {"samples": float(self.samples)}
+
+    stage = Count()
+    make_trainer(stage).fit(QuantizationModule(tiny_classifier), loader)
+    assert stage.samples == 48
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "percentile", "mse", "lp"])
+def test_every_observer_calibrates(observer, tiny_classifier, loader, images, make_trainer):
+    module = QuantizationModule(tiny_classifier)
+    make_trainer(Calibration(observer, observer)).fit(module, loader)
+    with torch.no_grad():
+        torch.testing.assert_close(module(images), tiny_classifier(images), rtol=0.1, atol=0.1)
+        assert not torch.equal(module(images), tiny_classifier(images))
+
+
+def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, make_trainer):
+    module = QuantizationModule(tiny_classifier)
+    make_trainer(Calibration("moving_average", momentum=0.5)).fit(module, loader)
+    low, high = 0.0, 0.0
+    for index, batch in enumerate(images.split(16)):
+        weight = 0.5 if index else 1.0
+        low += weight * (float(batch.min()) - low)
+        high += weight * (float(batch.max()) - high)
+    on_input = module.network.layers["net.stem"].input_quantizer
+    assert float(on_input.scale) == pytest.approx((high - low) / 255, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: Calibration("entropy"), "observer must be one of"),
+        (lambda: Calibration(weight_observer="x"), "weight_observer must be one of"),
+        (lambda: Calibration("percentile", percentile=10), "percentile must be above 50"),
+        (lambda: Calibration("moving_average", momentum=0), "momentum must be above 0"),
+        (lambda: AdaQuant(mode="serial"), "mode must be one of parallel, sequential"),
+        (lambda: AdaQuant(granularity="net"), "granularity must be one of layer, block"),
+        (lambda: AdaQuant(candidates=[4, 8]), 'need mode="parallel"'),
+        (lambda: AdaQuant(mode="parallel", candidates=[1]), "candidates must be an integer from 2 to 16, got 1"),
+        (lambda: AdaQuant(iterations=0), "iterations must be at least 1"),
+        (lambda: BitAllocation(compression=0), "compression must be above 0 and at most 1, got 0"),
+        (lambda: BitAllocation(candidates=[4]), "at least two different widths"),
+        (lambda: BatchNormTuning("gamma"), "reference must be one of"),
+        (lambda: BiasTuning(epochs=0), "epochs must be at least 1"),
+    ],
+)
+def test_bad_settings_raise_at_construction(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_papers_preset_takes_further_arguments():
+    stage = AdaQuant.paper(mode="parallel", iterations=7)
+    assert stage.settings.iterations == 7 and stage.settings.batch_size == 50 and not stage.settings.relative

@@ -1,0 +1,119 @@
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_calibtip import QuantizationModule
+from recipes.output import make_logger
+from recipes.resnet_cifar10.__main__ import main
+from recipes.resnet_cifar10.data import CifarData, load_images
+from recipes.resnet_cifar10.model import DEPTHS, CifarClassifier
+
+
+@pytest.fixture
+def tiny_cifar(tmp_path):
+    """Random images in the hub's parquet format."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 20)):
+        rows = []
+        for _ in range(count):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"bytes": file.getvalue(), "path": None})
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        data = datasets.Dataset.from_dict({"image": rows, "label": [i % 10 for i in range(count)]}, features=features)
+        data.to_parquet(tmp_path / f"{split}-small.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    net = CifarClassifier("resnet20").net
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "resnet20.th")
+    return tmp_path / "resnet20.th"
+
+
+@pytest.mark.parametrize("name,layers", [("resnet20", 20), ("resnet32", 32), ("resnet44", 44), ("resnet56", 56)])
+def test_networks_have_as_many_layers_as_they_say(name, layers):
+    net = CifarClassifier(name).net
+    weights = [key for key, value in net.state_dict().items() if key.endswith("weight") and value.dim() > 1]
+    assert len(weights) == layers
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert {"conv1.weight", "layer1.0.conv1.weight", "layer3.0.bn2.bias", "linear.bias"} <= net.state_dict().keys()
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "advanced"])
+def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, checkpoint, tmp_path):
+    output = tmp_path / "out"
+    main(
+        checkpoint,
+        data=str(tiny_cifar),
+        pipeline=pipeline,
+        calibration_samples=32,
+        adaquant={"iterations": 2},
+        bias_tuning={"epochs": 1},
+        accelerator="cpu",
+        logger="csv",
+        output=output,
+    )
+    record = json.loads((output / "result.json").read_text())
+    assert (record["recipe"], record["model"], record["metric"]) == ("resnet_cifar10", "resnet20", "top1")
+    assert record["calibration_samples"] == 32 and len(record["layers"]) == 20
+    assert record["size"]["ratio"] < 0.2
+    bits = {layer["name"]: layer["weight_bits"] for layer in record["layers"]}
+    assert bits["net.conv1"] == bits["net.linear"] == 8 and 4 in bits.values()
+    assert "Calibration/top1" in (output / "log" / "metrics.csv").read_text()
+    loaded = QuantizationModule.load_from_checkpoint(output / "quantized.ckpt", model=CifarClassifier("resnet20"))
+    images = load_images(str(tiny_cifar), "test")[:][0]
+    with torch.no_grad():
+        answers = loaded(images).argmax(1)
+    labels = load_images(str(tiny_cifar), "test")[:][1]
+    assert record["quantized"] == pytest.approx(float((answers == labels).float().mean()))
+
+
+def test_train_split_evaluates_on_images_that_are_not_calibrated_on(tiny_cifar):
+    data = CifarData(str(tiny_cifar), calibration_samples=32, split="train")
+    data.setup()
+    everything = load_images(str(tiny_cifar), "train")[:][0]
+    assert torch.equal(data.calibration[:][0], everything[:32])
+    assert torch.equal(data.evaluation[:][0], everything[32:])
+
+
+def test_bad_input_is_named(tiny_cifar, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint of resnet56; check --model"):
+        CifarClassifier("resnet56", checkpoint)
+    with pytest.raises(ValueError, match=r"model must be one of resnet20, .* got 'resnet18'"):
+        CifarClassifier("resnet18")
+    with pytest.raises(ValueError, match=r"calibration_samples=49, but .* has 48 images"):
+        CifarData(str(tiny_cifar), calibration_samples=49).setup()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no train\*\.parquet"):
+        load_images(str(empty), "train")
+    with pytest.raises(ValueError, match="logger must be wandb, csv or none, got 'tensorboard'"):
+        make_logger("tensorboard", tmp_path, "project")
+    assert DEPTHS.keys() == {"resnet20", "resnet32", "resnet44", "resnet56"}
+
+
+def test_real_resnet20_keeps_its_accuracy_at_8_bits(data_folder, tmp_path):
+    """Ranges only, on a part of the training images that is neither calibrated on nor reported."""
+    main(
+        data_folder / "cifar10" / "resnet20.pt",
+        data=str(data_folder / "cifar10"),
+        pipeline="calibrate",
+        weight_bits=8,
+        activation_bits=8,
+        calibration_samples=256,
+        split="train",
+        accelerator="cpu",
+        output=tmp_path,
+    )
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["float"] > 0.95
+    assert record["quantized"] > record["float"] - 0.005
