@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from typing_extensions import override
 
@@ -98,6 +99,7 @@ class QuantizationModule(pl.LightningModule):
         self.model = _copy_of(model).eval()
         self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step)
+        self.calibration_done = False
         self.automatic_optimization = False
         self._validation_step = validation_step
         if isinstance(self.model, pl.LightningModule):
@@ -119,6 +121,11 @@ class QuantizationModule(pl.LightningModule):
         Raises:
             ValueError: If the batch is empty, or a mapping shares no name with ``forward``.
         """
+        inputs = self._inputs_of(batch)
+        return self.model(**inputs) if isinstance(batch, Mapping) else self.model(inputs)
+
+    def _inputs_of(self, batch: Any) -> Any:
+        """The part of a calibration batch that the default ``calibration_step`` passes on."""
         if isinstance(batch, Mapping):
             parameters = inspect.signature(self.model.forward).parameters
             takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -128,12 +135,12 @@ class QuantizationModule(pl.LightningModule):
                     f"No entry of the calibration batch ({', '.join(map(str, batch))}) is an argument of "
                     f"{type(self.model).__name__}.forward ({', '.join(parameters)}); override calibration_step()."
                 )
-            return self.model(**inputs)
+            return inputs
         if isinstance(batch, tuple | list):
             if not batch:
                 raise ValueError("The calibration batch is empty; override calibration_step() to say what is passed.")
-            return self.model(batch[0])
-        return self.model(batch)
+            return batch[0]
+        return batch
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
@@ -169,16 +176,20 @@ class QuantizationModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Start a new calibration set."""
         self.calibration.batches.clear()
+        self.calibration_done = False
 
     @override
     def on_train_epoch_end(self) -> None:
         """One epoch is the whole calibration: stop after it, whatever ``max_epochs`` says."""
-        self.trainer.should_stop = True
+        self.trainer.should_stop = self.calibration_done = True
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Keep the calibration batch; the first one also shows the model's structure."""
-        self.calibration.append(batch)
+        if self.calibration_done:
+            return
+        is_default = type(self).calibration_step is QuantizationModule.calibration_step
+        self.calibration.append(batch, self._inputs_of(batch) if is_default else batch)
         if self.network.structure is None:
             with torch.no_grad():
                 self.network.prepare(lambda: self.calibration.run(0))
@@ -190,6 +201,7 @@ class QuantizationModule(pl.LightningModule):
         self.calibration.batches.clear()
 
     def _evaluation_step(self, name: str, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped module's step as the Trainer would: ``batch_idx`` only where the step takes it."""
         if self._validation_step is not None and name != "predict_step":
             return self._validation_step(self, batch, batch_idx, *args, **kwargs)
         step = getattr(self.model, name, None)
@@ -198,8 +210,12 @@ class QuantizationModule(pl.LightningModule):
                 f"{type(self.model).__name__} has no {name}; pass validation_step= to QuantizationModule, or wrap a "
                 "LightningModule that has one."
             )
+        if not is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            args = (batch, *args)
+        else:
+            args = (batch, batch_idx, *args)
         with self._logging_through():
-            return step(batch, batch_idx, *args, **kwargs)
+            return step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -275,6 +291,11 @@ def _copy_of(model: nn.Module) -> nn.Module:
         module._trainer = None
     try:
         duplicate = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied: {error} Detach tensors that the module keeps as attributes "
+            "(losses, outputs), and replace torch.nn.utils.weight_norm by torch.nn.utils.parametrizations.weight_norm."
+        ) from error
     finally:
         for module, trainer in zip(holders, trainers, strict=True):
             module._trainer = trainer

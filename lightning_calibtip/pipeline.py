@@ -2,16 +2,17 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .calibration.calibration_set import FirstSamples
+from .calibration.calibration_set import FirstSamples, batch_size
 from .callbacks.adaquant import AdaQuant
 from .callbacks.batch_norm_tuning import BatchNormTuning
 from .callbacks.bias_tuning import BiasTuning
@@ -23,6 +24,7 @@ from .report.record import StageRecord, run_record
 
 log = logging.getLogger(__name__)
 
+PRESETS: dict[str, Callable[..., AdaQuant]] = {"default": AdaQuant, "paper": AdaQuant.paper}
 PIPELINES = ("calibrate", "light", "advanced", "sequential")
 
 
@@ -40,35 +42,43 @@ def make_stages(
     - ``"calibrate"``: ranges only.
     - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
     - ``"advanced"``: parallel AdaQuant at every candidate width, bit allocation over the results, BatchNorm and bias
-    tuning.
+      tuning.
     - ``"sequential"``: BatchNorm tuning, sequential AdaQuant at the given widths, bias tuning.
 
+    ``"light"`` and ``"advanced"`` choose the widths of all layers but the first, the last and overridden ones
+    themselves, among ``candidates``; ``weight_bits`` and ``activation_bits`` then do not matter.
+
     BatchNorm tuning measures the statistics of settled widths, so it comes after bit allocation. Before sequential
-    AdaQuant it gives a better start; after it, there is nothing left to gain: each layer's output has least error
-    already, and such an output has less variance than its target, which BatchNorm tuning would blow up again. Bias
-    tuning comes last, since it corrects what is left, end to end.
+    AdaQuant it gives a better start. After it, it would only do harm: an output of least error has less variance than
+    its target, and BatchNorm tuning would blow it up again. Bias tuning comes last, since it corrects what is left, end
+    to end.
 
     Args:
         pipeline: One of the above.
         compression: See ``BitAllocation``.
         candidates: See ``BitAllocation``.
         observer: Ranges of activations and weights, see ``Calibration``.
-        adaquant: Further arguments of ``AdaQuant``.
+        adaquant: Further arguments of ``AdaQuant``; ``{"preset": "paper"}`` starts from the paper's settings.
         bias_tuning: Further arguments of ``BiasTuning``.
         seed: Of everything random.
 
     Raises:
         ValueError: If ``pipeline`` is unknown or a setting is out of its range.
     """
+    options = dict(adaquant or {})
+    preset = options.pop("preset", "default")
+    if preset not in PRESETS:
+        raise ValueError(f"adaquant preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    make_adaquant = PRESETS[preset]
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     stages: list[Stage] = [Calibration(observer, observer)]
     if pipeline == "sequential":
         stages.append(BatchNormTuning())
     if pipeline == "advanced":
-        stages.append(AdaQuant(**{"mode": "parallel", "candidates": candidates, "seed": seed, **(adaquant or {})}))
+        stages.append(make_adaquant(**{"mode": "parallel", "candidates": candidates, "seed": seed, **options}))
     if pipeline == "sequential":
-        stages.append(AdaQuant(**{"mode": "sequential", "seed": seed, **(adaquant or {})}))
+        stages.append(make_adaquant(**{"mode": "sequential", "seed": seed, **options}))
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(compression, candidates))
         stages.append(BatchNormTuning())
@@ -150,55 +160,55 @@ def run_stages(
     Args:
         module: Not calibrated yet, or to be tuned further.
         stages: In order.
-        calibration: Dataloader (or any iterable) of calibration batches; it is gone through once a stage.
+        calibration: Dataloader (or any iterable) of calibration batches; it is gone through once, and the batches are
+            kept.
         validation: Dataloader(s) for ``validation_step``, or None to evaluate nothing.
-        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, ...). Its loggers get the
-            metrics after each stage, under ``<stage>/<metric>``.
+        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, callbacks, ...). Its
+            loggers get the metrics after each stage, under ``<stage>/<metric>``.
     """
     options = dict(trainer_options or {})
-    if isinstance(calibration, list | tuple):
-        # The Trainer would take a list for several dataloaders.
-        calibration = DataLoader(calibration, batch_size=None)  # type: ignore[arg-type]
+    callbacks = list(options.pop("callbacks", None) or [])
+    loggers = _quiet_trainer(options, []).loggers
+    options["logger"] = loggers or False
+    # Kept, so that every stage sees the same samples, also of a loader that shuffles; and the Trainer would take a list
+    # for several dataloaders.
+    batches: DataLoader[Any] = DataLoader(list(calibration), batch_size=None)  # type: ignore[arg-type]
 
     def evaluate(name: str, step: int) -> dict[str, float]:
         if validation is None:
             return {}
-        trainer = _quiet_trainer({**options, "logger": False}, [])
+        # The user's step may use self.logger; what it logs there belongs to no stage.
+        trainer = _quiet_trainer({**options, "logger": DummyLogger()}, callbacks)
         logged = trainer.validate(module, validation, verbose=False)
         metrics = {key: float(value) for results in logged for key, value in results.items()}
-        loggers = options.get("logger") or []
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
+        for logger in loggers:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
         log.info("%s: %s", name, metrics)
         return metrics
 
     done: list[tuple[str, float, dict[str, float]]] = []
-    samples = 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*configure_optimizers.* returned `None`")
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*defined a `validation_step` but have no `val_dataloader`.*")
-        warnings.filterwarnings("ignore", ".*max_epochs. was not set.*")
-        warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode at the start of training.*")
-        warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\)..*deprecated.*")
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
         float_metrics = evaluate("float", 0)
         for step, stage in enumerate(stages, start=1):
-            trainer = _quiet_trainer({"num_sanity_val_steps": 0, **options}, [_Counter(), stage])
-            trainer.fit(module, calibration)
-            samples = trainer.callbacks[0].samples  # type: ignore[attr-defined]
+            stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+            _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
             done.append((stage.name, stage.seconds, evaluate(stage.name, step)))
+    samples = sum(batch_size(batch) for batch in batches)
     return QuantizationRun(module, float_metrics, done, samples)
 
 
-class _Counter(pl.Callback):
-    """Notes how many samples the calibration set has."""
-
-    samples = 0
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the stages run."""
-        assert isinstance(pl_module, QuantizationModule)
-        self.samples = pl_module.calibration.samples
+# What the Trainer says of every calibration, where it is meant to be so.
+_EXPECTED_WARNINGS = (
+    ".*configure_optimizers.* returned `None`",
+    ".*does not have many workers.*",
+    ".*defined a `validation_step` but have no `val_dataloader`.*",
+    ".*max_epochs. was not set.*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r".*isinstance\(treespec, LeafSpec\)..*deprecated.*",
+    ".*smaller than the logging interval.*",
+)
 
 
 def quantize(

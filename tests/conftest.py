@@ -1,12 +1,18 @@
+import io
 import os
 from pathlib import Path
 
+import datasets
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from recipes.resnet_cifar10.model import ResNet
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -135,3 +141,28 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set CALIBTIP_TEST_DATA to the folder with cifar10/ and imagenet/")
     return folder.resolve()
+
+
+@pytest.fixture
+def tiny_cifar(tmp_path):
+    """Random images in the hub's parquet format."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 48), ("test", 20)):
+        rows = []
+        for _ in range(count):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"bytes": file.getvalue(), "path": None})
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        data = datasets.Dataset.from_dict({"image": rows, "label": [i % 10 for i in range(count)]}, features=features)
+        data.to_parquet(tmp_path / f"{split}-small.parquet")
+    return tmp_path
+
+
+@pytest.fixture
+def cifar_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    net = ResNet(3)
+    state = {f"module.{key}": value for key, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "resnet20.th")
+    return tmp_path / "resnet20.th"

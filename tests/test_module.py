@@ -2,15 +2,15 @@ import copy
 import subprocess
 import sys
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule
-from tests.conftest import TinyClassifier, TinyResNet
+from tests.conftest import TinyClassifier, TinyResNet, randomize_batch_norms
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_no_calibration_batch_is_an_error(tiny_classifier, make_trainer):
 def test_nan_batch_is_an_error_that_names_it(tiny_classifier, images, make_trainer):
     bad = images.clone()
     bad[3] = float("nan")
-    with pytest.raises(ValueError, match=r"Calibration batch 1: batch.* holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"Calibration batch 1: input.* holds NaN or infinity"):
         make_trainer(Calibration()).fit(QuantizationModule(tiny_classifier), as_loader([images], [bad]))
 
 
@@ -321,4 +321,134 @@ def test_bfloat16_autocast_of_the_trainer_is_honoured(tiny_classifier, images, l
     make_trainer(Calibration(), AdaQuant(iterations=3), precision="bf16-mixed").fit(module, loader)
     assert torch.bfloat16 in seen
     assert torch.isfinite(F.softmax(logits_of(module, images), -1)).all()
-    assert isinstance(module, pl.LightningModule)
+
+
+def test_autocast_sees_every_step_of_the_optimiser(tiny_classifier, loader, make_trainer, monkeypatch):
+    """Autocast caches casts of parameters: without clearing, each step would see the first step's biases."""
+    seen = []
+    from lightning_calibtip.calibration import logits
+
+    divergence = logits.kl_divergence
+    monkeypatch.setattr(
+        "lightning_calibtip.tuning.bias.kl_divergence", lambda o, t: seen.append(o.detach().clone()) or divergence(o, t)
+    )
+    module = QuantizationModule(tiny_classifier)
+    one_batch = as_loader(next(iter(loader)))
+    stages = [Calibration(), BiasTuning(epochs=3, rate=1.0, holdout=0)]
+    make_trainer(*stages, precision="bf16-mixed").fit(module, one_batch)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_half_precision_weights_are_refused(tiny_classifier, loader, make_trainer):
+    with pytest.raises(MisconfigurationException, match=r"Calibration needs float32 weights, got .*bf16-true"):
+        make_trainer(Calibration(), precision="bf16-true").fit(QuantizationModule(tiny_classifier), loader)
+
+
+def test_step_without_batch_idx_works(loader, make_trainer):
+    class Short(TinyClassifier):
+        def validation_step(self, batch):
+            self.log("short", self(batch[0]).mean())
+
+    assert "short" in make_trainer().validate(QuantizationModule(Short()), loader, verbose=False)[0]
+
+
+def test_parametrized_original_still_works_after_its_copy_was_quantized(images, loader, make_trainer):
+    net = TinyResNet()
+    torch.nn.utils.parametrizations.weight_norm(net.blocks[0].conv1)
+    net.eval()
+    wanted = net(images)
+    module = QuantizationModule(net)
+    make_trainer(Calibration()).fit(module, loader)
+    assert torch.equal(net(images), wanted)
+    assert "blocks.0.conv1" in module.network.layers
+    with module.quantized(False):
+        torch.testing.assert_close(module(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Tied(nn.Module):
+    """An output layer that shares its weight with the embedding, and two convolutions with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+        self.a, self.b = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)
+        self.bn_a, self.bn_b = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
+        self.out.weight, self.b.weight = self.embed.weight, self.a.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens).transpose(1, 2)
+        return self.out(self.bn_b(self.b(self.bn_a(self.a(x)))).transpose(1, 2))
+
+
+def test_tied_weights_are_quantized_apart_and_reload_exactly(make_trainer, generator, tmp_path):
+    torch.manual_seed(0)
+    net, tokens = Tied().eval(), torch.randint(0, 10, (16, 5), generator=generator)
+    randomize_batch_norms(net, generator)
+    module = QuantizationModule(net, weight_bits=4)
+    trainer = make_trainer(Calibration())
+    trainer.fit(module, as_loader(tokens))
+    with torch.no_grad(), module.quantized(False):
+        torch.testing.assert_close(module(tokens), net(tokens), rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.model.embed.weight, net.embed.weight)
+    notes = {line.name: line.note for line in module.layer_summary()}
+    assert "shared parameter" in notes["out"] and "not a quantizable type" in notes["embed"]
+    trainer.save_checkpoint(tmp_path / "tied.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "tied.ckpt", model=Tied())
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), module(tokens))
+
+
+def test_float_output_is_refused_after_loading_into_an_untrained_model(checkpoint, images, loader, make_trainer):
+    _, path = checkpoint
+    loaded = QuantizationModule.load_from_checkpoint(path, model=TinyClassifier())
+    with pytest.raises(RuntimeError, match="float weights are not in a quantized checkpoint"), loaded.quantized(False):
+        pass
+    with pytest.raises(RuntimeError, match="float weights are not in a quantized checkpoint"):
+        make_trainer(AdaQuant(iterations=1)).fit(loaded, loader)
+
+
+def test_checkpoint_of_another_format_is_refused_by_a_calibrated_module(
+    checkpoint, tiny_classifier, loader, make_trainer
+):
+    _, path = checkpoint
+    other = QuantizationModule(tiny_classifier, symmetric=True)
+    make_trainer(Calibration()).fit(other, loader)
+    with pytest.raises(ValueError, match="checkpoint has symmetric=False, this quantized model True"):
+        make_trainer().validate(other, loader, ckpt_path=path, verbose=False)
+
+
+def test_layers_of_other_types_are_listed_as_float(make_trainer, images):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x[:, 0])[0][:, -1])
+
+    module = QuantizationModule(Recurrent())
+    make_trainer(Calibration()).fit(module, as_loader(images))
+    lines = {line.name: line for line in module.layer_summary()}
+    assert lines["lstm"].kind == "float" and lines["lstm"].parameters == 4 * 6 * (8 + 6 + 2)
+    assert set(lines) == {"lstm", "head"}
+
+
+def test_nan_in_labels_does_not_matter(tiny_classifier, images, make_trainer):
+    batch = [images, torch.full((len(images),), float("nan"))]
+    module = QuantizationModule(tiny_classifier)
+    make_trainer(Calibration()).fit(module, as_loader(batch))
+    assert module.network.calibrated
+
+
+def test_min_epochs_does_not_run_a_stage_twice(tiny_classifier, loader, make_trainer):
+    runs = []
+
+    class Counting(Calibration):
+        def run(self, module):
+            runs.append(module.calibration.samples)
+            return super().run(module)
+
+    trainer = make_trainer(Counting(), min_epochs=2)
+    module = QuantizationModule(tiny_classifier)
+    trainer.fit(module, loader)
+    assert runs == [48]

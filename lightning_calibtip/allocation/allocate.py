@@ -7,7 +7,7 @@ from ..calibration.calibration_set import CalibrationSet
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 from .integer_program import InfeasibleBudgetError, choose_candidates
-from .sensitivity import Progress, Table, measure_sensitivity
+from .sensitivity import Table, measure_sensitivity
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ def allocate(
     calibration: CalibrationSet,
     candidates: Sequence[Bits],
     compression: float,
-    progress: Progress = iter,
 ) -> Allocation:
     """Give each free layer the width that together lose least within a weight budget, in place.
 
@@ -44,7 +43,6 @@ def allocate(
         candidates: ``(weight_bits, activation_bits)`` pairs.
         compression: Budget, as the paper's: weight bits of the quantizable layers over 32 bits each; above 0 and at
             most 1.
-        progress: Wraps the list of layer names while measuring.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
@@ -69,7 +67,7 @@ def allocate(
             f"compression={compression} is out of reach: with these candidates and fixed layers it can be "
             f"{reachable[0]:.4f} to {reachable[1]:.4f}. Raise it, or add a narrower candidate."
         )
-    sensitivity = measure_sensitivity(network, calibration, candidates, progress)
+    sensitivity = measure_sensitivity(network, calibration, candidates)
     choice = choose_candidates(sensitivity, costs, budget)
     for name, bits in choice.candidates.items():
         network.layers[name].take(bits)

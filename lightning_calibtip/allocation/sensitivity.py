@@ -1,6 +1,6 @@
 """Sensitivity: how much the loss rises when one layer takes a candidate width and all others stay at the base."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, mean_divergence
@@ -8,25 +8,23 @@ from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 
 Table = dict[str, dict[Bits, float]]
-Progress = Callable[[list[str]], Iterable[str]]
 
 
 def measure_sensitivity(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
     candidates: Sequence[Bits],
-    progress: Progress = iter,
 ) -> Table:
     """Measure the rise of the KL divergence to the float logits for every free layer and candidate.
 
-    The base is the candidate with the most bits, in all free layers at once. A layer takes a width with the parameters
+    The base is the candidate with the most bits, in all free layers at once. A layer keeps its present state for its
+    present width (whatever stages have done to it before); it takes another width with the parameters
     that AdaQuant found for it there, if it has (``variants``), else with ranges alone.
 
     Args:
         network: Calibrated; left at the base.
         calibration: The samples.
         candidates: ``(weight_bits, activation_bits)`` pairs.
-        progress: Wraps the list of layer names, to show how far it is.
 
     Returns:
         Layer -> candidate -> rise of the divergence, in nats a sample; 0 for the base.
@@ -35,10 +33,12 @@ def measure_sensitivity(
     targets = float_logits(network, calibration)
     everything = list(range(len(calibration)))
     for name in network.free_layers:
-        network.layers[name].take(base)
+        layer = network.layers[name]
+        layer.variants[layer.bits] = layer.save()
+        layer.take(base)
     at_base = mean_divergence(calibration, targets, everything)
     table: Table = {}
-    for name in progress(network.free_layers):
+    for name in network.free_layers:
         layer = network.layers[name]
         table[name] = {}
         for bits in candidates:

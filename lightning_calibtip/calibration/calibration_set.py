@@ -25,16 +25,21 @@ class CalibrationSet:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def append(self, batch: Any) -> None:
+    def append(self, batch: Any, inputs: Any = None) -> None:
         """Keep a batch.
 
+        Args:
+            batch: Any nesting of tensors.
+            inputs: The part of it that the model sees, which must be finite; the whole batch if None.
+
         Raises:
-            ValueError: If a tensor of it has a NaN or infinity; the message says which batch and which part of it.
+            ValueError: If a tensor of the inputs has a NaN or infinity; the message says which batch and which part of
+                it.
         """
-        leaves, _ = tree_flatten_with_path(_plain(batch))
+        leaves, _ = tree_flatten_with_path(_plain(batch if inputs is None else inputs))
         for path, leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-                part = f"batch{path_name(path)}"
+                part = f"input{path_name(path)}"
                 raise ValueError(
                     f"Calibration batch {len(self.batches)}: {part} (shape {tuple(leaf.shape)}) holds NaN or infinity. "
                     "Clean the data: ranges and reconstruction would be ruined by it."

@@ -32,7 +32,8 @@ class AdaQuant(Stage):
         schedule: ``"cosine"`` or ``"constant"``.
         holdout: Share of the calibration samples that decides whether a unit's result is kept.
         candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for
-            ``BitAllocation`` to choose from; needs ``mode="parallel"``. None for the module's own widths only.
+            ``BitAllocation`` to choose from; needs ``mode="parallel"`` and layers. None for the module's own widths
+            only.
         seed: Of the mini-batches.
 
     Raises:
@@ -76,10 +77,10 @@ class AdaQuant(Stage):
             seed,
         )
         self.candidates = None if candidates is None else [check_pair(pair, "candidates") for pair in candidates]
-        if self.candidates is not None and (mode != "parallel" or not self.candidates):
+        if self.candidates is not None and (mode, granularity, bool(self.candidates)) != ("parallel", "layer", True):
             raise ValueError(
-                f'candidates must not be empty and need mode="parallel", got {candidates!r} and mode={mode!r}: states '
-                "that were reconstructed on one another's outputs cannot be mixed."
+                f'candidates must not be empty and need mode="parallel" and granularity="layer", got {candidates!r}, '
+                f"{mode!r} and {granularity!r}: states that were reconstructed together cannot be mixed."
             )
 
     @classmethod
@@ -94,7 +95,7 @@ class AdaQuant(Stage):
         if self.candidates is None:
             results = adaquant(network, calibration, self.settings, self.mode, self.granularity)
         else:
-            by_width = adaquant_candidates(network, calibration, self.settings, self.candidates, self.granularity)
+            by_width = adaquant_candidates(network, calibration, self.settings, self.candidates)
             results = [result for results in by_width.values() for result in results]
         return {
             "error_before": sum(result.error_before for result in results) / len(results),

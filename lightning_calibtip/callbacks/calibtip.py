@@ -6,10 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from ..pipeline import QuantizationRun, make_stages, quantize
+from ..calibration.calibration_set import FirstSamples
+from ..module import QuantizationModule
+from ..pipeline import QuantizationRun, make_stages, run_stages
+from ..quantization.layers import quantizable_layers
 from ..quantization.scheme import QuantizationScheme
+from .stage import check_precision
 
 
 class CalibTIP(pl.Callback):
@@ -64,7 +69,7 @@ class CalibTIP(pl.Callback):
         seed: int = 0,
     ) -> None:
         self.pipeline = pipeline
-        self.module_options = {
+        self.module_options: dict[str, Any] = {
             "weight_bits": weight_bits,
             "activation_bits": activation_bits,
             "edge_bits": edge_bits,
@@ -85,39 +90,50 @@ class CalibTIP(pl.Callback):
         self.calibration_dataloader = calibration_dataloader
         self.filename = filename
         # Bad settings must show now, not after hours of training.
-        QuantizationScheme(**self.module_options)  # type: ignore[arg-type]
+        QuantizationScheme(**self.module_options)
         make_stages(pipeline, **self.stage_options)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before training: refuse what could not be finished after it."""
-        if stage == "fit" and trainer.world_size > 1:
+        if stage != "fit":
+            return
+        check_precision("CalibTIP", trainer)
+        if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"CalibTIP runs on one process, got {trainer.world_size}: train without it, then call "
                 "lightning_calibtip.quantize(model, calibration_dataloader) in one process."
             )
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [other for other in callbacks if isinstance(other, CalibTIP) and other is not self]
+        if any(other.filename == self.filename for other in others):
+            raise MisconfigurationException(
+                f"Two CalibTIP callbacks would write {self.filename}.ckpt: give each a filename of its own."
+            )
+        QuantizationScheme(**self.module_options).check_overrides(list(quantizable_layers(pl_module)))
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training is over: run the pipeline on a copy of the trained module."""
-        if trainer.interrupted:
+        if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        loader: Any = self.calibration_dataloader or trainer.train_dataloader
-        self.result = quantize(
-            pl_module,
-            loader,
-            trainer.val_dataloaders or None,
-            self.pipeline,
-            self.calibration_samples,
-            self.stage_options,
-            {
-                "accelerator": {"cuda": "gpu"}.get(
-                    trainer.strategy.root_device.type, trainer.strategy.root_device.type
-                ),
-                "precision": trainer.precision,
-                "enable_progress_bar": False,
-            },
-            **self.module_options,
+        loader: Any = self.calibration_dataloader
+        if loader is None:
+            loader = trainer.train_dataloader
+        if isinstance(loader, Mapping):
+            raise MisconfigurationException("The training data are several loaders: pass calibration_dataloader=.")
+        module = QuantizationModule(pl_module, **self.module_options)
+        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            if data is not None and is_overridden(name, data):
+                setattr(module, name, getattr(data, name))
+        device = trainer.strategy.root_device.type
+        self.result = run_stages(
+            module,
+            make_stages(self.pipeline, **self.stage_options),
+            FirstSamples(loader, self.calibration_samples),
+            trainer.val_dataloaders,
+            {"accelerator": {"cuda": "gpu"}.get(device, device), "precision": trainer.precision},
         )
         stages = [("float", 0.0, self.result.float_metrics), *self.result.stages]
         for logger in trainer.loggers:

@@ -13,6 +13,15 @@ from ..module import QuantizationModule
 log = logging.getLogger(__name__)
 
 
+def check_precision(name: str, trainer: pl.Trainer) -> None:
+    """Refuse a Trainer whose weights are not float32, in which scales and zero points could not be kept."""
+    if trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
+        raise MisconfigurationException(
+            f"{name} needs float32 weights, got Trainer(precision={trainer.precision!r}): use 32-true, 16-mixed or "
+            "bf16-mixed."
+        )
+
+
 class Stage(pl.Callback, ABC):
     """A step of post-training quantization as a callback: ``run`` does the work.
 
@@ -46,6 +55,7 @@ class Stage(pl.Callback, ABC):
                 f"{self.name} works on a QuantizationModule, got {type(pl_module).__name__}: wrap your module, "
                 "QuantizationModule(model, weight_bits=4, ...), or use the CalibTIP callback."
             )
+        check_precision(self.name, trainer)
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"{self.name} runs on one process, got {trainer.world_size}: quantize with Trainer(devices=1)."
@@ -55,6 +65,9 @@ class Stage(pl.Callback, ABC):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when all calibration batches have been seen: run the stage and log its figures."""
         assert isinstance(pl_module, QuantizationModule)
+        if pl_module.calibration_done:
+            # A Trainer with min_epochs goes on; the first epoch was the calibration.
+            return
         started = time.monotonic()
         with trainer.precision_plugin.forward_context():
             figures = self.run(pl_module)

@@ -39,18 +39,21 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def choose_qparams(minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def choose_qparams(
+    minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool, one_sided: bool = False
+) -> tuple[Tensor, Tensor]:
     """Scale and zero point that map the real range ``[minimum, maximum]`` onto the integers of ``bits`` bits.
 
     The range is widened to contain zero, so that zero (padding, pruned weights) is always exact. A range that is only
-    zero gets the scale 1. A symmetric range without negative values puts the zero point at ``qmin`` instead of wasting
-    half of the integers.
+    zero gets the scale 1.
 
     Args:
         minimum: Smallest real values, any shape.
         maximum: Greatest real values, same shape.
         bits: 2 to 16.
         symmetric: Whether the signed integer range is used with a zero point of 0.
+        one_sided: Whether a symmetric range without negative values (after a ReLU) may put its zero point at ``qmin``
+            instead of wasting half of the integers.
 
     Returns:
         ``(scale, zero_point)``, float32 tensors of the shape of ``minimum``; zero points are whole numbers in
@@ -64,10 +67,10 @@ def choose_qparams(minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool)
     low = minimum.float().clamp(max=0)
     high = maximum.float().clamp(min=0)
     if symmetric:
-        one_sided = low == 0
+        shifted = (low == 0) & one_sided
         reach = torch.maximum(-low, high)
-        scale = torch.where(one_sided, reach, 2 * reach) / (qmax - qmin)
-        zero_point = torch.where(one_sided, float(qmin), 0.0)
+        scale = torch.where(shifted, reach, 2 * reach) / (qmax - qmin)
+        zero_point = torch.where(shifted, float(qmin), 0.0)
     else:
         scale = (high - low) / (qmax - qmin)
         scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)

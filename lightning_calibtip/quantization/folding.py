@@ -100,7 +100,7 @@ def _why_not(layer: nn.Module, normalization: nn.Module) -> str:
 
 
 def fold_batch_norm(
-    model: nn.Module, structure: Structure, run: Callable[[], Any], skip: Callable[[str], bool] = lambda name: False
+    model: nn.Module, structure: Structure, run: Callable[[], Any]
 ) -> tuple[list[Fold], dict[str, str]]:
     """Fold each BatchNorm into the layer before it where the structure proves the pair, and check the result on one
     batch.
@@ -112,7 +112,6 @@ def fold_batch_norm(
         model: Changed in place; must be in eval mode.
         structure: What ``observe_structure`` has seen of ``model``.
         run: Calls the model on one batch.
-        skip: Whether a layer, by its name, is to be left alone.
 
     Returns:
         The folds made, in the order of execution, and the BatchNorms left alone with the reason.
@@ -125,7 +124,7 @@ def fold_batch_norm(
         if isinstance(modules[name], _BatchNorm)
     }
     for name in structure.calls_of:
-        if layer_kind(modules[name]) is None or skip(name):
+        if layer_kind(modules[name]) is None:
             continue
         follower, reason = structure.normalization_after(name, lambda other: isinstance(modules[other], _BatchNorm))
         if follower is None:

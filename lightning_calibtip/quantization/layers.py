@@ -1,7 +1,8 @@
 """Which layers can be quantized, and how a layer of the user's is turned into a quantized one without changing its
 class."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -61,6 +62,43 @@ register_layer(nn.Linear, channel_axis=0)
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """Kind of the nearest registered class that ``module`` is an instance of, or None."""
     return next((_KINDS[cls] for cls in type(module).__mro__ if cls in _KINDS), None)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules of a registered type by their full names, in the order of registration."""
+    return {name: module for name, module in model.named_modules() if layer_kind(module) is not None}
+
+
+def bake_parametrizations(layer: nn.Module) -> None:
+    """Make parametrized tensors (weight norm, spectral norm) plain parameters of their present value."""
+    for tensor in list(getattr(layer, "parametrizations", {})):
+        _remove_parametrization(layer, tensor, keep_value=True)
+        value = getattr(layer, tensor)
+        delattr(layer, tensor)
+        layer.register_parameter(tensor, nn.Parameter(value.detach().clone(), requires_grad=False))
+
+
+def _remove_parametrization(layer: nn.Module, tensor: str, keep_value: bool) -> None:
+    # A deep copy shares its class with the original, and removing changes the class.
+    cls = type(layer)
+    layer.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
+    parametrize.remove_parametrizations(layer, tensor, leave_parametrized=keep_value)
+
+
+def untie(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Give layers that share a parameter with another module a copy of their own, and return these layers."""
+    owners: dict[int, int] = defaultdict(int)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] += parameter is not None
+    untied = []
+    for layer in layers:
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and owners[id(parameter)] > 1:
+                owners[id(parameter)] -= 1
+                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                untied.append(layer)
+    return untied
 
 
 def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -138,7 +176,7 @@ class QuantizedLayer:
         axis = kind.channel_axis if per_channel else None
         channels = weight.shape[axis] if axis is not None else 1
         on_weight = Quantizer(f"{name} weight", bits[0], weight_symmetric, axis, channels).to(weight.device)
-        on_input = Quantizer(f"{name} input", bits[1], activation_symmetric).to(weight.device)
+        on_input = Quantizer(f"{name} input", bits[1], activation_symmetric, one_sided=True).to(weight.device)
         layer.keep_float_reference()
         parametrize.register_parametrization(module, "weight", on_weight, unsafe=True)
         module.input_quantizer = on_input
@@ -148,7 +186,7 @@ class QuantizedLayer:
     def detach(self) -> None:
         """Take the quantizers off again; the layer is as it was before ``attach``."""
         self.set_enabled(False)
-        parametrize.remove_parametrizations(self.module, "weight", leave_parametrized=False)
+        _remove_parametrization(self.module, "weight", keep_value=False)
         self._hook.remove()
         del self.module.input_quantizer
 

@@ -1,16 +1,18 @@
 """A model with quantized layers: preparing it, switching it, saving and rebuilding it."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .folding import Fold, apply_fold, fold_batch_norm
-from .layers import QuantizedLayer, layer_kind
+from .layers import QuantizedLayer, bake_parametrizations, quantizable_layers, untie
 from .observers import make_observer
 from .ranges import check_range_method
 from .scheme import Bits, QuantizationScheme
@@ -19,6 +21,9 @@ from .structure import Structure, observe_structure
 log = logging.getLogger(__name__)
 
 CONFIG_VERSION = 1
+
+# What quantization itself adds to a layer.
+_OWN_MODULES = (".input_quantizer", ".parametrizations.weight", ".parametrizations.weight.0")
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,10 @@ class QuantizedNetwork:
 
     def __init__(self, model: nn.Module, scheme: QuantizationScheme) -> None:
         self.model, self.scheme = model, scheme
-        candidates: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
             if hasattr(module, "input_quantizer"):
                 raise ValueError(f"The model is already quantized (layer {name!r}); quantize the float model instead.")
-            if layer_kind(module) is not None:
-                candidates[name] = module
+        candidates = quantizable_layers(model)
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         scheme.check_overrides(list(candidates))
@@ -64,6 +67,9 @@ class QuantizedNetwork:
         self.floats: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.fixed: set[str] = set()
+        self.notes: dict[str, str] = {}
+        self.fingerprint = _fingerprint(model)
+        self.knows_float = True
         self.structure: Structure | None = None
         self._candidates = list(candidates)
 
@@ -79,22 +85,23 @@ class QuantizedNetwork:
             run: Calls the model on one batch.
         """
         if not self.prepared:
-            self._bake_parametrizations()
+            self._make_plain()
             structure = observe_structure(self.model, run)
             self.folds, self.left = fold_batch_norm(self.model, structure, run)
             self._attach(list(structure.calls_of))
             for name, reason in self.left.items():
                 log.warning("BatchNorm %s is not folded: %s.", name, reason)
-        with self.quantized(False):
+        with self._as_float():
             self.structure = observe_structure(self.model, run)
 
-    def _bake_parametrizations(self) -> None:
-        """Make parametrized weights (weight norm, spectral norm) plain: their value in eval mode does not change any
-        more."""
-        for name in self._candidates:
-            module = self.model.get_submodule(name)
-            for tensor in list(getattr(module, "parametrizations", {})):
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+    def _make_plain(self) -> None:
+        """Give each candidate plain parameters of its own: no parametrizations, nothing shared."""
+        layers = {self.model.get_submodule(name): name for name in self._candidates}
+        for layer in layers:
+            bake_parametrizations(layer)
+        self.notes = {
+            layers[layer]: "with a copy of its own of a shared parameter" for layer in untie(self.model, layers)
+        }
 
     def _attach(self, order: list[str]) -> None:
         running = [name for name in order if name in self._candidates]
@@ -160,7 +167,7 @@ class QuantizedNetwork:
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Inside, observers watch what passes, and the model computes in float."""
-        with self.quantized(False):
+        with self._as_float():
             for layer in self.layers.values():
                 layer.input_quantizer.observing = True
             try:
@@ -187,20 +194,40 @@ class QuantizedNetwork:
             self.leave_float(name, "no calibration batch has reached it")
         for layer in self.layers.values():
             layer.variants.clear()
+            layer.errors = None
             layer.fit_ranges(layer.bits)
             layer.set_enabled(True)
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
-        """Inside, the model computes quantized, or as the float model it was made from (BatchNorms folded)."""
+        """Inside, the model computes quantized, or as the float model it was made from (BatchNorms folded).
+
+        Raises:
+            RuntimeError: If float is wanted, but the model that a checkpoint was loaded into had other weights.
+        """
+        if not enabled:
+            if not self.knows_float:
+                raise RuntimeError(
+                    "The float weights are not in a quantized checkpoint, and the model it was loaded into is not the "
+                    "one that was quantized; pass the trained model to load_from_checkpoint(path, model=...)."
+                )
+            with self._as_float():
+                yield
+            return
+        was = {name: layer.input_quantizer.enabled for name, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                layer.set_enabled(True)
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.set_enabled(was[name])
+
+    @contextmanager
+    def _as_float(self) -> Iterator[None]:
         with ExitStack() as stack:
             for layer in self.layers.values():
-                if enabled:
-                    was = layer.input_quantizer.enabled
-                    stack.callback(layer.set_enabled, was)
-                    layer.set_enabled(True)
-                else:
-                    stack.enter_context(layer.as_float())
+                stack.enter_context(layer.as_float())
             yield
 
     def summary(self) -> list[LayerSummary]:
@@ -209,16 +236,18 @@ class QuantizedNetwork:
         folded = {fold.normalization: f"into {fold.layer}" for fold in self.folds}
         lines = []
         for name, module in self.model.named_modules():
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
             if name in self.layers:
                 layer = self.layers[name]
-                lines.append(self._line(name, "quantized", layer.weight.numel(), "", layer.bits))
+                lines.append(self._line(name, "quantized", layer.weight.numel(), self.notes.get(name, ""), layer.bits))
             elif name in folded:
                 lines.append(self._line(name, "folded", 0, folded[name]))
             elif name in self.floats or name in self.left:
-                count = sum(p.numel() for p in module.parameters(recurse=False))
-                lines.append(self._line(name, "float", count, self.floats.get(name) or self.left[name]))
-            elif not self.prepared and layer_kind(module) is not None:
-                lines.append(self._line(name, "float", module.weight.numel(), "not calibrated yet"))
+                lines.append(self._line(name, "float", own, self.floats.get(name) or self.left[name]))
+            elif own and not name.endswith(_OWN_MODULES):
+                waiting = name in self._candidates and not self.prepared
+                note = "not calibrated yet" if waiting else "not a quantizable type of layer"
+                lines.append(self._line(name, "float", own, note))
         return sorted(lines, key=lambda line: order.index(line.name) if line.name in order else len(order))
 
     def _line(self, name: str, kind: str, parameters: int, note: str, bits: Bits | None = None) -> LayerSummary:
@@ -238,7 +267,9 @@ class QuantizedNetwork:
             "fixed": sorted(self.fixed),
             "floats": dict(self.floats),
             "left": dict(self.left),
+            "notes": dict(self.notes),
             "calibrated": self.calibrated,
+            "fingerprint": self.fingerprint,
         }
 
     def load_config(self, config: dict[str, Any]) -> None:
@@ -260,7 +291,16 @@ class QuantizedNetwork:
                 "The model is already quantized, with other layers than the checkpoint's; load the checkpoint into a "
                 "QuantizationModule made anew from the float model."
             )
-        self.scheme = QuantizationScheme(**config["scheme"])
+        wanted = QuantizationScheme(**config["scheme"])
+        for name in ("symmetric", "per_channel", "activation_symmetric"):
+            if getattr(wanted, name) != getattr(self.scheme, name):
+                raise ValueError(
+                    f"The checkpoint has {name}={getattr(wanted, name)}, this quantized model "
+                    f"{getattr(self.scheme, name)}; load it into a QuantizationModule made anew from the float model."
+                )
+        self.scheme = wanted
+        self.knows_float = config["fingerprint"] == self.fingerprint
+        self.notes = dict(config["notes"])
         for name, (weight_bits, activation_bits) in config["layers"].items():
             on_weight, on_input = self.layers[name].quantizers
             on_weight.bits, on_input.bits = weight_bits, activation_bits
@@ -273,10 +313,20 @@ class QuantizedNetwork:
         wanted = {*config["layers"], *(name for pair in config["folds"] for name in pair)}
         if missing := sorted(wanted - names):
             raise ValueError(f"The checkpoint is of another model: this one has no module {', '.join(missing[:5])}.")
-        self._bake_parametrizations()
+        self._make_plain()
         self.scheme = QuantizationScheme(**config["scheme"])
         self.folds = [Fold(*pair) for pair in config["folds"]]
         for fold in self.folds:
             apply_fold(self.model, fold)
         for name, (weight_bits, activation_bits) in config["layers"].items():
             self._attach_layer(name, (weight_bits, activation_bits))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of all parameters and buffers, to know the float model again."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -188,7 +188,8 @@ class HistogramObserver(Observer):
             return torch.maximum(centres[low_bin] - width / 2, low), torch.minimum(centres[high_bin] + width / 2, high)
         used = counts > 0
         values, weights = centres[used].clamp(low, high).unsqueeze(0), counts[used]
-        return lp_optimal_range(values, weights, low, high, bits, symmetric, 2.0 if self.method == "mse" else self.p)
+        p = 2.0 if self.method == "mse" else self.p
+        return lp_optimal_range(values, weights, low, high, bits, symmetric, p, one_sided=True)
 
 
 def make_observer(method: str, momentum: float = 0.1, percentile: float = 99.99, p: float = 2.4) -> Observer:

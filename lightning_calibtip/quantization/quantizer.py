@@ -19,14 +19,17 @@ class Quantizer(nn.Module):
         symmetric: Signed integers and a zero point of 0 (``choose_qparams`` has the details).
         axis: Channel dimension, or None for one range for the whole tensor.
         channels: Length of that dimension; 1 without ``axis``.
+        one_sided: Whether a symmetric range without negative values may have its zero point at ``qmin``.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, name: str, bits: int, symmetric: bool, axis: int | None = None, channels: int = 1) -> None:
+    def __init__(
+        self, name: str, bits: int, symmetric: bool, axis: int | None = None, channels: int = 1, one_sided: bool = False
+    ) -> None:
         super().__init__()
-        self.name, self.symmetric, self.axis = name, symmetric, axis
+        self.name, self.symmetric, self.axis, self.one_sided = name, symmetric, axis, one_sided
         self.bits = check_bits(bits, f"bits of {name}")
         self.scale = nn.Parameter(torch.ones(channels), requires_grad=False)
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=False)
@@ -53,7 +56,7 @@ class Quantizer(nn.Module):
         """
         if not bool(torch.isfinite(minimum).all() and torch.isfinite(maximum).all()):
             raise ValueError(f"{self.name}: the range has a NaN or infinite end; check the data and the weights.")
-        scale, zero_point = choose_qparams(minimum, maximum, self.bits, self.symmetric)
+        scale, zero_point = choose_qparams(minimum, maximum, self.bits, self.symmetric, self.one_sided)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 

@@ -63,7 +63,14 @@ def _quantile(rows: Tensor, fraction: float) -> Tensor:
 
 
 def lp_optimal_range(
-    values: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, bits: int, symmetric: bool, p: float
+    values: Tensor,
+    counts: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    symmetric: bool,
+    p: float,
+    one_sided: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Range inside ``[low, high]`` whose quantization has the least error ``sum |x - Q(x)|^p``.
 
@@ -78,6 +85,7 @@ def lp_optimal_range(
         bits: 2 to 16.
         symmetric: See ``choose_qparams``.
         p: Exponent, above 0.
+        one_sided: See ``choose_qparams``.
 
     Returns:
         ``(minimum, maximum)``, each of shape (channels,).
@@ -85,7 +93,7 @@ def lp_optimal_range(
     qmin, qmax = integer_range(bits, symmetric)
 
     def error(minimum: Tensor, maximum: Tensor) -> Tensor:
-        scale, zero_point = (q.unsqueeze(1) for q in choose_qparams(minimum, maximum, bits, symmetric))
+        scale, zero_point = (q.unsqueeze(1) for q in choose_qparams(minimum, maximum, bits, symmetric, one_sided))
         integers = (torch.round(values / scale) + zero_point).clamp_(qmin, qmax)
         lost = integers.sub_(zero_point).mul_(scale).sub_(values).abs_().pow_(p)
         return (lost if counts is None else lost.mul_(counts)).sum(1)

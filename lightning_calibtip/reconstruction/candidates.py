@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ..calibration.calibration_set import CalibrationSet
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
-from .adaquant import Progress, adaquant
+from .adaquant import adaquant
 from .optimize import UnitResult
 from .settings import AdaQuantSettings
 
@@ -16,14 +16,12 @@ def adaquant_candidates(
     calibration: CalibrationSet,
     settings: AdaQuantSettings,
     candidates: Sequence[Bits],
-    granularity: str = "layer",
-    progress: Progress = iter,
 ) -> dict[Bits, list[UnitResult]]:
     """Run parallel AdaQuant at each candidate width and keep the results as each layer's ``variants``.
 
-    Only parallel reconstruction makes states that can be mixed: a sequential one assumes the widths of the layers
-    before it. Layers with a fixed width are reconstructed at that one. Afterwards each free layer is at its own width
-    if that is a candidate, else at the widest.
+    Only parallel reconstruction of single layers makes states that can be mixed: a sequential one assumes the widths of
+    the layers before it. Layers with a fixed width are reconstructed at that one. Afterwards each free layer is at its
+    own width if that is a candidate, else at the widest.
 
     Returns:
         The units' results by candidate.
@@ -38,7 +36,7 @@ def adaquant_candidates(
             network.layers[name].take(bits)
         for name, state in fixed.items():
             network.layers[name].restore(state)
-        results[bits] = adaquant(network, calibration, settings, "parallel", granularity, progress)
+        results[bits] = adaquant(network, calibration, settings, "parallel")
         for name in network.free_layers:
             network.layers[name].variants[bits] = network.layers[name].save()
     for name, bits in own.items():

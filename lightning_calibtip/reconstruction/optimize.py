@@ -59,7 +59,7 @@ def _loss(unit: Unit, samples: UnitSamples, index: Tensor) -> tuple[Tensor, Tens
 @torch.no_grad()
 def relative_error(unit: Unit, samples: UnitSamples, index: Tensor) -> float:
     """Relative error of the unit as it is, on the samples at ``index``."""
-    sums = [_loss(unit, samples, part) for part in index.split(_CHUNK if samples._whole is None else 1)]
+    sums = [_loss(unit, samples, part) for part in index.split(1 if samples.whole else _CHUNK)]
     error, power = (float(sum(column)) for column in zip(*sums, strict=True))
     return error / power if power else error
 
@@ -73,16 +73,17 @@ def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_error: flo
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
     """
 
+    # The scale of a dead channel is 1, whatever the others are: hence medians.
     def rate(value: float, step: float) -> float:
         return value * step if settings.relative else value
 
     on_weight, on_input = layer.quantizers
-    groups = [([layer.weight], rate(settings.weight_rate, float(on_weight.scale.mean())))]
+    groups = [([layer.weight], rate(settings.weight_rate, float(on_weight.scale.median())))]
     if layer.bias is not None:
         groups.append(([layer.bias], rate(settings.bias_rate, output_error)))
     for quantizer, value in ((on_weight, settings.weight_range_rate), (on_input, settings.input_range_rate)):
         groups.append(
-            ([quantizer.scale], rate(value, float(quantizer.scale.mean()) / (quantizer.qmax - quantizer.qmin)))
+            ([quantizer.scale], rate(value, float(quantizer.scale.median()) / (quantizer.qmax - quantizer.qmin)))
         )
         if not quantizer.symmetric:
             groups.append(([quantizer.zero_point], settings.zero_point_rate))
@@ -158,6 +159,8 @@ def _descend(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * settings.rate_at(step)
             optimizer.step()
+            # Autocast keeps casts of parameters, which have just changed.
+            torch.clear_autocast_cache()
             with torch.no_grad():
                 for scale in scales:
                     scale.clamp_min_(SMALLEST_SCALE)

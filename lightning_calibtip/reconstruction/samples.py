@@ -28,19 +28,28 @@ class UnitSamples:
     _whole: list[list[Any]] | None
     count: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether each call counts as one sample."""
+        return self._whole is not None
+
     @classmethod
-    def join(cls, calls: Sequence[UnitCall], targets: Sequence[Target]) -> "UnitSamples":
+    def join(cls, calls: Sequence[UnitCall], targets: Sequence[Target], whole: bool = False) -> "UnitSamples":
         """Put the calls of all batches together.
 
         Args:
             calls: Arguments of each call.
             targets: Float output tensors of each call.
+            whole: Keep each call whole, for units that do not have the samples along the first dimension.
+
+        Raises:
+            ValueError: If the calls' arguments are nested differently.
         """
         flat = [tree_flatten((c.args, c.kwargs, t)) for c, t in zip(calls, targets, strict=True)]
         rows, spec = [leaves for leaves, _ in flat], flat[0][1]
         lengths = [target[0].shape[0] if target[0].dim() else 0 for target in targets]
         same_tree = all(other == spec for _, other in flat)
-        if same_tree and all(lengths):
+        if same_tree and all(lengths) and not whole:
             columns = [_join_column(list(column), lengths) for column in zip(*rows, strict=True)]
             if all(column is not None for column in columns):
                 joined = [column[0] for column in columns if column is not None]
@@ -70,9 +79,9 @@ def _join_column(column: list[Any], lengths: list[int]) -> tuple[Any, bool] | No
     first = column[0]
     if not isinstance(first, Tensor):
         return (first, False) if all(type(other) is type(first) and other == first for other in column) else None
+    if len(column) > 1 and all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in column):
+        return first, False
     pairs = zip(column, lengths, strict=True)
     if all(leaf.dim() and leaf.shape[0] == n and leaf.shape[1:] == first.shape[1:] for leaf, n in pairs):
         return torch.cat(column), True
-    if all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in column):
-        return first, False
-    return None
+    return (first, False) if len(column) == 1 else None

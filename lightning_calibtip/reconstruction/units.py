@@ -1,7 +1,6 @@
 """Units of reconstruction: single layers, or blocks found by running the model."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ from ..calibration.replay import UnitCall
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.structure import Activation
+
+log = logging.getLogger(__name__)
 
 GRANULARITIES = ("layer", "block")
 
@@ -35,14 +36,6 @@ class Unit:
         """Output of the unit before the activation, as quantized as its layers are at present."""
         return self.module(*call.args, **call.kwargs)
 
-    @contextmanager
-    def as_float(self) -> Iterator[None]:
-        """Inside, the unit's layers compute as in the float model."""
-        with ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(layer.as_float())
-            yield
-
 
 def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
     """Units in the order of execution: every quantized layer is in exactly one.
@@ -60,6 +53,8 @@ def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
     structure = network.structure
     assert structure is not None
     running = [name for name in structure.calls_of if name in network.layers]
+    for name in network.layers.keys() - set(running):
+        log.warning("%s does not run in the first calibration batch: it is not reconstructed.", name)
 
     def inside(parent: str) -> list[str]:
         return [name for name in running if name.startswith(f"{parent}.")]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,8 +24,12 @@ class StageRecord:
     metric: float | None
 
 
-def peak_rss_bytes() -> int:
-    """Greatest resident memory of this process so far."""
+def peak_rss_bytes() -> int | None:
+    """Greatest resident memory of this process so far; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -27,7 +27,8 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def model_size(network: QuantizedNetwork) -> ModelSize:
-    """Size of what inference needs: weights at their bits, scales and (where not symmetric) zero points at 4 bytes
+    """Size of what inference needs: weights at their bits, scales and (but for symmetric weights) zero points at 4
+    bytes
     each, and
     whatever stays float. The memory of folded BatchNorms, which only re-tuning needs, does not count.
     """
@@ -38,6 +39,6 @@ def model_size(network: QuantizedNetwork) -> ModelSize:
     for layer in network.layers.values():
         total += (layer.weight.numel() * layer.bits[0] + 7) // 8 - layer.weight.nbytes
         for quantizer in layer.quantizers:
-            if quantizer.symmetric:
+            if quantizer.symmetric and not quantizer.one_sided:
                 total -= quantizer.zero_point.nbytes
     return ModelSize(network.float_bytes, total)

@@ -67,6 +67,8 @@ def tune_batch_norm(
     assert network.structure is not None
     folds = {fold.layer: fold for fold in network.folds if fold.layer in network.layers}
     order = [name for name in network.structure.calls_of if name in folds]
+    if not order:
+        return BatchNormTuningResult((), 0.0, 0.0, True)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     before = mean_divergence(calibration, logits, everything)
     initial = {name: network.layers[name].save() for name in order}
@@ -85,7 +87,7 @@ def tune_batch_norm(
         _refold(layer, _channel_statistics(_outputs(layer, calls)), wanted)
         quantized_stream.finish(name, _outputs(layer, calls))
     after = mean_divergence(calibration, logits, everything)
-    kept = after < before or not order
+    kept = after < before
     if not kept:
         for name, state in initial.items():
             network.layers[name].restore(state)
@@ -102,10 +104,10 @@ def _channel_statistics(batches: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     outputs = [output for batch in batches for output in batch]
     count = sum(output.numel() // output.shape[1] for output in outputs)
     over = [0, *range(2, outputs[0].dim())]
-    mean = sum((output.double().sum(over) for output in outputs), torch.zeros(())) / count
+    mean = sum((output.float().sum(over) for output in outputs), torch.zeros(())) / count
     shape = [1, -1, *[1] * (outputs[0].dim() - 2)]
-    squares = sum(((output.double() - mean.view(shape)).square().sum(over) for output in outputs), torch.zeros(()))
-    return mean.float(), (squares / count).sqrt().float()
+    squares = sum(((output.float() - mean.view(shape)).square().sum(over) for output in outputs), torch.zeros(()))
+    return mean, (squares / count).sqrt()
 
 
 def _refold(layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:

@@ -23,7 +23,7 @@ class BiasTuningSettings:
     Args:
         epochs: Passes over the calibration set, at least 1.
         rate: Adam's learning rate, as a fraction of the root mean square of each layer's output.
-        scale_rate: Learning rate of the scales of weights and inputs, as a fraction of each tensor's mean scale; 0
+        scale_rate: Learning rate of the scales of weights and inputs, as a fraction of each tensor's median scale; 0
             leaves scales alone.
         holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below
             1.
@@ -98,6 +98,8 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.step()
+            # Autocast keeps casts of parameters, which have just changed.
+            torch.clear_autocast_cache()
             with torch.no_grad():
                 for scale in scales:
                     scale.clamp_min_(SMALLEST_SCALE)
@@ -119,5 +121,5 @@ def _groups(
         if layer.bias is not None:
             groups.append(([layer.bias], settings.rate * magnitudes.get(name, 0.0)))
         for quantizer in layer.quantizers:
-            groups.append(([quantizer.scale], settings.scale_rate * float(quantizer.scale.mean())))
+            groups.append(([quantizer.scale], settings.scale_rate * float(quantizer.scale.median())))
     return [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in groups if rate > 0]

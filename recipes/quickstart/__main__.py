@@ -55,9 +55,11 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
 
     records = {}
     for label, callback in callbacks.items():
+        folder = output if not records else output / label.lower()
         records[label] = callback.result.record("quickstart", "digits", "accuracy", seed)
-        write_record(output / f"result_{label}.json", records[label])
-        layer_error_figure(records[label]).savefig(output / f"errors_{label}.png", dpi=150)
+        write_record(folder / "result.json", records[label])
+        callback.result.save(folder / "quantized.ckpt")
+        layer_error_figure(records[label]).savefig(folder / "layer_errors.png", dpi=150)
     stage_figure(records).savefig(output / "stages.png", dpi=150)
 
     first = next(iter(callbacks.values())).result
@@ -70,7 +72,7 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
     rows.append(["size / float size", *(record["size"]["ratio"] for record in records.values())])
     print(f"\nAccuracy on {len(validation.dataset)} held-out digits\n")  # type: ignore[arg-type]
     print(text_table(["stage", *records], rows))
-    print(f"\nRecords, figures and quantized checkpoints are in {output}.")
+    print(f"\nresult.json, quantized.ckpt and the figures are in {output} (those of W2A4 in {output / 'w2a4'}).")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def keep(*batches):
 def test_batch_with_nan_or_infinity_is_refused_with_its_place(bad):
     good = {"pixels": [torch.zeros(2, 3)], "labels": torch.zeros(2, dtype=torch.int64)}
     calibration = keep(good)
-    with pytest.raises(ValueError, match=r"Calibration batch 1: batch\['pixels'\]\[0\] \(shape \(2, 3\)\)"):
+    with pytest.raises(ValueError, match=r"Calibration batch 1: input\['pixels'\]\[0\] \(shape \(2, 3\)\)"):
         calibration.append({**good, "pixels": [torch.tensor([[0.0, bad, 0.0]] * 2)]})
     assert len(calibration) == 1
 

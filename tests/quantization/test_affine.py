@@ -67,9 +67,10 @@ def test_constants_and_zeros_survive():
 
 
 def test_symmetric_range_without_negatives_uses_all_integers():
-    scale, zero_point = choose_qparams(torch.tensor([0.0]), torch.tensor([15.0]), 4, symmetric=True)
+    scale, zero_point = choose_qparams(torch.tensor([0.0]), torch.tensor([15.0]), 4, symmetric=True, one_sided=True)
     x = torch.arange(16.0)
     assert torch.equal(fake_quantize(x, scale, zero_point, -8, 7), x)
+    assert choose_qparams(torch.tensor([0.0]), torch.tensor([15.0]), 4, symmetric=True)[1] == 0
 
 
 class _Round(torch.autograd.Function):

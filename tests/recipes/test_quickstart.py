@@ -27,8 +27,9 @@ def test_quickstart_prints_its_table_and_saves_figures(tmp_path):
         "7 quantized, 6 folded, 0 float",
     ):
         assert row in done.stdout
-    for name in ("stages.png", "errors_W4A4.png", "errors_W2A4.png", "w4a4.ckpt", "w2a4.ckpt"):
+    for name in ("stages.png", "layer_errors.png", "quantized.ckpt", "w2a4/layer_errors.png", "w2a4/quantized.ckpt"):
         assert (tmp_path / name).stat().st_size > 1000
-    record = json.loads((tmp_path / "result_W2A4.json").read_text())
-    assert record["recipe"] == "quickstart" and 0 < record["size"]["ratio"] < 0.2
-    assert done.stdout.count(f"{record['float']:.4g}") >= 2
+    records = [json.loads((tmp_path / name).read_text()) for name in ("result.json", "w2a4/result.json")]
+    assert [record["layers"][1]["weight_bits"] for record in records] == [4, 2]
+    assert all(record["recipe"] == "quickstart" and 0 < record["size"]["ratio"] < 0.2 for record in records)
+    assert done.stdout.count(f"{records[0]['float']:.4g}") >= 2

@@ -1,42 +1,13 @@
-import io
 import json
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lightning_calibtip import QuantizationModule
 from recipes.output import make_logger
 from recipes.resnet_cifar10.__main__ import main
 from recipes.resnet_cifar10.data import CifarData, load_images
 from recipes.resnet_cifar10.model import DEPTHS, CifarClassifier
-
-
-@pytest.fixture
-def tiny_cifar(tmp_path):
-    """Random images in the hub's parquet format."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 48), ("test", 20)):
-        rows = []
-        for _ in range(count):
-            file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-            rows.append({"bytes": file.getvalue(), "path": None})
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-        data = datasets.Dataset.from_dict({"image": rows, "label": [i % 10 for i in range(count)]}, features=features)
-        data.to_parquet(tmp_path / f"{split}-small.parquet")
-    return tmp_path
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    torch.manual_seed(0)
-    net = CifarClassifier("resnet20").net
-    state = {f"module.{key}": value for key, value in net.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "resnet20.th")
-    return tmp_path / "resnet20.th"
 
 
 @pytest.mark.parametrize("name,layers", [("resnet20", 20), ("resnet32", 32), ("resnet44", 44), ("resnet56", 56)])
@@ -49,10 +20,10 @@ def test_networks_have_as_many_layers_as_they_say(name, layers):
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "advanced"])
-def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, checkpoint, tmp_path):
+def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpoint, tmp_path):
     output = tmp_path / "out"
     main(
-        checkpoint,
+        cifar_checkpoint,
         data=str(tiny_cifar),
         pipeline=pipeline,
         calibration_samples=32,
@@ -85,9 +56,9 @@ def test_train_split_evaluates_on_images_that_are_not_calibrated_on(tiny_cifar):
     assert torch.equal(data.evaluation[:][0], everything[32:])
 
 
-def test_bad_input_is_named(tiny_cifar, checkpoint, tmp_path):
+def test_bad_input_is_named(tiny_cifar, cifar_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint of resnet56; check --model"):
-        CifarClassifier("resnet56", checkpoint)
+        CifarClassifier("resnet56", cifar_checkpoint)
     with pytest.raises(ValueError, match=r"model must be one of resnet20, .* got 'resnet18'"):
         CifarClassifier("resnet18")
     with pytest.raises(ValueError, match=r"calibration_samples=49, but .* has 48 images"):

@@ -1,0 +1,76 @@
+import json
+import re
+import shlex
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from jsonargparse import auto_cli
+
+from recipes.resnet_cifar10.__main__ import main
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+class QuietTrainer(pl.Trainer):
+    """The README's Trainer, kept short and silent."""
+
+    def __init__(self, **options):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        super().__init__(**{**options, **quiet, "max_epochs": 1})
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=["callback on the Trainer", "stages on a finished model"])
+def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
+    # Few steps are enough to see that the code runs.
+    monkeypatch.setattr("lightning_calibtip.reconstruction.settings.AdaQuantSettings.rate_at", lambda self, step: 0.1)
+    short = code.replace('AdaQuant(mode="sequential")', 'AdaQuant(mode="sequential", iterations=3)')
+    short = short.replace(
+        "calibration_samples=512", 'calibration_samples=48, stage_options={"adaquant": {"iterations": 3}}'
+    )
+    names = {
+        "model": tiny_classifier,
+        "train_loader": loader,
+        "val_loader": loader,
+        "calibration_loader": loader,
+    }
+    exec(short, names)
+    printed = capsys.readouterr().out
+    if "quantizer" in names:
+        assert "val_acc" in printed and names["quantizer"].checkpoint_path.exists()
+    else:
+        assert "6 quantized, 5 folded, 0 float" in printed
+        with torch.no_grad():
+            assert names["quantized"](images).shape == (48, 4)
+        assert (tmp_path / "quantized.ckpt").exists()
+
+
+def test_readme_leads_with_the_two_commands():
+    head = README.read_text()[:800]
+    assert "make quickstart" in head and "make test" in head
+
+
+def test_readme_recipe_command_runs_as_written(tmp_path, tiny_cifar, cifar_checkpoint):
+    command = re.search(r"python -m recipes.resnet_cifar10 (.*?)```", README.read_text(), re.DOTALL).group(1)
+    words = shlex.split(command.replace("\\\n", " "))
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    assert values["--data"] == "cifar10" and values["--output"].startswith("runs/")
+    values |= {"--checkpoint": str(cifar_checkpoint), "--data": str(tiny_cifar), "--output": str(tmp_path / "out")}
+    values |= {"--calibration_samples": "32", "--adaquant": '{"iterations": 2}', "--accelerator": "cpu"}
+    auto_cli(main, as_positional=False, args=[word for pair in values.items() for word in pair])
+    assert (tmp_path / "out" / "result.json").exists() and (tmp_path / "out" / "quantized.ckpt").exists()
+
+
+def test_recipe_takes_its_options_from_yaml(tmp_path, tiny_cifar, cifar_checkpoint):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"checkpoint: {cifar_checkpoint}\ndata: {tiny_cifar}\npipeline: calibrate\nweight_bits: 5\n"
+        f"calibration_samples: 16\naccelerator: cpu\noutput: {tmp_path / 'yaml'}\n"
+    )
+    auto_cli(main, as_positional=False, args=["--config", str(config)])
+    record = json.loads((tmp_path / "yaml" / "result.json").read_text())
+    assert record["layers"][1]["weight_bits"] == 5
