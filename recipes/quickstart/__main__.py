@@ -3,6 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import auto_cli
@@ -53,7 +54,7 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
     print(f"Training a small residual network on handwritten digits for {epochs} epochs, then quantizing it ...")
     trainer.fit(DigitClassifier(), train, validation)
 
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     for label, callback in callbacks.items():
         folder = output if not records else output / label.lower()
         records[label] = callback.result.record("quickstart", "digits", "accuracy", seed)
