@@ -1,7 +1,11 @@
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from lightning_calibtip import QuantizationModule, make_stages, quantize, run_stages
+from tests.conftest import TinyClassifier
 
 QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "compression": 0.2}
 
@@ -22,6 +26,53 @@ def test_pipelines_have_their_stages_in_order(pipeline, names, tiny_classifier, 
     record = run.record("test", "tiny", "val_acc", 0)
     assert record["float"] == run.float_metrics["val_acc"] and record["calibration_samples"] == 48
     assert [stage["name"] for stage in record["stages"]] == names
+
+
+def test_users_step_may_use_the_trainer_and_the_logger(loader):
+    class Chatty(TinyClassifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.logger.experiment.add_image("first", batch[0][0])
+            self.log("batches", float(self.trainer.num_val_batches[0]))
+
+    run = quantize(Chatty(), loader, loader, "calibrate")
+    assert run.metrics["batches"] == 3
+
+
+def test_shuffled_loader_gives_all_stages_the_same_samples(tiny_classifier, images):
+    seen = []
+
+    class Watching(QuantizationModule):
+        def calibration_step(self, batch, batch_idx):
+            seen.append(float(batch.sum()))
+            return super().calibration_step(batch, batch_idx)
+
+    shuffled = DataLoader(images, batch_size=16, shuffle=True)
+    run = run_stages(Watching(tiny_classifier), make_stages("light", compression=0.2), shuffled)
+    assert len(set(seen)) == 3 and len(seen) > 3
+    assert run.calibration_samples == 48
+
+
+def test_trainer_options_may_name_loggers_and_callbacks(tiny_classifier, loader, tmp_path):
+    class Watching(pl.Callback):
+        fits = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            self.fits += 1
+
+    watching, logger = Watching(), CSVLogger(tmp_path, name="log", version=0)
+    options = {"logger": logger, "callbacks": [watching]}
+    quantize(tiny_classifier, loader, loader, "light", stage_options=QUICK, trainer_options=options)
+    assert watching.fits == 3
+    logger.save()
+    assert "BatchNormTuning/val_acc" in (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
+
+
+def test_papers_preset_reaches_adaquant_and_an_unknown_one_is_refused():
+    stages = {stage.name: stage for stage in make_stages("sequential", adaquant={"preset": "paper", "iterations": 9})}
+    assert stages["AdaQuant"].settings.batch_size == 50 and stages["AdaQuant"].settings.iterations == 9
+    with pytest.raises(ValueError, match="adaquant preset must be one of default, paper, got 'fast'"):
+        make_stages("sequential", adaquant={"preset": "fast"})
 
 
 def test_same_seed_gives_bit_identical_models_in_two_runs(tiny_classifier, loader):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.logits import float_logits, mean_divergence
+from ..calibration.logits import float_logits, measure_divergences
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 
@@ -36,7 +36,7 @@ def measure_sensitivity(
         layer = network.layers[name]
         layer.variants[layer.bits] = layer.save()
         layer.take(base)
-    at_base = mean_divergence(calibration, targets, everything)
+    at_base = float(measure_divergences(calibration, targets, everything).mean())
     table: Table = {}
     for name in network.free_layers:
         layer = network.layers[name]
@@ -45,7 +45,7 @@ def measure_sensitivity(
             rise = 0.0
             if bits != base:
                 layer.take(bits)
-                rise = mean_divergence(calibration, targets, everything) - at_base
+                rise = float(measure_divergences(calibration, targets, everything).mean()) - at_base
             table[name][bits] = rise
         layer.take(base)
     return table

@@ -18,8 +18,8 @@ def float_logits(network: QuantizedNetwork, calibration: CalibrationSet) -> list
         return [[logits.detach() for logits in output_logits(calibration.run(i))] for i in range(len(calibration))]
 
 
-def kl_divergence(output: Any, target: list[Tensor]) -> Tensor:
-    """Mean over samples of the divergence of quantized outputs from float ones, in nats, summed over output tensors.
+def sample_divergences(output: Any, target: list[Tensor]) -> Tensor:
+    """Divergence of each sample's quantized outputs from its float ones, in nats, summed over output tensors.
 
     Where an output holds logits of classes, the Kullback-Leibler divergence KL(float || quantized), averaged over
     positions; classes lie along the last dimension, or along dimension 1 of tensors with four or more (segmentation).
@@ -28,29 +28,36 @@ def kl_divergence(output: Any, target: list[Tensor]) -> Tensor:
 
     Args:
         output: What the quantized model returned.
-        target: Float output tensors of the same batch.
+        target: Float output tensors of the same batch, the samples along the first dimension.
+
+    Returns:
+        Shape (samples,).
     """
-    total = torch.zeros(())
-    for logits, wanted in zip(output_logits(output), target, strict=True):
-        total = total.to(logits.device) + _divergence(logits.float(), wanted.float())
-    return total
+    return sum(
+        (
+            _divergences(logits.float(), wanted.float())
+            for logits, wanted in zip(output_logits(output), target, strict=True)
+        ),
+        torch.zeros((), device=target[0].device),
+    )
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+def _divergences(logits: Tensor, wanted: Tensor) -> Tensor:
     axis = 1 if logits.dim() >= 4 else -1
     if logits.dim() == 1 or logits.shape[axis] == 1:
-        return (logits - wanted).square().mean() / (2 * wanted.square().mean().clamp_min(1e-12))
-    student = F.log_softmax(logits, axis).movedim(axis, -1).flatten(0, -2)
-    teacher = F.log_softmax(wanted, axis).movedim(axis, -1).flatten(0, -2)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        lost = (logits - wanted).square() / (2 * wanted.square().mean().clamp_min(1e-12))
+    else:
+        student, teacher = F.log_softmax(logits, axis), F.log_softmax(wanted, axis)
+        lost = F.kl_div(student, teacher, reduction="none", log_target=True).sum(axis)
+    return lost.flatten(1).mean(1) if lost.dim() > 1 else lost
+
+
+def kl_divergence(output: Any, target: list[Tensor]) -> Tensor:
+    """Mean of ``sample_divergences`` over the samples."""
+    return sample_divergences(output, target).mean()
 
 
 @torch.no_grad()
-def mean_divergence(calibration: CalibrationSet, targets: list[list[Tensor]], indices: list[int]) -> float:
-    """KL divergence of the model as it is from ``targets``, averaged over the samples of the batches ``indices``."""
-    sums, counts = 0.0, 0
-    for index in indices:
-        count = targets[index][0].shape[0]
-        sums += float(kl_divergence(calibration.run(index), targets[index])) * count
-        counts += count
-    return sums / counts
+def measure_divergences(calibration: CalibrationSet, targets: list[list[Tensor]], indices: list[int]) -> Tensor:
+    """Divergences of the model as it is from ``targets``, of all samples of the batches ``indices``."""
+    return torch.cat([sample_divergences(calibration.run(index), targets[index]) for index in indices])

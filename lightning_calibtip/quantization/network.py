@@ -203,7 +203,8 @@ class QuantizedNetwork:
         """Inside, the model computes quantized, or as the float model it was made from (BatchNorms folded).
 
         Raises:
-            RuntimeError: If float is wanted, but the model that a checkpoint was loaded into had other weights.
+            RuntimeError: If float is wanted, but the model that a checkpoint was loaded into had other weights; or if
+                quantized is wanted before calibration.
         """
         if not enabled:
             if not self.knows_float:
@@ -214,6 +215,8 @@ class QuantizedNetwork:
             with self._as_float():
                 yield
             return
+        if not self.calibrated:
+            raise RuntimeError("The model has no ranges yet, so it cannot compute quantized: run Calibration first.")
         was = {name: layer.input_quantizer.enabled for name, layer in self.layers.items()}
         try:
             for layer in self.layers.values():

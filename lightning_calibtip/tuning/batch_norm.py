@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.logits import float_logits, mean_divergence
+from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.replay import Replay, UnitCall
 from ..quantization.folding import FoldedBatchNorm
 from ..quantization.layers import QuantizedLayer
@@ -70,7 +70,7 @@ def tune_batch_norm(
     if not order:
         return BatchNormTuningResult((), 0.0, 0.0, True)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
-    before = mean_divergence(calibration, logits, everything)
+    before = float(measure_divergences(calibration, logits, everything).mean())
     initial = {name: network.layers[name].save() for name in order}
     float_stream, quantized_stream = (Replay(network.model, network.structure, calibration, order) for _ in range(2))
     for name in order:
@@ -86,7 +86,7 @@ def tune_batch_norm(
         calls = quantized_stream.capture(name)
         _refold(layer, _channel_statistics(_outputs(layer, calls)), wanted)
         quantized_stream.finish(name, _outputs(layer, calls))
-    after = mean_divergence(calibration, logits, everything)
+    after = float(measure_divergences(calibration, logits, everything).mean())
     kept = after < before
     if not kept:
         for name, state in initial.items():

@@ -5,9 +5,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.logits import float_logits, kl_divergence, mean_divergence
+from ..calibration.logits import float_logits, kl_divergence, measure_divergences
 from ..calibration.magnitudes import output_magnitudes
 from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.layers import learning
@@ -36,7 +37,7 @@ class BiasTuningSettings:
     epochs: int = 4
     rate: float = 1e-3
     scale_rate: float = 0.0
-    holdout: float = 0.1
+    holdout: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class BiasTuningResult:
 def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings) -> BiasTuningResult:
     """Tune the biases (and scales, if asked) of the quantized layers in place; put them back where that does not help.
 
+    The result is kept if the divergence of the held-out samples falls by more than the standard error of that fall.
+
     Args:
         network: Calibrated.
         calibration: The samples; with a single batch, that one also decides.
@@ -79,11 +82,11 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
     held = min(math.ceil(settings.holdout * len(order)), len(order) - 1)
     training = order[held:]
     judging = order[:held] or training
-    before = mean_divergence(calibration, targets, judging)
+    before = measure_divergences(calibration, targets, judging)
     initial = {name: layer.save() for name, layer in network.layers.items()}
     groups = _groups(network, calibration, settings, training[0])
     if not groups:
-        return BiasTuningResult(before, before, False)
+        return BiasTuningResult(float(before.mean()), float(before.mean()), False)
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scales = [quantizer.scale for layer in network.layers.values() for quantizer in layer.quantizers]
@@ -103,13 +106,24 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
             with torch.no_grad():
                 for scale in scales:
                     scale.clamp_min_(SMALLEST_SCALE)
-    after = mean_divergence(calibration, targets, judging)
-    kept = after < before
+    after = measure_divergences(calibration, targets, judging)
+    kept = _is_better(before, after)
     if not kept:
         for name, state in initial.items():
             network.layers[name].restore(state)
-        log.warning("Bias tuning did not lower the held-out divergence (%.4g to %.4g): biases restored.", before, after)
-    return BiasTuningResult(before, after if kept else before, kept)
+        log.warning(
+            "Bias tuning did not surely lower the held-out divergence (%.4g to %.4g): biases restored.",
+            before.mean(),
+            after.mean(),
+        )
+    return BiasTuningResult(float(before.mean()), float((after if kept else before).mean()), kept)
+
+
+def _is_better(before: Tensor, after: Tensor) -> bool:
+    """Whether the mean gain is above its standard error: a few unlucky samples can hide that there is none."""
+    gain = before - after
+    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
+    return bool(gain.mean() > error)
 
 
 def _groups(

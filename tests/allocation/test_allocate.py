@@ -5,6 +5,7 @@ from lightning_calibtip.allocation.allocate import allocate
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
 from lightning_calibtip.allocation.sensitivity import measure_sensitivity
 from lightning_calibtip.calibration.logits import kl_divergence
+from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.settings import AdaQuantSettings
 from tests.networks import calibrated_network, calibration_set
@@ -59,6 +60,15 @@ def test_reconstructed_states_are_used_where_there_are_some(calibrated):
         layer = network.layers[name]
         assert torch.equal(layer.weight, layer.variants[widths].weight)
         assert layer.errors == layer.variants[widths].errors
+
+
+def test_work_done_before_allocation_is_kept(calibrated):
+    network, calibration = calibrated
+    adaquant(network, calibration, AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1), "parallel")
+    before = {name: network.layers[name].save() for name in network.free_layers}
+    outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
+    wide = [name for name, widths in outcome.bits.items() if widths == (8, 8)]
+    assert wide and all(torch.equal(network.layers[name].weight, before[name].weight) for name in wide)
 
 
 def test_unreachable_compression_states_the_range(calibrated):

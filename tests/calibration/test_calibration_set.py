@@ -57,6 +57,24 @@ def test_kl_divergence_equals_torch_distributions():
     torch.testing.assert_close(kl_divergence(output, [target]), wanted)
 
 
+def test_segmentation_classes_lie_along_dimension_1():
+    torch.manual_seed(0)
+    output, target = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    wanted = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=target.movedim(1, -1)),
+        torch.distributions.Categorical(logits=output.movedim(1, -1)),
+    ).mean()
+    torch.testing.assert_close(kl_divergence(output, [target]), wanted)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_single_outputs_are_compared_by_squared_error(shape):
+    torch.manual_seed(0)
+    output, target = torch.randn(shape), torch.randn(shape)
+    wanted = (output - target).square().mean() / (2 * target.square().mean())
+    torch.testing.assert_close(kl_divergence(output, [target]), wanted)
+
+
 def test_output_magnitudes_are_root_mean_squares_by_layer():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     x = torch.randn(50, 2)

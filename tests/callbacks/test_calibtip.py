@@ -1,8 +1,10 @@
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_calibtip import CalibTIP, QuantizationModule
 from tests.conftest import TinyClassifier
@@ -59,6 +61,50 @@ def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_tra
 def test_bad_settings_raise_before_training(options, message):
     with pytest.raises(ValueError, match=message):
         CalibTIP(**options)
+
+
+def test_datamodules_transfer_hooks_are_applied(images, make_trainer):
+    class Scaled(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(images, torch.arange(len(images)) % 4), 16)
+
+        val_dataloader = train_dataloader
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 100, batch[1]]
+
+    callback = CalibTIP("calibrate", stage_options={"observer": "minmax"})
+    trainer = make_trainer(callback, max_epochs=1)
+    data = Scaled()
+    trainer.fit(TinyClassifier(), datamodule=data)
+    scale = callback.result.module.network.layers["net.stem"].input_quantizer.scale
+    assert float(scale) * 255 == pytest.approx(100 * float(images.max() - images.min()), rel=1e-3)
+
+
+def test_override_that_matches_nothing_and_equal_filenames_are_refused_before_training(
+    tiny_classifier, loader, make_trainer
+):
+    with pytest.raises(ValueError, match=r"overrides\['hed'\] matches no quantizable layer"):
+        make_trainer(CalibTIP(overrides={"hed": 8})).fit(tiny_classifier, loader)
+    with pytest.raises(MisconfigurationException, match=r"would write quantized\.ckpt"):
+        make_trainer(CalibTIP(), CalibTIP(weight_bits=4)).fit(tiny_classifier, loader)
+
+
+def test_fast_dev_run_quantizes_nothing(tiny_classifier, loader, make_trainer):
+    callback = CalibTIP("calibrate")
+    make_trainer(callback, fast_dev_run=True).fit(tiny_classifier, loader)
+    assert not hasattr(callback, "result")
+
+
+def test_streams_without_a_length_work(tiny_classifier, images, make_trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(image, 0) for image in images])
+
+    callback = CalibTIP("calibrate", calibration_samples=20)
+    stream = DataLoader(Stream(), batch_size=16)
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, stream, stream)
+    assert callback.result.calibration_samples == 32 and "val_loss" in callback.result.metrics
 
 
 def test_more_than_one_process_is_refused_before_training(tiny_classifier, make_trainer):

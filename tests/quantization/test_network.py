@@ -103,6 +103,12 @@ def test_float_model_comes_back_inside_quantized_false_and_quantization_after_it
     assert network.calibrated
 
 
+def test_computing_quantized_before_calibration_is_an_error(tiny_resnet):
+    network = QuantizedNetwork(tiny_resnet, QuantizationScheme())
+    with pytest.raises(RuntimeError, match="run Calibration first"), network.quantized(True):
+        pass
+
+
 def test_layer_that_never_runs_stays_float_with_a_warning_that_names_it(caplog):
     class Net(nn.Module):
         def __init__(self):

@@ -56,6 +56,13 @@ def test_train_split_evaluates_on_images_that_are_not_calibrated_on(tiny_cifar):
     assert torch.equal(data.evaluation[:][0], everything[32:])
 
 
+def test_weights_and_biases_logger_works_offline(tmp_path):
+    logger = make_logger("wandb", tmp_path, "calibtip-test")
+    logger.log_metrics({"Calibration/top1": 0.5}, step=1)
+    logger.experiment.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
 def test_bad_input_is_named(tiny_cifar, cifar_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint of resnet56; check --model"):
         CifarClassifier("resnet56", cifar_checkpoint)

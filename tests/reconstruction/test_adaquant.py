@@ -196,6 +196,33 @@ def test_shared_layer_is_reconstructed_on_all_its_calls():
     assert results["shared"].error_after < results["shared"].error_before
 
 
+def test_block_with_the_sequence_first_is_kept_whole():
+    """Along the first dimension lie positions, which attention mixes: they must not be drawn as if they were
+    samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)).eval()
+    calibration = calibration_set(model, *torch.randn(12, 16, 8).split(4))
+    network = calibrated_network(model, calibration, weight_bits=16, activation_bits=16, edge_bits=None)
+    results = adaquant(network, calibration, AdaQuantSettings(iterations=1), granularity="block")
+    assert results[-1].error_before < 1e-6
+
+
+def test_one_dead_channel_does_not_spoil_the_rates():
+    errors = []
+    for dead in (0, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        model[0].weight.data.mul_(0.05)
+        model[0].weight.data[:dead] = 0
+        # Correlated inputs: for uncorrelated ones, rounding to nearest is the optimum already.
+        inputs = torch.randn(512, 4) @ torch.randn(4, 16)
+        calibration = calibration_set(model, *inputs.split(128))
+        network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
+        result = adaquant(network, calibration, AdaQuantSettings(iterations=200), "parallel")[0]
+        errors.append(result.error_after / result.error_before)
+    assert errors[0] < 0.9 and errors[1] < 0.9
+
+
 def test_candidates_leave_a_state_for_each_width(calibrated):
     network, calibration = calibrated
     adaquant_candidates(network, calibration, QUICK, [(2, 4), (8, 8)])

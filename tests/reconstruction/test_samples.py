@@ -16,6 +16,13 @@ def test_samples_of_several_calls_become_one_and_constants_stay():
     assert target[0].tolist() == [2.0, 0.0]
 
 
+def test_what_is_the_same_in_all_calls_is_kept_once_even_if_it_is_as_long_as_a_batch():
+    mask = torch.rand(4, 4)
+    calls = [UnitCall((torch.rand(4, 2),), {"mask": mask.clone()}) for _ in range(2)]
+    samples = UnitSamples.join(calls, [[torch.zeros(4)], [torch.zeros(4)]])
+    assert torch.equal(samples.take(torch.tensor([5]))[0].kwargs["mask"], mask)
+
+
 def test_calls_of_different_shapes_stay_whole():
     calls = [UnitCall((torch.zeros(2, length),), {}) for length in (3, 5)]
     samples = UnitSamples.join(calls, [[torch.zeros(2, length)] for length in (3, 5)])

@@ -31,7 +31,9 @@ def wide_net(generator):
 def always_better(monkeypatch):
     """Whatever tuning does counts as an improvement, so that its result can be looked at."""
     divergences = iter([2.0, 1.0])
-    monkeypatch.setattr("lightning_calibtip.tuning.batch_norm.mean_divergence", lambda *args: next(divergences))
+    monkeypatch.setattr(
+        "lightning_calibtip.tuning.batch_norm.measure_divergences", lambda *args: torch.tensor([next(divergences)])
+    )
 
 
 @pytest.mark.usefixtures("always_better")
@@ -80,7 +82,9 @@ def test_a_result_farther_from_float_is_taken_back(wide_net, images, monkeypatch
     network = calibrated_network(wide_net, calibration, weight_bits=2, edge_bits=None)
     before = {name: layer.save() for name, layer in network.layers.items()}
     divergences = iter([1.0, 2.0])
-    monkeypatch.setattr("lightning_calibtip.tuning.batch_norm.mean_divergence", lambda *args: next(divergences))
+    monkeypatch.setattr(
+        "lightning_calibtip.tuning.batch_norm.measure_divergences", lambda *args: torch.tensor([next(divergences)])
+    )
     result = tune_batch_norm(network, calibration)
     assert not result.kept and result.divergence_after == 1.0
     for name, layer in network.layers.items():

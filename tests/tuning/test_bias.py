@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_calibtip.tuning.bias import BiasTuningSettings, tune_bias
+from lightning_calibtip.tuning.bias import BiasTuningSettings, _is_better, tune_bias
 from tests.networks import calibrated_network, calibration_set
 
 
@@ -41,6 +41,13 @@ def test_a_worse_result_is_taken_back(calibrated, caplog):
     result = tune_bias(network, calibration, BiasTuningSettings(epochs=1, rate=1e4))
     assert not result.kept and "biases restored" in caplog.text
     assert all(torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
+
+
+def test_a_gain_within_its_standard_error_is_not_trusted():
+    before = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    assert not _is_better(before, torch.tensor([0.0, 1.5, 1.3, 1.1]))
+    assert _is_better(before, torch.tensor([0.9, 0.8, 0.9, 0.8]))
+    assert not _is_better(before, before)
 
 
 def test_single_batch_serves_for_both(tiny_resnet, images):
