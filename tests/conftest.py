@@ -12,28 +12,12 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from recipes.resnet_cifar10.model import ResNet
+from recipes.resnet_cifar10.model import BasicBlock, ResNet
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 # The tensors of most tests are too small for more threads to help.
 torch.set_num_threads(1)
-
-
-class Block(nn.Module):
-    """Residual block with functional activations, as ResNets have."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        out += x
-        return F.relu(out)
 
 
 class TinyResNet(nn.Module):
@@ -42,7 +26,7 @@ class TinyResNet(nn.Module):
         self.stem = nn.Conv2d(1, channels, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.blocks = nn.Sequential(*(Block(channels) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(BasicBlock(channels, channels, 1) for _ in range(blocks)))
         self.head = nn.Linear(channels, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

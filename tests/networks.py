@@ -1,7 +1,8 @@
-"""Quantized networks made without a Trainer."""
+"""Quantized networks made without a Trainer, and short ways to feed and ask modules."""
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
 from lightning_calibtip.quantization.network import QuantizedNetwork
@@ -26,3 +27,12 @@ def calibrated_network(
             calibration.run(index)
     network.fit_ranges()
     return network
+
+
+def as_loader(*batches):
+    return DataLoader(list(batches), batch_size=None)
+
+
+def logits_of(module, images):
+    with torch.no_grad():
+        return module(images)

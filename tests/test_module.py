@@ -1,6 +1,4 @@
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule
-from tests.conftest import TinyClassifier, TinyResNet, randomize_batch_norms
+from tests.conftest import TinyClassifier, TinyResNet
+from tests.networks import as_loader, logits_of
 
 
 @pytest.fixture
@@ -18,15 +17,6 @@ def calibrated(tiny_classifier, loader, make_trainer):
     module = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4)
     make_trainer(Calibration()).fit(module, loader)
     return module
-
-
-def as_loader(*batches):
-    return DataLoader(list(batches), batch_size=None)
-
-
-def logits_of(module, images):
-    with torch.no_grad():
-        return module(images)
 
 
 def test_original_model_stays_untouched(tiny_classifier, loader, make_trainer):
@@ -210,103 +200,6 @@ def test_summary_is_printed_with_every_layer(calibrated, capsys):
     assert "net.blocks.1.conv2" in printed and "6 quantized, 5 folded, 0 float" in printed
 
 
-@pytest.fixture
-def checkpoint(tiny_classifier, loader, make_trainer, tmp_path):
-    module = QuantizationModule(tiny_classifier, weight_bits=3, activation_bits=4, overrides={"net.blocks.0.*": (5, 7)})
-    trainer = make_trainer(Calibration(), AdaQuant(iterations=10))
-    trainer.fit(module, loader)
-    path = tmp_path / "quantized.ckpt"
-    trainer.save_checkpoint(path)
-    return module, path
-
-
-def test_reloaded_checkpoint_gives_the_same_logits_bit_for_bit(checkpoint, images):
-    module, path = checkpoint
-    # The checkpoint is complete: the model that is passed gives the structure only.
-    loaded = QuantizationModule.load_from_checkpoint(path, model=TinyClassifier())
-    assert torch.equal(logits_of(loaded, images), logits_of(module, images))
-    assert sum(line.kind == "quantized" for line in loaded.layer_summary()) == 6
-    assert loaded.network.layers["net.blocks.0.conv1"].bits == (5, 7)
-
-
-def test_checkpoint_loads_with_weights_only_and_holds_packed_integers(checkpoint):
-    module, path = checkpoint
-    saved = torch.load(path, weights_only=True)
-    weights = saved["calibtip"]["weights"]
-    assert set(weights) == set(module.network.layers)
-    for name, layer in module.network.layers.items():
-        assert weights[name]["packed"].numel() == (layer.weight.numel() * layer.bits[0] + 7) // 8
-    assert not any("original" in key for key in saved["state_dict"])
-
-
-def test_reloaded_module_with_trained_weights_knows_the_float_model(checkpoint, tiny_classifier, images):
-    _, path = checkpoint
-    loaded = QuantizationModule.load_from_checkpoint(path, model=tiny_classifier)
-    with loaded.quantized(False):
-        torch.testing.assert_close(logits_of(loaded, images), logits_of(tiny_classifier, images), rtol=1e-4, atol=1e-5)
-
-
-def test_reloaded_module_can_be_tuned_further(checkpoint, tiny_classifier, loader, make_trainer):
-    _, path = checkpoint
-    loaded = QuantizationModule.load_from_checkpoint(path, model=tiny_classifier)
-    make_trainer(AdaQuant(iterations=5)).fit(loaded, loader)
-    assert loaded.network.layers["net.head"].errors is not None
-
-
-def test_validate_with_ckpt_path_in_a_new_process(checkpoint, loader, make_trainer, tmp_path):
-    module, path = checkpoint
-    wanted = make_trainer().validate(module, loader, verbose=False)[0]
-    torch.save([list(batch) for batch in loader], tmp_path / "batches.pt")
-    script = (
-        "import sys, torch, lightning.pytorch as pl\n"
-        "torch.set_num_threads(1)\n"
-        "from tests.conftest import TinyClassifier\n"
-        "from lightning_calibtip import QuantizationModule\n"
-        "batches = torch.utils.data.DataLoader(torch.load(sys.argv[2]), batch_size=None)\n"
-        "trainer = pl.Trainer(accelerator='cpu', logger=False, enable_progress_bar=False)\n"
-        "module = QuantizationModule(TinyClassifier(), weight_bits=8)\n"
-        "logged = trainer.validate(module, batches, ckpt_path=sys.argv[1], verbose=False)[0]\n"
-        "print('LOSS', logged['val_loss'].hex())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(path), str(tmp_path / "batches.pt")], capture_output=True, text=True
-    )
-    assert f"LOSS {wanted['val_loss'].hex()}" in done.stdout, done.stderr
-
-
-def test_validate_with_ckpt_path_on_the_very_module_restores_it(checkpoint, images, loader, make_trainer):
-    module, path = checkpoint
-    wanted = logits_of(module, images)
-    for layer in module.network.layers.values():
-        layer.weight.data.zero_()
-    make_trainer().validate(module, loader, ckpt_path=path, verbose=False)
-    assert torch.equal(logits_of(module, images), wanted)
-
-
-def test_checkpoints_of_something_else_are_refused(checkpoint, tiny_classifier, make_trainer, tmp_path, loader):
-    _, path = checkpoint
-    with pytest.raises(ValueError, match="checkpoint is of another model: this one has no module"):
-        QuantizationModule.load_from_checkpoint(path, model=nn.Sequential(nn.Linear(2, 2)), overrides=None)
-    trainer = make_trainer(max_epochs=1)
-    trainer.fit(tiny_classifier, loader)
-    trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match="was not saved by a QuantizationModule"):
-        make_trainer().validate(QuantizationModule(TinyClassifier()), loader, ckpt_path=tmp_path / "plain.ckpt")
-    saved = torch.load(path, weights_only=True)
-    saved["calibtip"]["config"]["version"] = 99
-    torch.save(saved, tmp_path / "newer.ckpt")
-    with pytest.raises(ValueError, match="version 99, this is version 1"):
-        QuantizationModule.load_from_checkpoint(tmp_path / "newer.ckpt", model=TinyClassifier())
-
-
-def test_saving_before_calibration_and_loading_again_works(tiny_classifier, images, loader, make_trainer, tmp_path):
-    trainer = make_trainer()
-    trainer.validate(QuantizationModule(tiny_classifier), loader, verbose=False)
-    trainer.save_checkpoint(tmp_path / "float.ckpt")
-    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "float.ckpt", model=TinyClassifier())
-    torch.testing.assert_close(logits_of(loaded, images), logits_of(tiny_classifier, images))
-
-
 def test_model_attached_to_a_trainer_is_copied_without_it(tiny_classifier, loader, make_trainer):
     trainer = make_trainer(max_epochs=1)
     trainer.fit(tiny_classifier, loader)
@@ -363,58 +256,6 @@ def test_parametrized_original_still_works_after_its_copy_was_quantized(images, 
     assert "blocks.0.conv1" in module.network.layers
     with module.quantized(False):
         torch.testing.assert_close(module(images), wanted, rtol=1e-4, atol=1e-5)
-
-
-class Tied(nn.Module):
-    """An output layer that shares its weight with the embedding, and two convolutions with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
-        self.a, self.b = nn.Conv1d(8, 8, 1), nn.Conv1d(8, 8, 1)
-        self.bn_a, self.bn_b = nn.BatchNorm1d(8), nn.BatchNorm1d(8)
-        self.out.weight, self.b.weight = self.embed.weight, self.a.weight
-
-    def forward(self, tokens):
-        x = self.embed(tokens).transpose(1, 2)
-        return self.out(self.bn_b(self.b(self.bn_a(self.a(x)))).transpose(1, 2))
-
-
-def test_tied_weights_are_quantized_apart_and_reload_exactly(make_trainer, generator, tmp_path):
-    torch.manual_seed(0)
-    net, tokens = Tied().eval(), torch.randint(0, 10, (16, 5), generator=generator)
-    randomize_batch_norms(net, generator)
-    module = QuantizationModule(net, weight_bits=4)
-    trainer = make_trainer(Calibration())
-    trainer.fit(module, as_loader(tokens))
-    with torch.no_grad(), module.quantized(False):
-        torch.testing.assert_close(module(tokens), net(tokens), rtol=1e-4, atol=1e-5)
-    assert torch.equal(module.model.embed.weight, net.embed.weight)
-    notes = {line.name: line.note for line in module.layer_summary()}
-    assert "shared parameter" in notes["out"] and "not a quantizable type" in notes["embed"]
-    trainer.save_checkpoint(tmp_path / "tied.ckpt")
-    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "tied.ckpt", model=Tied())
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens), module(tokens))
-
-
-def test_float_output_is_refused_after_loading_into_an_untrained_model(checkpoint, images, loader, make_trainer):
-    _, path = checkpoint
-    loaded = QuantizationModule.load_from_checkpoint(path, model=TinyClassifier())
-    with pytest.raises(RuntimeError, match="float weights are not in a quantized checkpoint"), loaded.quantized(False):
-        pass
-    with pytest.raises(RuntimeError, match="float weights are not in a quantized checkpoint"):
-        make_trainer(AdaQuant(iterations=1)).fit(loaded, loader)
-
-
-def test_checkpoint_of_another_format_is_refused_by_a_calibrated_module(
-    checkpoint, tiny_classifier, loader, make_trainer
-):
-    _, path = checkpoint
-    other = QuantizationModule(tiny_classifier, symmetric=True)
-    make_trainer(Calibration()).fit(other, loader)
-    with pytest.raises(ValueError, match="checkpoint has symmetric=False, this quantized model True"):
-        make_trainer().validate(other, loader, ckpt_path=path, verbose=False)
 
 
 def test_layers_of_other_types_are_listed_as_float(make_trainer, images):
