@@ -57,6 +57,18 @@ class SideEffect(nn.Module):
         return self.last(y + self.encoder.memory)
 
 
+class InPlace(nn.Module):
+    """Changes a finished layer's output in place in every pass, long after that layer is done."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        x = self.a(x).add_(1)
+        return self.d(self.c(self.b(x)) + x)
+
+
 class Shared(nn.Module):
     """One layer used at three places."""
 
@@ -108,9 +120,10 @@ def finish_all(replay, model, names):
         (UNet(), (3, 1, 8, 8)),
         (SideEffect(), (3, 4)),
         (Shared(), (3, 4)),
+        (InPlace(), (3, 4)),
         (TinyResNet(), (3, 1, 8, 8)),
     ],
-    ids=["unet", "side effect", "shared layer", "resnet"],
+    ids=["unet", "side effect", "shared layer", "in place", "resnet"],
 )
 def test_replayed_inputs_equal_those_of_full_passes(model, shape):
     torch.manual_seed(0)
