@@ -153,6 +153,20 @@ def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
     assert any(result.kept for result in results.values())
 
 
+def test_autocast_sees_every_step_of_the_optimiser(images):
+    """Autocast caches casts of parameters: without clearing, each step would compute with the first step's biases."""
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    calibration = calibration_set(model, images)
+    network = calibrated_network(model, calibration)
+    model[1].register_forward_hook(lambda m, args, out: out.requires_grad and seen.append(out.detach().float().mean(0)))
+    settings = AdaQuantSettings(iterations=3, batch_size=99, weight_rate=0, bias_rate=1.0, relative=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        adaquant(network, calibration, settings)
+    assert len(seen) == 3
+    assert not torch.allclose(seen[0], seen[1], atol=0.05) and not torch.allclose(seen[1], seen[2], atol=0.05)
+
+
 def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_resnet, images):
     weights = []
     for seed in (0, 0, 1):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from lightning_calibtip.tuning.bias import BiasTuningSettings, _is_better, tune_bias
 from tests.networks import calibrated_network, calibration_set
@@ -33,6 +34,19 @@ def test_scales_are_tuned_when_asked(calibrated):
     before = network.layers["head"].save()
     tune_bias(network, calibration, BiasTuningSettings(epochs=5, rate=5e-2, scale_rate=1e-2))
     assert not torch.equal(network.layers["head"].weight_quantizer.scale, before.weight_scale)
+
+
+def test_autocast_sees_every_step_of_the_optimiser(images):
+    """Autocast caches casts of parameters: without clearing, each step would compute with the first step's biases."""
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    calibration = calibration_set(model, images)
+    network = calibrated_network(model, calibration)
+    model[1].register_forward_hook(lambda m, args, out: out.requires_grad and seen.append(out.detach().float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        tune_bias(network, calibration, BiasTuningSettings(epochs=3, rate=1.0, holdout=0))
+    assert len(seen) == 3
+    assert not torch.allclose(seen[0], seen[1], atol=0.05) and not torch.allclose(seen[1], seen[2], atol=0.05)
 
 
 def test_a_worse_result_is_taken_back(calibrated, caplog):
