@@ -159,7 +159,12 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     calibration = calibration_set(model, images)
     network = calibrated_network(model, calibration)
-    model[1].register_forward_hook(lambda m, args, out: out.requires_grad and seen.append(out.detach().float().mean(0)))
+
+    def note(layer, args, output):
+        if output.requires_grad:
+            seen.append(output.detach().float().mean(0))
+
+    model[1].register_forward_hook(note)
     settings = AdaQuantSettings(iterations=3, batch_size=99, weight_rate=0, bias_rate=1.0, relative=False)
     with torch.autocast("cpu", torch.bfloat16):
         adaquant(network, calibration, settings)

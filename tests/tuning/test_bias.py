@@ -42,7 +42,12 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     calibration = calibration_set(model, images)
     network = calibrated_network(model, calibration)
-    model[1].register_forward_hook(lambda m, args, out: out.requires_grad and seen.append(out.detach().float()))
+
+    def note(layer, args, output):
+        if output.requires_grad:
+            seen.append(output.detach().float())
+
+    model[1].register_forward_hook(note)
     with torch.autocast("cpu", torch.bfloat16):
         tune_bias(network, calibration, BiasTuningSettings(epochs=3, rate=1.0, holdout=0))
     assert len(seen) == 3
