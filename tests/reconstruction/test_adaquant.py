@@ -165,7 +165,8 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
             seen.append(output.detach().float().mean(0))
 
     model[1].register_forward_hook(note)
-    settings = AdaQuantSettings(iterations=3, batch_size=99, weight_rate=0, bias_rate=1.0, relative=False)
+    frozen = {"weight_rate": 0, "weight_range_rate": 0, "input_range_rate": 0, "zero_point_rate": 0}
+    settings = AdaQuantSettings(iterations=3, batch_size=99, bias_rate=1.0, relative=False, **frozen)
     with torch.autocast("cpu", torch.bfloat16):
         adaquant(network, calibration, settings)
     assert len(seen) == 3
