@@ -1,5 +1,4 @@
-"""Post-training quantization for PyTorch Lightning: calibrate, reconstruct, allocate bits, re-tune statistics
-(CalibTIP)."""
+"""Post-training quantization for PyTorch Lightning by CalibTIP: calibrate, reconstruct, allocate bits, re-tune."""
 
 from .callbacks.adaquant import AdaQuant
 from .callbacks.batch_norm_tuning import BatchNormTuning

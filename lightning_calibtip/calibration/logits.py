@@ -1,5 +1,4 @@
-"""Distance of a quantized model's logits from the float model's, the unlabelled loss of tuning and of bit
-allocation."""
+"""Distance of a quantized model's outputs from the float model's: the unlabelled loss of tuning and allocation."""
 
 from typing import Any
 

@@ -1,5 +1,4 @@
-"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), for pairs that running the model has
-proved."""
+"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), where running has proved the pair."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -1,5 +1,4 @@
-"""Which layers can be quantized, and how a layer of the user's is turned into a quantized one without changing its
-class."""
+"""Which layers can be quantized, and how a layer of the user's becomes a quantized one without changing its class."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence

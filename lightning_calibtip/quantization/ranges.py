@@ -1,5 +1,4 @@
-"""Search for the clipping range that loses least: min-max, percentile and L_p-optimal ranges of a tensor or a
-histogram."""
+"""Search for the clipping range that loses least, of a tensor or a histogram: min-max, percentile, L_p-optimal."""
 
 from collections.abc import Callable
 

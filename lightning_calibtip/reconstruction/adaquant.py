@@ -20,9 +20,9 @@ def adaquant(
 ) -> list[UnitResult]:
     """Reconstruct every unit of a calibrated model in place.
 
-    Sequential: a unit's inputs come from the already quantized units before it, its target from the float model, so
-        that each
-    unit also makes up for the errors of those before (section 3.1). Parallel: the inputs come from the float model.
+    In sequential mode a unit's inputs come from the already quantized units before it, its target from the float model,
+    so that each unit also makes up for the errors of those before (section 3.1). In parallel mode the inputs come from
+    the float model.
 
     Args:
         network: Calibrated.

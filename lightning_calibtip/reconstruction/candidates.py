@@ -1,5 +1,4 @@
-"""AdaQuant at several widths: each layer gets a reconstructed state for every candidate that bit allocation may
-choose."""
+"""AdaQuant at several widths: a reconstructed state of each layer for every candidate of bit allocation."""
 
 from collections.abc import Sequence
 

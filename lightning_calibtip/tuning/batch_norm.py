@@ -1,5 +1,4 @@
-"""BatchNorm re-tuning (Hubara et al. 2021, section 5): give folded channels back the mean and deviation they were
-trained to."""
+"""BatchNorm re-tuning (Hubara et al. 2021, section 5): give folded channels their mean and deviation back."""
 
 import logging
 from dataclasses import dataclass
