@@ -1,10 +1,22 @@
-"""What every recipe writes into its output folder."""
+"""What every recipe says while it runs, and writes into its output folder."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning_calibtip.pipeline import QuantizationRun
 from lightning_calibtip.report.record import record_table, write_record
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Print what the package says from ``level`` on; of the many small Trainers of a run, only warnings."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lightning_calibtip").setLevel(level)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)..*deprecated.*")
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:

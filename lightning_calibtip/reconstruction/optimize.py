@@ -117,6 +117,8 @@ def optimize_unit(
         for layer, state in zip(unit.layers, initial, strict=True):
             layer.restore(state)
         log.warning("%s: restored to its state before AdaQuant: %s.", unit.name, note)
+    else:
+        log.info("%s: relative error %.3g to %.3g", unit.name, before, after)
     for layer in unit.layers:
         layer.errors = (before, before if note else after)
     layers = tuple(layer.name for layer in unit.layers)

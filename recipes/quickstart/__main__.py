@@ -1,7 +1,6 @@
 """Train a digit classifier and quantize it when training ends: ``python -m recipes.quickstart``."""
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning_calibtip import CalibTIP
 from lightning_calibtip.report.figures import layer_error_figure, stage_figure
 from lightning_calibtip.report.record import write_record
 from lightning_calibtip.report.table import text_table
+from recipes.output import set_up_logging
 
 from .digits import DigitClassifier, digit_loaders
 
@@ -25,9 +25,7 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
         seed: Of everything random.
         output: Folder for checkpoints, records and figures.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    set_up_logging(logging.ERROR)
     pl.seed_everything(seed, verbose=False)
     train, validation = digit_loaders(seed)
     callbacks = {

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from jsonargparse import auto_cli
 
 from lightning_calibtip import quantize
-from recipes.output import make_logger, write_run
+from recipes.output import make_logger, set_up_logging, write_run
 
 from .data import CifarData
 from .model import CifarClassifier
@@ -55,6 +55,7 @@ def main(
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
     """
+    set_up_logging()
     pl.seed_everything(seed, verbose=False)
     trained = CifarClassifier(model, checkpoint)
     images = CifarData(data, calibration_samples, split=split)

@@ -16,7 +16,7 @@ def test_quickstart_prints_its_table_and_saves_figures(tmp_path):
         "--output",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for row in (
         "float",
