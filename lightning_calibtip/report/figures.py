@@ -27,7 +27,7 @@ def stage_figure(records: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes.set_ylabel(f"{next(iter(records.values()))['metric']} (fraction)")
     axes.set_ylim(0, 1.08)
     axes.set_xlabel("after stage")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=len(records))
     return figure
 
 
@@ -43,7 +43,7 @@ def layer_error_figure(record: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(max(6.0, 0.22 * len(layers) + 2), 4.5), layout="constrained")
     axes = figure.subplots()
     places = range(len(layers))
-    axes.plot(places, [layer["error_before"] for layer in layers], "o-", label="ranges only", markersize=4)
+    axes.plot(places, [layer["error_before"] for layer in layers], "o-", label="before AdaQuant", markersize=4)
     axes.plot(places, [layer["error_after"] for layer in layers], "s-", label="after AdaQuant", markersize=4)
     axes.set_yscale("log")
     axes.set_xticks(places, [layer["name"] for layer in layers], rotation=90, fontsize=7)
