@@ -1,1 +1,1 @@
-
+"""Sensitivity measurement and the integer program."""

@@ -1,4 +1,4 @@
-"""The integer program that picks one candidate for each layer (Hubara et al. 2021, section 4), on tables alone."""
+"""The integer program that picks one candidate for each layer (Hubara et al. 2021), on tables alone."""
 
 import math
 from collections.abc import Hashable, Mapping

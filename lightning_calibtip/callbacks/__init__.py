@@ -1,1 +1,1 @@
-
+"""One thin Lightning callback a stage."""

@@ -1,1 +1,1 @@
-
+"""Packed checkpoints."""

@@ -103,7 +103,7 @@ def fake_quantize(
 ) -> Tensor:
     """``dequantize(quantize(x))`` in one fused kernel, differentiable by the straight-through estimator.
 
-    Gradients follow LSQ+ (Bhalgat et al. 2020, eq. 4-7; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
+    Gradients follow LSQ+ (Bhalgat et al. 2020; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
     ``x`` is inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated
     integer outside; ``zero_point`` is used rounded and gets ``-scale`` where ``x`` saturates.
 

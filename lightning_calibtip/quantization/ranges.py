@@ -73,8 +73,8 @@ def lp_optimal_range(
 ) -> tuple[Tensor, Tensor]:
     """Range inside ``[low, high]`` whose quantization has the least error ``sum |x - Q(x)|^p``.
 
-    With ``p = 2`` the mean squared error; other exponents are the initialisation of LAPQ (Nahshan et al. 2021, section
-    4.1). Both ends are first drawn in together, then each alone.
+    With ``p = 2`` the mean squared error; other exponents are the initialisation of LAPQ (Nahshan et al. 2021). Both
+    ends are first drawn in together, then each alone.
 
     Args:
         values: Shape (channels, n).

@@ -1,1 +1,1 @@
-
+"""AdaQuant, per layer and per block, parallel and sequential."""

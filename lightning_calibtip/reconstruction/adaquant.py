@@ -1,4 +1,4 @@
-"""AdaQuant over a whole model (Hubara et al. 2021, section 3): unit by unit, on float or on quantized inputs."""
+"""AdaQuant over a whole model (Hubara et al. 2021): unit by unit, on float or on quantized inputs."""
 
 import torch
 
@@ -21,7 +21,7 @@ def adaquant(
     """Reconstruct every unit of a calibrated model in place.
 
     In sequential mode a unit's inputs come from the already quantized units before it, its target from the float model,
-    so that each unit also makes up for the errors of those before (section 3.1). In parallel mode the inputs come from
+    so that each unit also makes up for the errors of those before. In parallel mode the inputs come from
     the float model.
 
     Args:

@@ -49,7 +49,7 @@ def output_tensors(unit: Unit, output: object) -> list[Tensor]:
 
 
 def _loss(unit: Unit, samples: UnitSamples, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of squared errors (eq. 3 of the paper) and the target's sum of squares."""
+    """Sum of squared errors, which AdaQuant minimises, and the target's sum of squares."""
     call, targets = samples.take(index)
     outputs = output_tensors(unit, unit(call))
     error = sum(((o - t).float().square().sum() for o, t in zip(outputs, targets, strict=True)), torch.zeros(()))

@@ -43,7 +43,7 @@ def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
     Args:
         network: Prepared and calibrated.
         granularity: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork and join again (BRECQ, Li
-            et al. 2021, section 3.2); layers outside of these stay units of their own.
+            et al. 2021); layers outside of these stay units of their own.
 
     Raises:
         ValueError: If ``granularity`` is neither.

@@ -1,1 +1,1 @@
-
+"""Tables, figures and the record of a run."""

@@ -1,1 +1,1 @@
-
+"""BatchNorm re-tuning and bias tuning."""

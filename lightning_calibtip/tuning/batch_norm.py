@@ -1,4 +1,4 @@
-"""BatchNorm re-tuning (Hubara et al. 2021, section 5): give folded channels their mean and deviation back."""
+"""BatchNorm re-tuning (Hubara et al. 2021): give folded channels their mean and deviation back."""
 
 import logging
 from dataclasses import dataclass

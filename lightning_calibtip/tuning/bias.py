@@ -1,4 +1,4 @@
-"""Bias tuning (Hubara et al. 2021, section 5): tune only biases, end to end, to the float model's logits."""
+"""Bias tuning (Hubara et al. 2021): tune only biases, end to end, to the float model's logits."""
 
 import logging
 import math
