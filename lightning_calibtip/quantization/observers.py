@@ -4,6 +4,7 @@ Each is a ``torchmetrics.Metric``: its states declare how they reduce across pro
 them all.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ class Observer(Metric):
         """The range for 8 bits (``compute_range`` gives it for any width)."""
         return self._range(8, False)
 
+    @abstractmethod
     def _range(self, bits: int, symmetric: bool) -> Range:
-        raise NotImplementedError
+        """The range that this process's state gives."""
 
 
 class MinMaxObserver(Observer):

@@ -28,7 +28,7 @@ class UnitResult:
     Args:
         name: Of the unit.
         layers: Names of its layers.
-        error_before: With ranges only.
+        error_before: Before its optimisation.
         error_after: Of the state that was kept, so never above ``error_before``.
         kept: Whether the optimised state was kept.
         note: Why it was not.
