@@ -35,6 +35,8 @@ def make_stages(
     observer: str = "mse",
     adaquant: Mapping[str, Any] | None = None,
     bias_tuning: Mapping[str, Any] | None = None,
+    activation_budget: int | str | None = None,
+    state_folder: str | Path | None = None,
     seed: int = 0,
 ) -> list[Stage]:
     """Stages of a pipeline, in order.
@@ -60,6 +62,8 @@ def make_stages(
         observer: Ranges of activations and weights, see ``Calibration``.
         adaquant: Further arguments of ``AdaQuant``; ``{"preset": "paper"}`` starts from the paper's settings.
         bias_tuning: Further arguments of ``BiasTuning``.
+        activation_budget: Bytes of captured activations that may lie in memory, see ``AdaQuant``.
+        state_folder: Where AdaQuant keeps finished units, so that a killed run can go on, see ``AdaQuant``.
         seed: Of everything random.
 
     Raises:
@@ -73,18 +77,35 @@ def make_stages(
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     stages: list[Stage] = [Calibration(observer, observer)]
+    options = {"seed": seed, "state_folder": state_folder, "activation_budget": activation_budget, **options}
     if pipeline == "sequential":
-        stages.append(BatchNormTuning())
+        stages.append(BatchNormTuning(activation_budget=activation_budget))
+        stages.append(make_adaquant(**{"mode": "sequential", **options}))
     if pipeline == "advanced":
-        stages.append(make_adaquant(**{"mode": "parallel", "candidates": candidates, "seed": seed, **options}))
-    if pipeline == "sequential":
-        stages.append(make_adaquant(**{"mode": "sequential", "seed": seed, **options}))
+        stages.append(make_adaquant(**{"mode": "parallel", "candidates": candidates, **options}))
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(compression, candidates))
-        stages.append(BatchNormTuning())
+        stages.append(BatchNormTuning(activation_budget=activation_budget))
     if pipeline in ("advanced", "sequential"):
         stages.append(BiasTuning(**{"seed": seed, **(bias_tuning or {})}))
     return stages
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """What one stage of a run came to.
+
+    Args:
+        name: Of the stage.
+        seconds: Without the evaluation after it.
+        metrics: What the user's own validation logged after it.
+        figures: What the stage itself measured.
+    """
+
+    name: str
+    seconds: float
+    metrics: dict[str, float]
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -94,19 +115,19 @@ class QuantizationRun:
     Args:
         module: The quantized module.
         float_metrics: What the user's own validation logged for the float model.
-        stages: Name, seconds and logged metrics of each stage.
+        stages: In order.
         calibration_samples: Number of samples that were used.
     """
 
     module: QuantizationModule
     float_metrics: dict[str, float]
-    stages: list[tuple[str, float, dict[str, float]]]
+    stages: list[StageOutcome]
     calibration_samples: int
 
     @property
     def metrics(self) -> dict[str, float]:
         """What validation logged after the last stage."""
-        return self.stages[-1][2] if self.stages else self.float_metrics
+        return self.stages[-1].metrics if self.stages else self.float_metrics
 
     def record(self, recipe: str, model: str, metric: str, seed: int) -> dict[str, Any]:
         """The figures of the run as in ``result.json``, with the logged value named ``metric`` as the metric.
@@ -116,7 +137,9 @@ class QuantizationRun:
         """
         if metric not in self.float_metrics:
             raise KeyError(f"validation logged no {metric!r}, only {', '.join(self.float_metrics) or 'nothing'}.")
-        stages = [StageRecord(name, seconds, metrics.get(metric)) for name, seconds, metrics in self.stages]
+        stages = [
+            StageRecord(stage.name, stage.seconds, stage.metrics.get(metric), stage.figures) for stage in self.stages
+        ]
         return run_record(
             self.module.network,
             recipe,
@@ -186,7 +209,7 @@ def run_stages(
         log.info("%s: %s", name, metrics)
         return metrics
 
-    done: list[tuple[str, float, dict[str, float]]] = []
+    done: list[StageOutcome] = []
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
@@ -194,7 +217,7 @@ def run_stages(
         for step, stage in enumerate(stages, start=1):
             stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
             _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
-            done.append((stage.name, stage.seconds, evaluate(stage.name, step)))
+            done.append(StageOutcome(stage.name, stage.seconds, evaluate(stage.name, step), stage.figures))
     samples = sum(batch_size(batch) for batch in batches)
     return QuantizationRun(module, float_metrics, done, samples)
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_calibtip.calibration.activation_store import ActivationStore
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
+from lightning_calibtip.calibration.recording import Recording
 from lightning_calibtip.quantization.network import QuantizedNetwork
 from lightning_calibtip.quantization.scheme import QuantizationScheme
 
@@ -14,6 +16,13 @@ def calibration_set(model: nn.Module, *batches: Tensor) -> CalibrationSet:
     for batch in batches:
         calibration.append(batch)
     return calibration
+
+
+def recorded(*values) -> Recording:
+    recording = Recording(ActivationStore(), len(values))
+    for value in values:
+        recording.append(value)
+    return recording
 
 
 def calibrated_network(

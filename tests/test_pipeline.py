@@ -22,7 +22,7 @@ QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "compressi
 def test_pipelines_have_their_stages_in_order(pipeline, names, tiny_classifier, loader):
     assert [stage.name for stage in make_stages(pipeline)] == names
     run = quantize(tiny_classifier, loader, loader, pipeline, stage_options=QUICK, weight_bits=4, activation_bits=4)
-    assert [name for name, _, _ in run.stages] == names
+    assert [stage.name for stage in run.stages] == names
     record = run.record("test", "tiny", "val_acc", 0)
     assert record["float"] == run.float_metrics["val_acc"] and record["calibration_samples"] == 48
     assert [stage["name"] for stage in record["stages"]] == names

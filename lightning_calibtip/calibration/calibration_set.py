@@ -36,7 +36,7 @@ class CalibrationSet:
             ValueError: If a tensor of the inputs has a NaN or infinity; the message says which batch and which part of
                 it.
         """
-        leaves, _ = tree_flatten_with_path(_plain(batch if inputs is None else inputs))
+        leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs))
         for path, leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
                 part = f"input{path_name(path)}"
@@ -63,10 +63,10 @@ class CalibrationSet:
 
 def batch_size(batch: Any) -> int:
     """Length of the first tensor of a batch that has dimensions; 1 if there is none."""
-    return next((len(leaf) for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+    return next((len(leaf) for leaf in tree_leaves(plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
-def _plain(batch: Any) -> Any:
+def plain(batch: Any) -> Any:
     """Mappings of any class (a tokenizer's ``BatchEncoding``) as a dict, whose parts torch knows how to find."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 

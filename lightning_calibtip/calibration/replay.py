@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..quantization.structure import Structure
+from .activation_store import ActivationStore
 from .calibration_set import CalibrationSet
+from .recording import Recording
 
 
 @dataclass
@@ -30,15 +32,6 @@ class _ReachedUnit(BaseException):
     """Ends a pass; not an ``Exception``, so that no ``except`` clause of the user's model holds it back."""
 
 
-@dataclass(frozen=True)
-class _Dead:
-    """Stands for a stored output that no unit to come depends on."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
 @dataclass
 class Replay:
     """One stream (float or quantized) of the calibration set through a model.
@@ -48,18 +41,27 @@ class Replay:
         structure: Its observed structure.
         calibration: The batches.
         units: Names of the modules whose inputs will be asked for, in this order, none inside another.
+        store: Where outputs are kept.
     """
 
     model: nn.Module
     structure: Structure
     calibration: CalibrationSet
     units: list[str]
-    _stored: dict[str, list[Any]] = field(default_factory=dict)
+    store: ActivationStore = field(default_factory=ActivationStore)
+    _stored: dict[str, Recording] = field(default_factory=dict)
     _finished: set[str] = field(default_factory=set)
 
-    @torch.no_grad()
-    def capture(self, unit: str) -> list[list[UnitCall]]:
-        """Inputs of ``unit``: for each batch, each call's arguments.
+    def calls(self, unit: str) -> int:
+        """How often the model calls the unit in one batch."""
+        return len(self.structure.calls_of[unit])
+
+    def recording(self, unit: str, channels_last: bool = False) -> Recording:
+        """An empty recording with room for each call of the unit in each batch."""
+        return Recording(self.store, self.calls(unit) * len(self.calibration), channels_last)
+
+    def capture(self, unit: str) -> Iterator[list[UnitCall]]:
+        """Inputs of ``unit``, batch by batch: the arguments of each call.
 
         Stored outputs stand in for everything finished. A module that is called several times is followed to its last
         call, with what lies between computing as it is now.
@@ -67,36 +69,34 @@ class Replay:
         Raises:
             RuntimeError: If a batch does not reach the unit.
         """
-        calls = len(self.structure.calls_of[unit])
-        promoted: dict[str, list[Any]] = {name: [] for name in self._parents_to_store(unit)}
-        captured = [self._capture_batch(index, unit, calls, promoted) for index in range(len(self.calibration))]
+        calls, batches = self.calls(unit), len(self.calibration)
+        promoted = {name: Recording(self.store, batches) for name in self._parents_to_store(unit)}
+        for index in range(batches):
+            yield self._capture_batch(index, unit, calls, promoted)
         for name, outputs in promoted.items():
-            if len(outputs) == len(self.calibration):
+            if len(outputs) == batches:
                 self._store(name, outputs)
-        return captured
 
-    def finish(self, unit: str, outputs: list[list[Any]]) -> None:
-        """From now on ``unit`` answers with ``outputs`` (for each batch, each call's output)."""
+    def finish(self, unit: str, outputs: Recording) -> None:
+        """From now on ``unit`` answers with ``outputs`` (of each call, batch by batch).
+
+        What nothing to come depends on is freed; ``outputs`` itself only when the next unit is finished.
+        """
         self._finished.add(unit)
-        if len(self.structure.calls_of[unit]) == 1:
-            self._store(unit, [calls[0] for calls in outputs])
-        live = self._live()
+        if self.calls(unit) == 1:
+            self._store(unit, outputs)
+        live = self._live() | {unit}
         for name, stored in self._stored.items():
             if name not in live:
-                self._stored[name] = [tree_map(_forget, output) for output in stored]
+                stored.forget()
 
-    @property
-    def stored_bytes(self) -> int:
-        """Memory that stored outputs take."""
-        leaves = torch.utils._pytree.tree_leaves(self._stored)
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-
-    def _store(self, name: str, outputs: list[Any]) -> None:
+    def _store(self, name: str, outputs: Recording) -> None:
         self._stored[name] = outputs
         for inner in [other for other in self._stored if other != name and _is_inside(other, name)]:
-            del self._stored[inner]
+            self._stored.pop(inner).forget()
 
-    def _capture_batch(self, index: int, unit: str, calls: int, promoted: dict[str, list[Any]]) -> list[UnitCall]:
+    @torch.no_grad()
+    def _capture_batch(self, index: int, unit: str, calls: int, promoted: dict[str, Recording]) -> list[UnitCall]:
         captured: list[UnitCall] = []
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -108,7 +108,7 @@ class Replay:
 
         with ExitStack() as stack:
             for name, stored in self._stored.items():
-                stack.enter_context(_answering(self.model.get_submodule(name), stored[index]))
+                stack.enter_context(_answering(self.model.get_submodule(name), stored, index))
             for name, outputs in promoted.items():
                 parent = self.model.get_submodule(name)
                 stack.callback(parent.register_forward_hook(_keep_in(outputs)).remove)
@@ -183,28 +183,17 @@ def _is_inside(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
 
-def _keep_in(outputs: list[Any]) -> Callable[..., None]:
-    return lambda module, args, output: outputs.append(tree_map(_recall, output))
-
-
-def _forget(leaf: Any) -> Any:
-    return _Dead(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-
-
-def _recall(leaf: Any) -> Any:
-    """A fresh tensor each time, for what follows may change it in place."""
-    if isinstance(leaf, _Dead):
-        return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+def _keep_in(outputs: Recording) -> Callable[..., None]:
+    return lambda module, args, output: outputs.append(output)
 
 
 @contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Inside, calling ``module`` gives ``output`` and computes nothing."""
+def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[None]:
+    """Inside, calling ``module`` gives the output of batch ``index`` and computes nothing."""
     quantizer = getattr(module, "input_quantizer", None)
     was_enabled = quantizer is not None and quantizer.enabled
     had = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: tree_map(_recall, output)
+    module.forward = lambda *args, **kwargs: outputs[index]
     if quantizer is not None:
         quantizer.enabled = False
     try:

@@ -1,16 +1,18 @@
 """AdaQuant: reconstruct each layer or block so that its quantized output matches the float one."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
+from ..calibration.activation_store import ActivationStore, parse_bytes, parse_precision
 from ..module import QuantizationModule
 from ..quantization.scheme import check_pair
-from ..reconstruction.adaquant import adaquant
-from ..reconstruction.candidates import adaquant_candidates
-from ..reconstruction.settings import MODES, PAPER, AdaQuantSettings
-from ..reconstruction.units import GRANULARITIES
+from ..reconstruction.adaquant import Reconstruction, adaquant
+from ..reconstruction.candidates import adaquant_candidates, check_candidates
+from ..reconstruction.importance import Loss
+from ..reconstruction.settings import PAPER, AdaQuantSettings
 from .stage import Stage
 
 
@@ -21,6 +23,10 @@ class AdaQuant(Stage):
         mode: ``"sequential"``: each unit sees the quantized outputs of those before it; ``"parallel"``: float ones.
         granularity: A unit is a ``"layer"``, or a ``"block"`` of layers around which paths fork and join (found by
             running).
+        blocks: Names or patterns (``"layer1"``, ``"encoder.layer.*"``) of modules that are to be units; single layers
+            and found blocks outside of these stay units of their own.
+        rounding: ``"straight_through"`` or ``"learned"`` (AdaRound), see ``AdaQuantSettings``.
+        drop_probability: Share of the activations that are left unquantized at each step (QDrop), 0 to 1.
         iterations: Steps of Adam a unit.
         batch_size: Samples a step.
         weight_rate: Learning rate of weights.
@@ -28,13 +34,24 @@ class AdaQuant(Stage):
         weight_range_rate: Learning rate of the weights' scales.
         input_range_rate: Learning rate of the inputs' scales.
         zero_point_rate: Learning rate of zero points, in integer steps.
+        rounding_rate: Learning rate of learned rounding's variables.
+        rounding_strength: Weight of its regulariser.
+        input_range_interval: The inputs' scales learn at every so many-th step.
         relative: Whether rates are fractions of a quantization step (see ``AdaQuantSettings``), or absolute.
         schedule: ``"cosine"`` or ``"constant"``.
         holdout: Share of the calibration samples that decides whether a unit's result is kept.
+        loss: ``loss(output, batch)``, a scalar from the model's output for a calibration batch: output elements then
+            count by the square of its gradient (Fisher weighting, BRECQ). None to count all alike.
         candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for
             ``BitAllocation`` to choose from; needs ``mode="parallel"`` and layers. None for the module's own widths
             only.
-        seed: Of the mini-batches.
+        activation_budget: Bytes of captured activations that may lie in memory (a number, or ``"2GB"``); what exceeds
+            it goes to memory-mapped files. None for no limit.
+        storage: ``"float32"``, or ``"bfloat16"`` to keep captured activations in half of the space.
+        scratch_folder: Where these files lie while AdaQuant runs; the system's temporary folder if None.
+        state_folder: Where finished units are kept: a run that was killed and is repeated goes on from there, to
+            bit-identical weights. None to keep nothing.
+        seed: Of everything drawn.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -44,6 +61,9 @@ class AdaQuant(Stage):
         self,
         mode: str = "sequential",
         granularity: str = "layer",
+        blocks: Sequence[str] = (),
+        rounding: str = AdaQuantSettings.rounding,
+        drop_probability: float = AdaQuantSettings.drop_probability,
         iterations: int = AdaQuantSettings.iterations,
         batch_size: int = AdaQuantSettings.batch_size,
         weight_rate: float = AdaQuantSettings.weight_rate,
@@ -51,37 +71,46 @@ class AdaQuant(Stage):
         weight_range_rate: float = AdaQuantSettings.weight_range_rate,
         input_range_rate: float = AdaQuantSettings.input_range_rate,
         zero_point_rate: float = AdaQuantSettings.zero_point_rate,
+        rounding_rate: float = AdaQuantSettings.rounding_rate,
+        rounding_strength: float = AdaQuantSettings.rounding_strength,
+        input_range_interval: int = AdaQuantSettings.input_range_interval,
         relative: bool = True,
         schedule: str = "cosine",
         holdout: float = AdaQuantSettings.holdout,
+        loss: Loss | None = None,
         candidates: Sequence[int | Sequence[int]] | None = None,
+        activation_budget: int | str | None = None,
+        storage: str = "float32",
+        scratch_folder: str | Path | None = None,
+        state_folder: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
-        self.mode, self.granularity = mode, granularity
-        self.settings = AdaQuantSettings(
-            iterations,
-            batch_size,
-            weight_rate,
-            bias_rate,
-            weight_range_rate,
-            input_range_rate,
-            zero_point_rate,
-            relative,
-            schedule,
-            holdout,
-            seed,
+        settings = AdaQuantSettings(
+            iterations=iterations,
+            batch_size=batch_size,
+            rounding=rounding,
+            weight_rate=weight_rate,
+            bias_rate=bias_rate,
+            weight_range_rate=weight_range_rate,
+            input_range_rate=input_range_rate,
+            zero_point_rate=zero_point_rate,
+            rounding_rate=rounding_rate,
+            rounding_strength=rounding_strength,
+            input_range_interval=input_range_interval,
+            drop_probability=drop_probability,
+            relative=relative,
+            schedule=schedule,
+            holdout=holdout,
+            seed=seed,
         )
+        progress = None if state_folder is None else Path(state_folder)
+        self.reconstruction = Reconstruction(settings, mode, granularity, tuple(blocks), loss, progress)
         self.candidates = None if candidates is None else [check_pair(pair, "candidates") for pair in candidates]
-        if self.candidates is not None and (mode, granularity, bool(self.candidates)) != ("parallel", "layer", True):
-            raise ValueError(
-                f'candidates must not be empty and need mode="parallel" and granularity="layer", got {candidates!r}, '
-                f"{mode!r} and {granularity!r}: states that were reconstructed together cannot be mixed."
-            )
+        if self.candidates is not None:
+            check_candidates(self.reconstruction, self.candidates)
+        self.activation_budget = parse_bytes(activation_budget, "activation_budget")
+        self.storage, self.scratch_folder = parse_precision(storage, "storage"), scratch_folder
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "AdaQuant":
@@ -91,15 +120,18 @@ class AdaQuant(Stage):
     @override
     def run(self, module: QuantizationModule) -> dict[str, float]:
         """Reconstruct the model unit by unit."""
-        network, calibration = module.network, module.calibration
-        if self.candidates is None:
-            results = adaquant(network, calibration, self.settings, self.mode, self.granularity)
-        else:
-            by_width = adaquant_candidates(network, calibration, self.settings, self.candidates)
-            results = [result for results in by_width.values() for result in results]
+        network, calibration, how = module.network, module.calibration, self.reconstruction
+        with ActivationStore(self.activation_budget, self.storage, self.scratch_folder) as store:
+            if self.candidates is None:
+                results = adaquant(network, calibration, how, store)
+            else:
+                by_width = adaquant_candidates(network, calibration, how, self.candidates, store)
+                results = [result for results in by_width.values() for result in results]
         return {
             "error_before": sum(result.error_before for result in results) / len(results),
             "error_after": sum(result.error_after for result in results) / len(results),
             "units": float(len(results)),
             "restored": float(sum(not result.kept for result in results)),
+            "step_seconds": sum(result.seconds for result in results),
+            "captured_bytes": float(store.most_held),
         }

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples
 from ..module import QuantizationModule
-from ..pipeline import QuantizationRun, make_stages, run_stages
+from ..pipeline import QuantizationRun, StageOutcome, make_stages, run_stages
 from ..quantization.layers import quantizable_layers
 from ..quantization.scheme import QuantizationScheme
 from .stage import check_precision
@@ -135,10 +135,11 @@ class CalibTIP(pl.Callback):
             trainer.val_dataloaders,
             {"accelerator": {"cuda": "gpu"}.get(device, device), "precision": trainer.precision},
         )
-        stages = [("float", 0.0, self.result.float_metrics), *self.result.stages]
+        stages = [StageOutcome("float", 0.0, self.result.float_metrics, {}), *self.result.stages]
         for logger in trainer.loggers:
-            for name, seconds, metrics in stages:
-                figures = {f"calibtip/{name}/{key}": value for key, value in {**metrics, "seconds": seconds}.items()}
+            for stage_outcome in stages:
+                values = {**stage_outcome.figures, **stage_outcome.metrics, "seconds": stage_outcome.seconds}
+                figures = {f"calibtip/{stage_outcome.name}/{key}": value for key, value in values.items()}
                 logger.log_metrics(figures, step=trainer.global_step)
         checkpoints = trainer.checkpoint_callback
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir

@@ -26,11 +26,12 @@ class Stage(pl.Callback, ABC):
     """A step of post-training quantization as a callback: ``run`` does the work.
 
     Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the
-    calibration data. ``seconds`` says how long the last run took.
+    calibration data. ``seconds`` says how long the last run took, ``figures`` what it found.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.figures: dict[str, float] = {}
 
     @property
     def name(self) -> str:
@@ -70,9 +71,9 @@ class Stage(pl.Callback, ABC):
             return
         started = time.monotonic()
         with trainer.precision_plugin.forward_context():
-            figures = self.run(pl_module)
+            self.figures = self.run(pl_module)
         self.seconds = time.monotonic() - started
-        figures = {f"{self.name}/{key}": value for key, value in {**figures, "seconds": self.seconds}.items()}
+        figures = {f"{self.name}/{key}": value for key, value in {**self.figures, "seconds": self.seconds}.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         log.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

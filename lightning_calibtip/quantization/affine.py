@@ -101,7 +101,7 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
 ) -> Tensor:
-    """``dequantize(quantize(x))`` in one fused kernel, differentiable by the straight-through estimator.
+    """``dequantize(quantize(x))``, differentiable by the straight-through estimator.
 
     Gradients follow LSQ+ (Bhalgat et al. 2020; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
     ``x`` is inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated
@@ -127,48 +127,60 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Fused forward; the backward pass of scale and zero point is made of two dot products."""
+    """In-place float arithmetic throughout: on a CPU several times as fast as torch's fused kernels and as masks of
+    bool."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
     ) -> Tensor:
         real = x.float()
-        point = zero_point.round().clamp(qmin, qmax).to(torch.int32)
-        if axis is None:
-            output, inside = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
-                real, scale, point, torch.ones(1, dtype=torch.int64, device=x.device), qmin, qmax
-            )
-        else:
-            output, inside = torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
-                real, scale, point, axis, qmin, qmax
-            )
-        learns = any(ctx.needs_input_grad[1:3])
-        ctx.axis = axis
-        ctx.save_for_backward(inside, *((real, output, scale) if learns else ()))
+        step = _along(scale.float(), x.dim(), axis)
+        point = _along(zero_point.round().clamp(qmin, qmax), x.dim(), axis)
+        integers = (real * step.reciprocal()).round_().add_(point)
+        differentiable = any(ctx.needs_input_grad)
+        clamped = integers.clamp(qmin, qmax) if differentiable else integers.clamp_(qmin, qmax)
+        output = clamped.sub_(point).mul_(step)
+        ctx.axis, ctx.ends = axis, (qmin, qmax)
+        if differentiable:
+            ctx.save_for_backward(integers, *((real, output, scale) if any(ctx.needs_input_grad[1:3]) else ()))
         return output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inside, *saved = ctx.saved_tensors
-        passed = grad * inside
+        integers, *saved = ctx.saved_tensors
+        wide = grad.float()
+        # Zero where the integer was clamped. The bounds are exclusive.
+        passed = torch.ops.aten.hardtanh_backward(wide, integers, ctx.ends[0] - 0.5, ctx.ends[1] + 0.5)
         grad_scale = grad_zero_point = None
         if saved:
             real, output, scale = saved
-            wide, wide_passed = grad.float(), passed.float()
             # Inside, d(output)/d(scale) is (output - x) / scale; outside it is output / scale.
             if ctx.needs_input_grad[1]:
-                grad_scale = (_dot(wide, output, ctx.axis) - _dot(wide_passed, real, ctx.axis)).view_as(scale) / scale
+                grad_scale = (_dot(wide, output, ctx.axis) - _dot(passed, real, ctx.axis)).view_as(scale) / scale
             if ctx.needs_input_grad[2]:
-                grad_zero_point = _total(wide_passed - wide, ctx.axis).view_as(scale) * scale
-        return (passed if ctx.needs_input_grad[0] else None), grad_scale, grad_zero_point, None, None, None
+                grad_zero_point = (_total(passed, ctx.axis) - _total(wide, ctx.axis)).view_as(scale) * scale
+        return (
+            (passed.to(grad.dtype) if ctx.needs_input_grad[0] else None),
+            grad_scale,
+            grad_zero_point,
+            None,
+            None,
+            None,
+        )
 
 
 def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
     """Inner product over all dimensions but ``axis``."""
-    if axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    return _total(a * b, axis)
+    return dot(a, b) if axis is None else _total(a * b, axis)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over all dimensions of two tensors of the same shape, of which none is copied if both lie in the
+    same memory format."""
+    if a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _total(a: Tensor, axis: int | None) -> Tensor:

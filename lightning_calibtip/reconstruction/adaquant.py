@@ -1,98 +1,187 @@
 """AdaQuant over a whole model (Hubara et al. 2021): unit by unit, on float or on quantized inputs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
 
+from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.recording import Recording
 from ..calibration.replay import Replay, UnitCall
 from ..quantization.network import QuantizedNetwork
+from .importance import Importance, Loss, measure_importance
 from .optimize import UnitResult, optimize_unit, output_tensors
-from .samples import Target, UnitSamples
+from .progress import Progress, describe_run
+from .samples import UnitSamples
 from .settings import MODES, AdaQuantSettings
 from .units import Unit, find_units
+
+# Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
+# kernels for other batch sizes may make (mixing samples up makes one of about 1).
+_ROWS_TRIED, _TOLERANCE = 8, 0.1
+
+
+@dataclass
+class Reconstruction:
+    """What is reconstructed, and in which way.
+
+    Args:
+        settings: Of the optimiser.
+        mode: ``"sequential"``: a unit's inputs come from the already quantized units before it, its target from the
+            float model, so that each unit also makes up for the errors of those before. ``"parallel"``: the inputs come
+            from the float model.
+        granularity: ``"layer"`` or ``"block"`` (see ``find_units``).
+        blocks: Names or patterns of modules that are to be units.
+        loss: ``loss(output, batch)``; weights each output element's error by its squared gradient (Fisher weighting).
+        progress: Folder for the finished units, from which a killed run goes on; None to keep none.
+
+    Raises:
+        ValueError: If ``mode`` is unknown.
+    """
+
+    settings: AdaQuantSettings = field(default_factory=AdaQuantSettings)
+    mode: str = "sequential"
+    granularity: str = "layer"
+    blocks: Sequence[str] = ()
+    loss: Loss | None = None
+    progress: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
 
 
 def adaquant(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
-    settings: AdaQuantSettings,
-    mode: str = "sequential",
-    granularity: str = "layer",
+    how: Reconstruction | None = None,
+    store: ActivationStore | None = None,
 ) -> list[UnitResult]:
     """Reconstruct every unit of a calibrated model in place.
 
-    In sequential mode a unit's inputs come from the already quantized units before it, its target from the float model,
-    so that each unit also makes up for the errors of those before. In parallel mode the inputs come from
-    the float model.
+    Two streams run through the model, unit by unit: the float one gives the targets, the quantized one, in sequential
+    mode, the inputs. Both replay what is finished, so the cost is linear in the depth.
 
     Args:
         network: Calibrated.
         calibration: The samples.
-        settings: Of the optimiser.
-        mode: ``"parallel"`` or ``"sequential"``.
-        granularity: ``"layer"`` or ``"block"`` (see ``find_units``).
+        how: See ``Reconstruction``.
+        store: Where captured activations are kept; all in memory if None.
 
     Returns:
         A result for each unit, in the order of execution.
 
     Raises:
         RuntimeError: If the model is not calibrated, or there is no calibration batch.
-        ValueError: If ``mode`` or ``granularity`` is unknown.
+        ValueError: If ``granularity`` or a name in ``blocks`` is unknown, or ``progress`` holds another run.
+        OSError: If activations are to go to a disk that has no room for them.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    how, store = how or Reconstruction(), store or ActivationStore()
     if not network.calibrated:
         raise RuntimeError("AdaQuant starts from calibrated ranges: run Calibration first.")
     calibration.require()
-    units = find_units(network, granularity)
+    units = find_units(network, how.granularity, how.blocks)
+    progress = None if how.progress is None else _open_progress(how, units, network, calibration)
     assert network.structure is not None
-    streams = [
-        Replay(network.model, network.structure, calibration, [unit.name for unit in units])
-        for _ in range(2 if mode == "sequential" else 1)
-    ]
-    float_stream, quantized_stream = streams[0], streams[-1]
-    generator = torch.Generator().manual_seed(settings.seed)
+    names = [unit.name for unit in units]
+    float_stream = Replay(network.model, network.structure, calibration, names, store)
+    quantized_stream = Replay(network.model, network.structure, calibration, names, store)
+    importance: dict[str, Importance] = {}
+    if how.loss is not None:
+        importance = measure_importance(network, calibration, units, float_stream, how.loss)
     results = []
-    for unit in units:
+    for position, unit in enumerate(units):
+        result = progress.load(position, unit) if progress else None
+        keeps = result is None and (how.mode == "parallel" or how.settings.drop_probability > 0)
         with network.quantized(False):
-            float_calls = float_stream.capture(unit.name)
-            with torch.no_grad():
-                float_outputs = [[unit(call) for call in calls] for calls in float_calls]
-                targets = [[t.detach() for t in output_tensors(unit, o)] for calls in float_outputs for o in calls]
-            samples = _join(unit, float_calls, targets)
-        float_stream.finish(unit.name, float_outputs)
-        calls_in = float_calls
-        if mode == "sequential":
-            calls_in = quantized_stream.capture(unit.name)
-            samples = UnitSamples.join([call for calls in calls_in for call in calls], targets, samples.whole)
-        results.append(optimize_unit(unit, samples, settings, generator))
-        if mode == "sequential":
-            with torch.no_grad():
-                quantized_stream.finish(unit.name, [[unit(call) for call in calls] for calls in calls_in])
+            float_inputs, targets = _run_float(unit, float_stream, keeps)
+        inputs = float_inputs
+        if how.mode == "sequential":
+            inputs = quantized_stream.recording(unit.name, unit.prefers_channels_last)
+            for calls in quantized_stream.capture(unit.name):
+                for call in calls:
+                    inputs.append((call.args, call.kwargs))
+        if result is None:
+            assert inputs is not None
+            drawn = float_inputs if how.mode == "sequential" else None
+            samples = _samples(unit, inputs, targets, drawn, importance.get(unit.name))
+            result = optimize_unit(unit, samples, how.settings)
+            if progress:
+                progress.save(position, unit, result)
+        results.append(result)
+        float_stream.finish(unit.name, targets)
+        if how.mode == "sequential":
+            assert inputs is not None
+            quantized_stream.finish(unit.name, _outputs(unit, inputs, quantized_stream))
+        for recording in (inputs, float_inputs, importance[unit.name].squares if unit.name in importance else None):
+            if recording is not None:
+                recording.forget()
     return results
 
 
 @torch.no_grad()
-def _join(unit: Unit, calls_in: list[list[UnitCall]], targets: list[Target]) -> UnitSamples:
-    """Float samples of a unit, split along the first dimension only if the float unit gives the same on a part of them.
+def _run_float(unit: Unit, stream: Replay, keep_inputs: bool) -> tuple[Recording | None, Recording]:
+    """Inputs, if they are to be kept, and outputs of a unit at all its calls."""
+    inputs, outputs = (stream.recording(unit.name, unit.prefers_channels_last) for _ in range(2))
+    for calls in stream.capture(unit.name):
+        for call in calls:
+            if keep_inputs:
+                inputs.append((call.args, call.kwargs))
+            outputs.append(unit(call))
+    return inputs if keep_inputs else None, outputs
+
+
+@torch.no_grad()
+def _outputs(unit: Unit, inputs: Recording, stream: Replay) -> Recording:
+    outputs = stream.recording(unit.name, unit.prefers_channels_last)
+    for position in range(len(inputs)):
+        outputs.append(unit(UnitCall(*inputs[position])))
+    return outputs
+
+
+def _samples(
+    unit: Unit, inputs: Recording, targets: Recording, float_inputs: Recording | None, importance: Importance | None
+) -> UnitSamples:
+    """The unit's samples, split along the first dimension only if the unit gives the same on a part of them.
 
     Raises:
         ValueError: If batches call the unit with differently nested arguments; names the unit.
     """
-    calls = [call for calls in calls_in for call in calls]
+    squares = (importance.squares, importance.mean) if importance else None
     try:
-        samples = UnitSamples.join(calls, targets)
+        samples = UnitSamples(inputs, targets, float_inputs, squares)
     except ValueError as error:
         raise ValueError(f"{unit.name}: {error}; leave it float with overrides={{...: None}}.") from error
-    part = torch.arange(0, samples.count, 2)[:8]
     if samples.whole:
         return samples
+    for samples.contiguous in (False, True) if unit.prefers_channels_last else (False,):
+        if _gives_the_same_by_rows(unit, samples, inputs):
+            return samples
+    return UnitSamples(inputs, targets, float_inputs, squares, whole=True)
+
+
+@torch.no_grad()
+def _gives_the_same_by_rows(unit: Unit, samples: UnitSamples, inputs: Recording) -> bool:
+    """Whether some samples of the first call, drawn by rows, have the outputs that they have in the whole call."""
+    outputs = output_tensors(unit, unit(UnitCall(*inputs[0])))
+    rows = torch.arange(0, len(outputs[0]), 2)[:_ROWS_TRIED]
     try:
-        call, wanted = samples.take(part)
-        outputs = output_tensors(unit, unit(call))
+        drawn = output_tensors(unit, unit(samples.take(rows).call))
+        gaps = [
+            (d - o[rows.to(o.device)]).norm() / o.norm().clamp_min(1e-20) for d, o in zip(drawn, outputs, strict=True)
+        ]
     except RuntimeError:
-        return UnitSamples.join(calls, targets, whole=True)
-    same = all(
-        got.shape == want.shape and torch.allclose(got, want, rtol=1e-2, atol=1e-3 * float(want.abs().max()))
-        for got, want in zip(outputs, wanted, strict=True)
-    )
-    return samples if same else UnitSamples.join(calls, targets, whole=True)
+        return False
+    return all(float(gap) < _TOLERANCE for gap in gaps)
+
+
+def _open_progress(
+    how: Reconstruction, units: Sequence[Unit], network: QuantizedNetwork, calibration: CalibrationSet
+) -> Progress:
+    assert how.progress is not None
+    settings = {
+        "settings": how.settings, "mode": how.mode, "granularity": how.granularity, "loss": how.loss is not None
+    }  # fmt: skip
+    return Progress(how.progress, describe_run(units, list(network.layers.values()), calibration, settings))

@@ -1,16 +1,26 @@
 """AdaQuant on one unit: optimise weights, bias and quantization parameters so that its output matches the float one."""
 
+import hashlib
 import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..calibration.magnitudes import output_magnitudes
-from ..quantization.affine import SMALLEST_SCALE
+from ..calibration.replay import UnitCall
+from ..quantization.affine import SMALLEST_SCALE, dot
 from ..quantization.layers import QuantizedLayer, learning
-from .samples import UnitSamples
+from .adam import Adam
+from .dropping import Dropping, dropping
+from .rounding import LearnedRounding, learned_rounding, undecided
+from .samples import Draw, UnitSamples
 from .settings import AdaQuantSettings
 from .units import Unit
 
@@ -18,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # Held-out samples are measured in chunks of this many, which bounds the memory of the measurement.
 _CHUNK = 64
+
+# Whether the error is still finite is looked at every so many steps: each look waits for the device.
+_LOOK_EVERY = 25
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class UnitResult:
         error_after: Of the state that was kept, so never above ``error_before``.
         kept: Whether the optimised state was kept.
         note: Why it was not.
+        seconds: Spent in the optimiser's steps.
     """
 
     name: str
@@ -40,6 +54,7 @@ class UnitResult:
     error_after: float
     kept: bool
     note: str
+    seconds: float
 
 
 def output_tensors(unit: Unit, output: object) -> list[Tensor]:
@@ -48,69 +63,113 @@ def output_tensors(unit: Unit, output: object) -> list[Tensor]:
     return leaves if unit.activation is None else [unit.activation(leaf) for leaf in leaves]
 
 
-def _loss(unit: Unit, samples: UnitSamples, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of squared errors, which AdaQuant minimises, and the target's sum of squares."""
-    call, targets = samples.take(index)
-    outputs = output_tensors(unit, unit(call))
-    error = sum(((o - t).float().square().sum() for o, t in zip(outputs, targets, strict=True)), torch.zeros(()))
-    return error, sum((t.float().square().sum() for t in targets), torch.zeros(()))
+def _squared_error(unit: Unit, draw: Draw, call: UnitCall) -> Tensor:
+    """Sum of squared errors, each times its importance: what AdaQuant minimises."""
+    # The targets are the draw's own.
+    outputs, targets = output_tensors(unit, unit(call)), output_tensors(unit, draw.target)
+    pairs = list(zip(outputs, targets, strict=True))
+    importance = draw.importance or cycle([None])
+    return sum((_SquaredError.apply(o, t, w) for (o, t), w in zip(pairs, importance, strict=False)), torch.zeros(()))
+
+
+class _SquaredError(torch.autograd.Function):
+    """Sum of weighted squared differences, without memory of its own: the target's is used up."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
+        difference = target.sub_(output) if target.dtype == torch.float32 else target.float().sub_(output)
+        weighted = difference if importance is None else difference * importance
+        ctx.save_for_backward(weighted)
+        ctx.dtype = output.dtype
+        return dot(weighted, difference)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weighted,) = ctx.saved_tensors
+        return weighted.mul_(-2 * grad).to(ctx.dtype), None, None
+
+
+def _power(unit: Unit, draw: Draw) -> Tensor:
+    """What an output of zeros would have as its error."""
+    targets = output_tensors(unit, draw.target)
+    importance = draw.importance or cycle([torch.ones(())])
+    pairs = zip(targets, importance, strict=False)
+    return sum(((t.float().square() * w.to(t.device)).sum() for t, w in pairs), torch.zeros(()))
 
 
 @torch.no_grad()
 def relative_error(unit: Unit, samples: UnitSamples, index: Tensor) -> float:
     """Relative error of the unit as it is, on the samples at ``index``."""
-    sums = [_loss(unit, samples, part) for part in index.split(1 if samples.whole else _CHUNK)]
-    error, power = (float(sum(column)) for column in zip(*sums, strict=True))
+    error = power = 0.0
+    for part in index.split(1 if samples.whole else _CHUNK):
+        draw = samples.take(part)
+        power += float(_power(unit, draw))
+        error += float(_squared_error(unit, draw, draw.call))
     return error / power if power else error
 
 
-def _groups(layer: QuantizedLayer, settings: AdaQuantSettings, output_error: float) -> list[dict[str, object]]:
-    """Adam's parameter groups of a layer, each with its learning rate (see ``AdaQuantSettings.relative``).
+class _Rate(NamedTuple):
+    """Learning rate of a parameter; a ``sparse`` one learns at some steps only."""
+
+    parameter: Tensor
+    value: float
+    sparse: bool
+
+
+def _rates(
+    layer: QuantizedLayer, rounding: LearnedRounding | None, settings: AdaQuantSettings, output_error: float
+) -> list[_Rate]:
+    """What is learned of a layer, and how fast (see ``AdaQuantSettings.relative``).
 
     Args:
         layer: The layer.
+        rounding: Of its weight, where that is learned.
         settings: The rates.
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
     """
-
+    on_weight, on_input = layer.quantizers if rounding is None else (rounding.quantizer, layer.input_quantizer)
+    relative = settings.relative
     # The scale of a dead channel is 1, whatever the others are: hence medians.
-    def rate(value: float, step: float) -> float:
-        return value * step if settings.relative else value
-
-    on_weight, on_input = layer.quantizers
-    groups = [([layer.weight], rate(settings.weight_rate, float(on_weight.scale.median())))]
-    if layer.bias is not None:
-        groups.append(([layer.bias], rate(settings.bias_rate, output_error)))
+    weight_step = float(on_weight.scale.median()) if relative else 1.0
+    rates = (
+        [] if layer.bias is None else [_Rate(layer.bias, settings.bias_rate * (output_error if relative else 1), False)]
+    )
+    if rounding is None:
+        rates.append(_Rate(layer.weight, settings.weight_rate * weight_step, False))
+    else:
+        rates.append(_Rate(rounding.variable, settings.rounding_rate, False))
     for quantizer, value in ((on_weight, settings.weight_range_rate), (on_input, settings.input_range_rate)):
-        groups.append(
-            ([quantizer.scale], rate(value, float(quantizer.scale.median()) / (quantizer.qmax - quantizer.qmin)))
-        )
-        if not quantizer.symmetric:
-            groups.append(([quantizer.zero_point], settings.zero_point_rate))
-    return [{"params": params, "lr": lr, "initial_lr": lr} for params, lr in groups if lr > 0]
+        # This moves the end of the range by one step.
+        step = float(quantizer.scale.median()) / (quantizer.qmax - quantizer.qmin) if relative else 1.0
+        sparse = quantizer is on_input
+        rates.append(_Rate(quantizer.scale, value * step, sparse))
+        if not quantizer.symmetric and (sparse or rounding is None):
+            rates.append(_Rate(quantizer.zero_point, settings.zero_point_rate, sparse))
+    return [rate for rate in rates if rate.value > 0]
 
 
-def optimize_unit(
-    unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, generator: torch.Generator
-) -> UnitResult:
+def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings) -> UnitResult:
     """Optimise one unit in place; put it back as it was where that does not lower the error on held-out samples.
 
     Args:
         unit: Calibrated, quantization on.
         samples: Inputs and float targets.
-        settings: See ``AdaQuantSettings``.
-        generator: Draws the held-out samples and the mini-batches.
+        settings: See ``AdaQuantSettings``. What is drawn depends on their seed and the unit's name alone.
 
     Returns:
         The errors before and after.
     """
+    digest = hashlib.sha256(f"{settings.seed} {unit.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     order = torch.randperm(samples.count, generator=generator)
     held = min(max(1, round(settings.holdout * samples.count)), samples.count - 1)
     # With a single sample there is nothing to hold out: it serves for both.
     holdout, training = (order[:held], order[held:]) if samples.count > 1 else (order, order)
     before = relative_error(unit, samples, holdout)
     initial = [layer.save() for layer in unit.layers]
+    started = time.monotonic()
     diverged = _descend(unit, samples, settings, training, before, generator)
+    seconds = time.monotonic() - started
     after = float("nan") if diverged else relative_error(unit, samples, holdout)
     note = diverged or ("" if after < before else f"the held-out error did not fall ({before:.3g} to {after:.3g})")
     if note:
@@ -122,7 +181,7 @@ def optimize_unit(
     for layer in unit.layers:
         layer.errors = (before, before if note else after)
     layers = tuple(layer.name for layer in unit.layers)
-    return UnitResult(unit.name, layers, before, before if note else after, not note, note)
+    return UnitResult(unit.name, layers, before, before if note else after, not note, note, seconds)
 
 
 def _descend(
@@ -134,40 +193,56 @@ def _descend(
     generator: torch.Generator,
 ) -> str:
     """The optimiser's steps; returns why it had to stop early, or ''."""
-    call, _ = samples.take(training[: settings.batch_size])
-    magnitudes = output_magnitudes(unit.layers, lambda: unit(call))
-    groups = [
-        group
-        for layer in unit.layers
-        for group in _groups(layer, settings, magnitudes.get(layer.name, 0.0) * error_before**0.5)
-    ]
-    if not groups:
-        return ""
-    optimizer = torch.optim.Adam(groups)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    draw = samples.take(training[: settings.batch_size])
+    magnitudes = output_magnitudes(unit.layers, lambda: unit(draw.call))
+    # An error of 1 before the first step: then settings mean the same for every unit.
+    unit_error = max(error_before * float(_power(unit, draw)), 1e-20)
+    drops = Dropping(settings.drop_probability, generator)
     scales = [quantizer.scale for layer in unit.layers for quantizer in layer.quantizers]
-    queue = training[:0]
-    with learning(parameters):
-        for step in range(settings.iterations):
-            if len(queue) < min(settings.batch_size, len(training)):
-                queue = torch.cat([queue, training[torch.randperm(len(training), generator=generator)]])
-            index, queue = queue[: settings.batch_size], queue[settings.batch_size :]
-            error, power = _loss(unit, samples, index)
-            loss = error / power.clamp_min(1e-20)
-            if not bool(torch.isfinite(loss)):
+    with ExitStack() as stack:
+        stack.enter_context(dropping(unit.layers, drops))
+        roundings: Sequence[LearnedRounding] = ()
+        if settings.rounding == "learned":
+            roundings = stack.enter_context(learned_rounding(unit.layers))
+        rates = [
+            rate
+            for layer, rounding in zip_longest(unit.layers, roundings)
+            for rate in _rates(layer, rounding, settings, magnitudes.get(layer.name, 0.0) * error_before**0.5)
+        ]
+        if not rates:
+            return ""
+        interval = 1 if all(rate.sparse for rate in rates) else settings.input_range_interval
+        parameters, sparse = [rate.parameter for rate in rates], [rate.parameter for rate in rates if rate.sparse]
+        optimizer = Adam(parameters, [rate.value * (interval if rate.sparse else 1) for rate in rates])
+        stack.enter_context(learning(parameters))
+        for step, index in enumerate(_mini_batches(training, settings, generator)):
+            for parameter in sparse:
+                parameter.requires_grad_(step % interval == 0)
+            draw = samples.take(index)
+            loss = _squared_error(unit, draw, drops.mix(draw.call, draw.float_call)) / unit_error
+            penalty = undecided(roundings, step / settings.iterations) if roundings else None
+            if penalty is not None:
+                loss = loss + settings.rounding_strength * penalty
+            if step % _LOOK_EVERY == 0 and not bool(torch.isfinite(loss)):
                 return f"the error became {float(loss.detach())} at step {step}"
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * settings.rate_at(step)
-            optimizer.step()
+            optimizer.step(settings.rate_at(step))
             # Autocast keeps casts of parameters, which have just changed.
             torch.clear_autocast_cache()
             with torch.no_grad():
-                for scale in scales:
-                    scale.clamp_min_(SMALLEST_SCALE)
+                torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
     for layer in unit.layers:
         for quantizer in layer.quantizers:
             quantizer.round_zero_point()
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
     return "" if finite else "a parameter became NaN or infinite"
+
+
+def _mini_batches(training: Tensor, settings: AdaQuantSettings, generator: torch.Generator) -> Iterator[Tensor]:
+    """As many mini-batches as there are steps, in epochs of another order each."""
+    queue = training[:0]
+    for _ in range(settings.iterations):
+        if len(queue) < min(settings.batch_size, len(training)):
+            queue = torch.cat([queue, training[torch.randperm(len(training), generator=generator)]])
+        yield queue[: settings.batch_size]
+        queue = queue[settings.batch_size :]

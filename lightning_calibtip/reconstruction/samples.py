@@ -1,87 +1,143 @@
 """The samples that one unit is reconstructed on: inputs and float targets, drawn in mini-batches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
+from ..calibration.activation_store import TensorSeries
+from ..calibration.recording import Recording
 from ..calibration.replay import UnitCall
 
-Target = list[Tensor]
+# Keeps a unit whose output does not matter to the loss at all from dividing by zero.
+_SMALLEST = 1e-30
 
 
-@dataclass
-class UnitSamples:
-    """Inputs and targets of all calibration samples.
+@dataclass(frozen=True)
+class Draw:
+    """Some samples of a unit.
 
-    Every tensor that has the samples along its first dimension is one long tensor; what is the same for all (masks that
-    broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call stays
-    whole and counts as one sample.
+    Args:
+        call: Its arguments, as the model in work gives them.
+        target: The float unit's output.
+        float_call: Its arguments in the float model, where they are wanted too.
+        importance: Of each element of the output's floating-point tensors, where they are not equally important.
     """
 
-    _spec: TreeSpec
-    _leaves: list[Any]
-    _sliced: list[bool]
-    _whole: list[list[Any]] | None
-    count: int
+    call: UnitCall
+    target: Any
+    float_call: UnitCall | None
+    importance: list[Tensor] | None
 
-    @property
-    def whole(self) -> bool:
-        """Whether each call counts as one sample."""
-        return self._whole is not None
 
-    @classmethod
-    def join(cls, calls: Sequence[UnitCall], targets: Sequence[Target], whole: bool = False) -> "UnitSamples":
-        """Put the calls of all batches together.
+class UnitSamples:
+    """Inputs and targets of a unit over the calibration set.
 
-        Args:
-            calls: Arguments of each call.
-            targets: Float output tensors of each call.
-            whole: Keep each call whole, for units that do not have the samples along the first dimension.
+    Every tensor that has the samples along its first dimension is drawn from by rows; what is the same for all (masks
+    that broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call
+    stays whole and counts as one sample.
 
-        Raises:
-            ValueError: If the calls' arguments are nested differently.
-        """
-        flat = [tree_flatten((c.args, c.kwargs, t)) for c, t in zip(calls, targets, strict=True)]
-        rows, spec = [leaves for leaves, _ in flat], flat[0][1]
-        lengths = [target[0].shape[0] if target[0].dim() else 0 for target in targets]
-        same_tree = all(other == spec for _, other in flat)
-        if same_tree and all(lengths) and not whole:
-            columns = [_join_column(list(column), lengths) for column in zip(*rows, strict=True)]
-            if all(column is not None for column in columns):
-                joined = [column[0] for column in columns if column is not None]
-                sliced = [column[1] for column in columns if column is not None]
-                return cls(spec, joined, sliced, None, sum(lengths))
-        if not same_tree:
+    Half of an element's importance is the same for all, so that what the loss does not see is not left to chance.
+
+    Args:
+        inputs: Arguments of each call, as pairs ``(args, kwargs)``.
+        targets: Float output of each call.
+        float_inputs: Arguments of each call in the float model.
+        importance: Squared gradients of the output's elements, a list of tensors for each call, and their mean.
+        whole: Keep each call whole, for units that do not have the samples along the first dimension.
+
+    Raises:
+        ValueError: If the calls' arguments are nested differently.
+    """
+
+    def __init__(
+        self,
+        inputs: Recording,
+        targets: Recording,
+        float_inputs: Recording | None = None,
+        importance: tuple[Recording, float] | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.contiguous = False
+        if not inputs.nested_alike:
             raise ValueError("the unit is called with differently nested arguments in different batches")
-        return cls(spec, [], [], rows, len(rows))
+        squares, self._mean_square = importance or (None, 1.0)
+        self._recordings = (inputs, targets, float_inputs, squares)
+        self._tables: list[_Table | None] = []
+        lengths, repeated = ([], False) if whole else _lengths(targets)
+        for recording in self._recordings if lengths else ():
+            shares = recording in (inputs, float_inputs) and not repeated
+            table = None if recording is None else _table(recording, lengths, shares)
+            if table is None and recording is not None:
+                lengths = []
+                break
+            self._tables.append(table)
+        self.whole = not lengths
+        self.count = sum(lengths) or len(inputs)
 
-    def take(self, index: Tensor) -> tuple[UnitCall, Target]:
-        """The samples at ``index`` (int64, shape (n,)) as one call and its targets; of whole calls, the first of
-        ``index``."""
-        if self._whole is not None:
-            leaves = self._whole[int(index[0])]
+    def take(self, index: Tensor) -> Draw:
+        """The samples at ``index`` (int64, shape (n,)) as one call; of whole calls, the first of ``index``."""
+        values: list[Any]
+        if self.whole:
+            values = [None if recording is None else recording[int(index[0])] for recording in self._recordings]
         else:
-            leaves = [
-                leaf.index_select(0, index.to(leaf.device)) if sliced else leaf
-                for leaf, sliced in zip(self._leaves, self._sliced, strict=True)
-            ]
-        args, kwargs, target = tree_unflatten(leaves, self._spec)
-        return UnitCall(args, kwargs), target
+            values = [None if table is None else table.take(index) for table in self._tables]
+        if self.contiguous:
+            values = [tree_map(_contiguous, value) for value in values]
+        inputs, target, float_inputs, squares = values
+        float_call = None if float_inputs is None else UnitCall(*float_inputs)
+        importance = None
+        if squares is not None:
+            importance = [0.5 + square * (0.5 / max(self._mean_square, _SMALLEST)) for square in squares]
+        return Draw(UnitCall(*inputs), target, float_call, importance)
 
 
-def _join_column(column: list[Any], lengths: list[int]) -> tuple[Any, bool] | None:
-    """One argument over all calls: joined along the samples, or kept once if it is the same in all, or None if neither
-    fits."""
-    first = column[0]
-    if not isinstance(first, Tensor):
-        return (first, False) if all(type(other) is type(first) and other == first for other in column) else None
-    if len(column) > 1 and all(leaf.shape == first.shape and torch.equal(leaf, first) for leaf in column):
-        return first, False
-    pairs = zip(column, lengths, strict=True)
-    if all(leaf.dim() and leaf.shape[0] == n and leaf.shape[1:] == first.shape[1:] for leaf, n in pairs):
-        return torch.cat(column), True
-    return (first, False) if len(column) == 1 else None
+@dataclass(frozen=True)
+class _Table:
+    """A recording seen by samples: each column is drawn from by rows, or the same for all."""
+
+    columns: list[Any]
+    spec: TreeSpec
+
+    def take(self, index: Tensor) -> Any:
+        leaves = [column.rows(index) if isinstance(column, TensorSeries) else column for column in self.columns]
+        return tree_unflatten(leaves, self.spec)
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _lengths(targets: Recording) -> tuple[list[int], bool]:
+    """Samples of each call, which is the length of the first output tensor, and whether all calls gave the same; no
+    lengths if there is no such tensor."""
+    found = targets.columns()
+    series = next((column for column in found[0] if isinstance(column, TensorSeries)), None) if found else None
+    if series is None or not series.aligned:
+        return [], False
+    return [shape[0] for shape in series.shapes], series.constant
+
+
+def _table(recording: Recording, lengths: list[int], shares_constants: bool) -> _Table | None:
+    """The recording by samples, or None if a tensor in it has neither a row for each sample nor the same value always.
+
+    Args:
+        recording: All calls.
+        lengths: Samples of each.
+        shares_constants: Whether a tensor that never changes is kept whole even if it is as long as each batch.
+    """
+    found = recording.columns()
+    if found is None:
+        return None
+    columns, spec = found
+    table = []
+    for column in columns:
+        if isinstance(column, TensorSeries):
+            by_rows = column.aligned and [shape[0] for shape in column.shapes] == lengths
+            if (column.constant and len(column) > 1 and shares_constants) or (column.constant and not by_rows):
+                column = column[0]
+            elif not by_rows:
+                return None
+        table.append(column)
+    return _Table(table, spec)

@@ -1,7 +1,9 @@
 """Units of reconstruction: single layers, or blocks found by running the model."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -32,21 +34,29 @@ class Unit:
     layers: tuple[QuantizedLayer, ...]
     activation: Activation | None
 
+    @property
+    def prefers_channels_last(self) -> bool:
+        """Whether the unit is a convolution that computes faster on channels-last tensors."""
+        weight = self.layers[0].weight
+        return self.module is self.layers[0].module and weight.dim() == 4 and weight.device.type == "cpu"
+
     def __call__(self, call: UnitCall) -> Any:
         """Output of the unit before the activation, as quantized as its layers are at present."""
         return self.module(*call.args, **call.kwargs)
 
 
-def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
+def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str] = ()) -> list[Unit]:
     """Units in the order of execution: every quantized layer is in exactly one.
 
     Args:
         network: Prepared and calibrated.
         granularity: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork and join again (BRECQ, Li
             et al. 2021); layers outside of these stay units of their own.
+        blocks: Names or patterns (``fnmatch``) of modules that are to be units whatever ``granularity`` finds in them.
 
     Raises:
-        ValueError: If ``granularity`` is neither.
+        ValueError: If ``granularity`` is neither, a name in ``blocks`` matches no module with quantized layers, or two
+            of the modules lie inside each other.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
@@ -59,8 +69,9 @@ def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
     def inside(parent: str) -> list[str]:
         return [name for name in running if name.startswith(f"{parent}.")]
 
-    blocks = structure.blocks(lambda name: bool(inside(name))) if granularity == "block" else []
-    members = {block: inside(block) for block in blocks}
+    named = _named_blocks([name for name in structure.calls_of if inside(name)], blocks)
+    found = structure.blocks(lambda name: bool(inside(name))) if granularity == "block" else []
+    members = {name: inside(name) for name in [*named, *_apart_from(found, named)]}
     taken = {name for names in members.values() for name in names}
     names = {**members, **{name: [name] for name in running if name not in taken}}
     return [
@@ -72,4 +83,28 @@ def find_units(network: QuantizedNetwork, granularity: str) -> list[Unit]:
         )
         for name in structure.calls_of
         if name in names
+    ]
+
+
+def _named_blocks(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Modules among ``names`` that the patterns match."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"blocks: {pattern!r} matches no module that runs and holds quantized layers; these are: "
+                f"{', '.join(filter(None, names)) or 'none'}."
+            )
+    matched = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    for name in matched:
+        if outer := next((other for other in matched if name.startswith(f"{other}.")), None):
+            raise ValueError(f"blocks: {name} lies inside {outer}; name one of them.")
+    return matched
+
+
+def _apart_from(found: Sequence[str], named: Sequence[str]) -> list[str]:
+    """The found blocks that neither lie inside a named one nor hold one."""
+    return [
+        name
+        for name in found
+        if not any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in named)
     ]

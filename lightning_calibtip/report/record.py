@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage of a run: how long it took and the metric after it (None where nothing was evaluated)."""
+    """A stage of a run: how long it took, the metric after it (None where nothing was evaluated), its figures."""
 
     name: str
     seconds: float
     metric: float | None
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def peak_rss_bytes() -> int | None:

@@ -1,14 +1,16 @@
 """BatchNorm re-tuning (Hubara et al. 2021): give folded channels their mean and deviation back."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
-from ..calibration.replay import Replay, UnitCall
+from ..calibration.replay import Replay
 from ..quantization.folding import FoldedBatchNorm
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
@@ -33,7 +35,10 @@ class BatchNormTuningResult:
 
 @torch.no_grad()
 def tune_batch_norm(
-    network: QuantizedNetwork, calibration: CalibrationSet, reference: str = "float"
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    reference: str = "float",
+    store: ActivationStore | None = None,
 ) -> BatchNormTuningResult:
     """Re-estimate each folded BatchNorm's statistics on the quantized model and fold it again.
 
@@ -49,6 +54,7 @@ def tune_batch_norm(
         reference: ``"training"`` brings channels to the mean beta and the deviation gamma that BatchNorm gave them in
             training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set:
             the set's own deviation from the training data (its few samples, no augmentation) then cancels.
+        store: Where captured activations are kept; all in memory if None.
 
     Returns:
         The layers and the divergence; no layers if no BatchNorm was folded.
@@ -71,7 +77,10 @@ def tune_batch_norm(
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     before = float(measure_divergences(calibration, logits, everything).mean())
     initial = {name: network.layers[name].save() for name in order}
-    float_stream, quantized_stream = (Replay(network.model, network.structure, calibration, order) for _ in range(2))
+    store = store or ActivationStore()
+    float_stream, quantized_stream = (
+        Replay(network.model, network.structure, calibration, order, store) for _ in range(2)
+    )
     for name in order:
         layer = network.layers[name]
         norm = network.model.get_submodule(folds[name].normalization)
@@ -79,12 +88,10 @@ def tune_batch_norm(
         wanted = norm.bias, norm.deviation
         if reference == "float":
             with network.quantized(False):
-                outputs = _outputs(layer, float_stream.capture(name))
-            wanted = _channel_statistics(outputs)
-            float_stream.finish(name, outputs)
-        calls = quantized_stream.capture(name)
-        _refold(layer, _channel_statistics(_outputs(layer, calls)), wanted)
-        quantized_stream.finish(name, _outputs(layer, calls))
+                wanted = _channel_statistics(_finishing(float_stream, layer))
+        _refold(layer, _channel_statistics(_outputs(quantized_stream, layer)), wanted)
+        for _ in _finishing(quantized_stream, layer):
+            pass
     after = float(measure_divergences(calibration, logits, everything).mean())
     kept = after < before
     if not kept:
@@ -94,18 +101,34 @@ def tune_batch_norm(
     return BatchNormTuningResult(tuple(order), before, after if kept else before, kept)
 
 
-def _outputs(layer: QuantizedLayer, calls: list[list[UnitCall]]) -> list[list[Tensor]]:
-    return [[layer.module(*call.args, **call.kwargs) for call in batch] for batch in calls]
+def _outputs(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
+    """Outputs of a layer at all its calls."""
+    for calls in stream.capture(layer.name):
+        for call in calls:
+            yield layer.module(*call.args, **call.kwargs)
 
 
-def _channel_statistics(batches: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel (dimension 1) over all samples and positions."""
-    outputs = [output for batch in batches for output in batch]
-    count = sum(output.numel() // output.shape[1] for output in outputs)
-    over = [0, *range(2, outputs[0].dim())]
-    mean = sum((output.float().sum(over) for output in outputs), torch.zeros(())) / count
-    shape = [1, -1, *[1] * (outputs[0].dim() - 2)]
-    squares = sum(((output.float() - mean.view(shape)).square().sum(over) for output in outputs), torch.zeros(()))
+def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
+    """The same, and from then on the layer answers with them."""
+    recording = stream.recording(layer.name)
+    for output in _outputs(stream, layer):
+        recording.append(output)
+        yield output
+    stream.finish(layer.name, recording)
+
+
+def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel (dimension 1) over all samples and positions, merged batch by batch
+    (Chan, Golub, LeVeque 1979)."""
+    count, mean, squares = 0, torch.zeros(()), torch.zeros(())
+    for output in outputs:
+        channels = output.detach().float().transpose(0, 1).flatten(1)
+        added, total = channels.shape[1], count + channels.shape[1]
+        gap = channels.mean(1) - mean.to(channels.device)
+        squares = (
+            squares.to(gap.device) + channels.var(1, correction=0) * added + gap.square() * (count * added / total)
+        )
+        mean, count = mean.to(gap.device) + gap * (added / total), total
     return mean, (squares / count).sqrt()
 
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.optimize import optimize_unit, output_tensors, relative_error
 from lightning_calibtip.reconstruction.samples import UnitSamples
 from lightning_calibtip.reconstruction.settings import PAPER, AdaQuantSettings
 from lightning_calibtip.reconstruction.units import find_units
-from tests.networks import calibrated_network, calibration_set
+from tests.networks import calibrated_network, calibration_set, recorded
 
 QUICK = AdaQuantSettings(iterations=40, batch_size=16)
 
@@ -68,7 +68,8 @@ def test_parallel_reconstruction_lowers_the_output_error_of_every_layer(calibrat
     network, calibration = calibrated
     fresh = torch.randn(64, 1, 8, 8, generator=generator)
     before = layer_errors(network, fresh)
-    adaquant(network, calibration, AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2), "parallel")
+    settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
+    adaquant(network, calibration, Reconstruction(settings, "parallel"))
     after = layer_errors(network, fresh)
     for name in network.free_layers:
         assert after[name] < 0.9 * before[name], name
@@ -83,7 +84,7 @@ def test_reconstruction_lowers_held_out_errors_and_keeps_the_float_model(
     with torch.no_grad(), network.quantized(False):
         wanted = tiny_resnet(images)
     settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
-    results = adaquant(network, calibration, settings, mode, granularity)
+    results = adaquant(network, calibration, Reconstruction(settings, mode, granularity))
     with torch.no_grad(), network.quantized(False):
         torch.testing.assert_close(tiny_resnet(images), wanted)
     for result in results:
@@ -99,13 +100,13 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
     network, calibration = calibrated
     seen = {}
 
-    def record(unit, samples, settings, generator):
-        call, target = samples.take(torch.arange(samples.count))
-        seen[unit.name] = (call.args[0], target[0])
-        return optimize_unit(unit, samples, settings, generator)
+    def record(unit, samples, settings):
+        draw = samples.take(torch.arange(samples.count))
+        seen[unit.name] = (draw.call.args[0], draw.target)
+        return optimize_unit(unit, samples, settings)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
-    adaquant(network, calibration, QUICK, "sequential")
+    adaquant(network, calibration, Reconstruction(QUICK))
     inputs = {}
     for name, layer in network.layers.items():
         layer.module.register_forward_pre_hook(
@@ -125,7 +126,7 @@ def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
     before = {name: layer.save() for name, layer in network.layers.items()}
     absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, bias_rate=1e6, relative=False)
     with caplog.at_level(logging.WARNING):
-        results = adaquant(network, calibration, absurd)
+        results = adaquant(network, calibration, Reconstruction(absurd))
     for result in results:
         assert not result.kept and result.error_after == result.error_before
         assert f"{result.name}: restored" in caplog.text
@@ -146,7 +147,7 @@ def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.optimize.output_tensors", poison)
     with caplog.at_level(logging.WARNING):
-        results = {result.name: result for result in adaquant(network, calibration, QUICK)}
+        results = {result.name: result for result in adaquant(network, calibration, Reconstruction(QUICK))}
     assert not results["blocks.0.conv1"].kept and "nan at step 0" in results["blocks.0.conv1"].note
     assert "blocks.0.conv1: restored" in caplog.text
     assert torch.equal(network.layers["blocks.0.conv1"].weight, before.weight)
@@ -168,7 +169,7 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
     frozen = {"weight_rate": 0, "weight_range_rate": 0, "input_range_rate": 0, "zero_point_rate": 0}
     settings = AdaQuantSettings(iterations=3, batch_size=99, bias_rate=1.0, relative=False, **frozen)
     with torch.autocast("cpu", torch.bfloat16):
-        adaquant(network, calibration, settings)
+        adaquant(network, calibration, Reconstruction(settings))
     assert len(seen) == 3
     assert not torch.allclose(seen[0], seen[1], atol=0.05) and not torch.allclose(seen[1], seen[2], atol=0.05)
 
@@ -179,7 +180,8 @@ def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_re
         model = copy.deepcopy(tiny_resnet)
         calibration = calibration_set(model, *images.split(16))
         network = calibrated_network(model, calibration)
-        adaquant(network, calibration, AdaQuantSettings(iterations=15, batch_size=16, seed=seed))
+        settings = AdaQuantSettings(iterations=15, batch_size=16, seed=seed)
+        adaquant(network, calibration, Reconstruction(settings))
         weights.append([layer.weight.clone() for layer in network.layers.values()])
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
@@ -191,7 +193,7 @@ def test_a_parameter_with_rate_zero_stays(calibrated):
     only_bias = AdaQuantSettings(
         iterations=10, batch_size=16, weight_rate=0, weight_range_rate=0, input_range_rate=0, bias_rate=1e-3
     )
-    adaquant(network, calibration, only_bias)
+    adaquant(network, calibration, Reconstruction(only_bias))
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight)
         assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
@@ -212,7 +214,8 @@ def test_shared_layer_is_reconstructed_on_all_its_calls():
     model = Shared().eval()
     calibration = calibration_set(model, *torch.randn(1024, 6).split(128))
     network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4)
-    results = {r.name: r for r in adaquant(network, calibration, AdaQuantSettings(iterations=200, batch_size=64))}
+    how = Reconstruction(AdaQuantSettings(iterations=200, batch_size=64))
+    results = {result.name: result for result in adaquant(network, calibration, how)}
     assert results["shared"].error_after < results["shared"].error_before
 
 
@@ -223,7 +226,7 @@ def test_block_with_the_sequence_first_is_kept_whole():
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)).eval()
     calibration = calibration_set(model, *torch.randn(12, 16, 8).split(4))
     network = calibrated_network(model, calibration, weight_bits=16, activation_bits=16, edge_bits=None)
-    results = adaquant(network, calibration, AdaQuantSettings(iterations=1), granularity="block")
+    results = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1), granularity="block"))
     assert results[-1].error_before < 1e-6
 
 
@@ -238,14 +241,14 @@ def test_one_dead_channel_does_not_spoil_the_rates():
         inputs = torch.randn(512, 4) @ torch.randn(4, 16)
         calibration = calibration_set(model, *inputs.split(128))
         network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
-        result = adaquant(network, calibration, AdaQuantSettings(iterations=200), "parallel")[0]
+        result = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=200), "parallel"))[0]
         errors.append(result.error_after / result.error_before)
     assert errors[0] < 0.9 and errors[1] < 0.9
 
 
 def test_candidates_leave_a_state_for_each_width(calibrated):
     network, calibration = calibrated
-    adaquant_candidates(network, calibration, QUICK, [(2, 4), (8, 8)])
+    adaquant_candidates(network, calibration, Reconstruction(QUICK, "parallel"), [(2, 4), (8, 8)])
     for name in network.free_layers:
         layer = network.layers[name]
         assert set(layer.variants) == {(2, 4), (8, 8)} and layer.bits == (2, 4)
@@ -258,13 +261,13 @@ def test_candidates_leave_a_state_for_each_width(calibrated):
 def test_uncalibrated_model_and_unknown_mode_are_errors(calibrated):
     network, calibration = calibrated
     with pytest.raises(ValueError, match="mode must be one of parallel, sequential, got 'serial'"):
-        adaquant(network, calibration, QUICK, "serial")
+        adaquant(network, calibration, Reconstruction(QUICK, "serial"))
     with pytest.raises(ValueError, match="granularity must be one of"):
-        adaquant(network, calibration, QUICK, "parallel", "stage")
+        adaquant(network, calibration, Reconstruction(QUICK, "parallel", "stage"))
     for layer in network.layers.values():
         layer.set_enabled(False)
     with pytest.raises(RuntimeError, match="run Calibration first"):
-        adaquant(network, calibration, QUICK)
+        adaquant(network, calibration, Reconstruction(QUICK))
 
 
 @pytest.mark.parametrize(
@@ -295,11 +298,9 @@ def test_papers_settings_are_absolute_and_constant():
 def test_error_is_relative_to_the_targets_power(calibrated):
     network, _ = calibrated
     unit = find_units(network, "layer")[-1]
-    from lightning_calibtip.calibration.replay import UnitCall
-
     x = torch.randn(20, 6)
     with torch.no_grad():
         output = unit.module(x)
-    samples = UnitSamples.join([UnitCall((x,), {})], [[output + 2.0]])
+    samples = UnitSamples(recorded(((x,), {})), recorded(output + 2.0))
     wanted = float(4.0 / (output + 2.0).square().mean())
     assert relative_error(unit, samples, torch.arange(20)) == pytest.approx(wanted, rel=1e-4)

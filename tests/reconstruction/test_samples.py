@@ -1,36 +1,57 @@
 import pytest
 import torch
 
-from lightning_calibtip.calibration.replay import UnitCall
 from lightning_calibtip.reconstruction.samples import UnitSamples
+from tests.networks import recorded
 
 
 def test_samples_of_several_calls_become_one_and_constants_stay():
     mask = torch.ones(1, 3)
-    calls = [UnitCall((torch.full((n, 2), float(n)),), {"mask": mask.clone(), "flag": True}) for n in (2, 3)]
-    samples = UnitSamples.join(calls, [[torch.arange(2.0)], [torch.arange(3.0)]])
-    assert samples.count == 5
-    call, target = samples.take(torch.tensor([4, 0]))
-    assert call.args[0].tolist() == [[3.0, 3.0], [2.0, 2.0]]
-    assert torch.equal(call.kwargs["mask"], mask) and call.kwargs["flag"] is True
-    assert target[0].tolist() == [2.0, 0.0]
+    inputs = recorded(*[((torch.full((n, 2), float(n)),), {"mask": mask.clone(), "flag": True}) for n in (2, 3)])
+    samples = UnitSamples(inputs, recorded(torch.arange(2.0), torch.arange(3.0)))
+    assert samples.count == 5 and not samples.whole
+    draw = samples.take(torch.tensor([4, 0]))
+    assert draw.call.args[0].tolist() == [[3.0, 3.0], [2.0, 2.0]]
+    assert torch.equal(draw.call.kwargs["mask"], mask) and draw.call.kwargs["flag"] is True
+    assert draw.target.tolist() == [2.0, 0.0]
 
 
 def test_what_is_the_same_in_all_calls_is_kept_once_even_if_it_is_as_long_as_a_batch():
     mask = torch.rand(4, 4)
-    calls = [UnitCall((torch.rand(4, 2),), {"mask": mask.clone()}) for _ in range(2)]
-    samples = UnitSamples.join(calls, [[torch.zeros(4)], [torch.zeros(4)]])
-    assert torch.equal(samples.take(torch.tensor([5]))[0].kwargs["mask"], mask)
+    inputs = recorded(*[((torch.rand(4, 2),), {"mask": mask.clone()}) for _ in range(2)])
+    samples = UnitSamples(inputs, recorded(torch.zeros(4), torch.ones(4)))
+    assert torch.equal(samples.take(torch.tensor([5])).call.kwargs["mask"], mask)
+
+
+def test_a_batch_that_comes_twice_is_drawn_from_by_rows():
+    batch = torch.arange(8.0).view(4, 2)
+    samples = UnitSamples(recorded(((batch,), {}), ((batch,), {})), recorded(batch[:, 0], batch[:, 0]))
+    draw = samples.take(torch.tensor([1, 6]))
+    assert draw.call.args[0].tolist() == [[2.0, 3.0], [4.0, 5.0]] and draw.target.tolist() == [2.0, 4.0]
+
+
+def test_a_single_batch_is_drawn_from_by_rows_beside_a_mask_for_all():
+    batch, mask = torch.rand(5, 2), torch.rand(1, 2)
+    samples = UnitSamples(recorded(((batch, mask), {})), recorded(batch * mask))
+    draw = samples.take(torch.tensor([3]))
+    assert torch.equal(draw.call.args[0], batch[3:4]) and torch.equal(draw.call.args[1], mask)
 
 
 def test_calls_of_different_shapes_stay_whole():
-    calls = [UnitCall((torch.zeros(2, length),), {}) for length in (3, 5)]
-    samples = UnitSamples.join(calls, [[torch.zeros(2, length)] for length in (3, 5)])
-    assert samples.count == 2
-    assert samples.take(torch.tensor([1]))[0].args[0].shape == (2, 5)
+    inputs = recorded(*[((torch.zeros(2, length),), {}) for length in (3, 5)])
+    samples = UnitSamples(inputs, recorded(torch.zeros(2, 3), torch.zeros(2, 5)))
+    assert samples.count == 2 and samples.whole
+    assert samples.take(torch.tensor([1])).call.args[0].shape == (2, 5)
 
 
 def test_differently_nested_calls_are_refused():
-    calls = [UnitCall((torch.zeros(2),), {}), UnitCall((torch.zeros(2), torch.zeros(2)), {})]
+    inputs = recorded(((torch.zeros(2),), {}), ((torch.zeros(2), torch.zeros(2)), {}))
     with pytest.raises(ValueError, match="differently nested"):
-        UnitSamples.join(calls, [[torch.zeros(2)], [torch.zeros(2)]])
+        UnitSamples(inputs, recorded(torch.zeros(2), torch.zeros(2)))
+
+
+def test_importance_is_half_the_same_for_all_and_half_by_the_squares():
+    inputs = recorded(((torch.zeros(2, 1),), {}))
+    squares = recorded([torch.tensor([[3.0], [1.0]])])
+    samples = UnitSamples(inputs, recorded(torch.zeros(2, 1)), importance=(squares, 2.0))
+    assert samples.take(torch.tensor([1, 0])).importance[0].tolist() == [[0.75], [1.25]]

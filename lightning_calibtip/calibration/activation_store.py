@@ -1,0 +1,267 @@
+"""Captured activations under a byte budget: in memory while they fit, beyond that in memory-mapped files."""
+
+import math
+import re
+import shutil
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "T": 1000**4,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+_PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
+# A file of this share of the free space, or more, is refused: a full disk would hurt more than this run.
+_MOST_OF_FREE_SPACE = 0.95
+
+
+def parse_bytes(value: int | str | None, what: str) -> int | None:
+    """Number of bytes that ``value`` stands for; None stays None.
+
+    Args:
+        value: A number of bytes, or a string such as ``"2GB"``, ``"1.5 GiB"`` or ``"500MB"``.
+        what: Its name, for the message.
+
+    Raises:
+        ValueError: If it is not positive or cannot be read.
+
+    Example:
+        >>> parse_bytes("2GB", "activation_budget"), parse_bytes("1.5 KiB", "activation_budget")
+        (2000000000, 1536)
+    """
+    if value is None:
+        return None
+    size = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]I?)?B?\s*", value.upper())):
+        size = float(match[1]) * _UNITS[match[2] or ""]
+    if not 1 <= size < math.inf:
+        raise ValueError(f'{what} must be a positive number of bytes or a string such as "2GB", got {value!r}.')
+    return int(size)
+
+
+def parse_precision(value: str, what: str) -> torch.dtype | None:
+    """Type in which float32 activations are kept; None for their own.
+
+    Raises:
+        ValueError: If ``value`` is neither ``"float32"`` nor ``"bfloat16"``.
+    """
+    if value not in _PRECISIONS:
+        raise ValueError(f"{what} must be one of {', '.join(_PRECISIONS)}, got {value!r}.")
+    return _PRECISIONS[value]
+
+
+class ActivationStore(AbstractContextManager["ActivationStore"]):
+    """Where activations are kept; leaving the context frees the memory and removes the files.
+
+    Args:
+        budget: Bytes that may lie in memory; None for no limit. What is captured first has the first claim.
+        precision: Type in which float32 tensors are kept; None for their own.
+        folder: Where a scratch folder is made when the budget is used up; the system's temporary folder if None.
+    """
+
+    def __init__(
+        self, budget: int | None = None, precision: torch.dtype | None = None, folder: str | Path | None = None
+    ) -> None:
+        self.budget, self.precision, self.folder = budget, precision, folder
+        self.in_memory = self.on_disk = self.most_held = 0
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def series(self, length: int, channels_last: bool = False) -> "TensorSeries":
+        """An empty series that is expected to get ``length`` tensors."""
+        return TensorSeries(self, length, channels_last)
+
+    def reserve(self, size: int) -> Path | None:
+        """Count ``size`` more bytes: None if they may lie in memory, else the path of a file for them.
+
+        Raises:
+            OSError: If the disk has not as much free space.
+        """
+        if self.budget is None or self.in_memory + size <= self.budget:
+            self.in_memory += size
+            self._note_most()
+            return None
+        if self._scratch is None:
+            if self.folder is not None:
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
+            self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
+        free = shutil.disk_usage(self._scratch.name).free
+        if size > _MOST_OF_FREE_SPACE * free:
+            raise OSError(
+                f"Captured activations need {size:,} bytes in {self._scratch.name}, which has {free:,} free: raise "
+                'activation_budget, use storage="bfloat16" or fewer calibration samples, or name another '
+                "scratch_folder."
+            )
+        self.on_disk += size
+        self._note_most()
+        self._files += 1
+        return Path(self._scratch.name) / f"{self._files}.bin"
+
+    def release(self, size: int, path: Path | None) -> None:
+        """Take back a reservation."""
+        if path is None:
+            self.in_memory -= size
+        else:
+            self.on_disk -= size
+            path.unlink(missing_ok=True)
+
+    def _note_most(self) -> None:
+        self.most_held = max(self.most_held, self.in_memory + self.on_disk)
+
+
+class TensorSeries:
+    """Tensors of one type, appended one after the other and read back one by one or by rows.
+
+    All lie in one flat memory block or file, so that those that agree in all dimensions but the first also form one
+    long tensor. Tensors that are all the same (masks that broadcast, constants) are kept once.
+
+    Args:
+        store: What it belongs to.
+        length: How many tensors are expected.
+        channels_last: Whether tensors of four dimensions lie, and rows are given, in the channels-last memory format.
+    """
+
+    def __init__(self, store: ActivationStore, length: int, channels_last: bool = False) -> None:
+        self._store, self._length, self._channels_last = store, length, channels_last
+        self.shapes: list[torch.Size] = []
+        self._starts: list[int] = [0]
+        self._dtype = self._kept_dtype = torch.float32
+        self._device = torch.device("cpu")
+        self._first: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._path: Path | None = None
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all tensors so far are equal."""
+        return self._first is not None or len(self) == 1
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the tensors form one long tensor along their first dimension."""
+        return all(len(shape) > 0 and shape[1:] == self.shapes[0][1:] for shape in self.shapes)
+
+    @torch.no_grad()
+    def append(self, tensor: Tensor) -> None:
+        """Keep a copy of a tensor."""
+        tensor = tensor.detach()
+        if not self.shapes:
+            self._dtype, self._device = tensor.dtype, tensor.device
+            precision = self._store.precision
+            self._kept_dtype = precision if precision and tensor.dtype == torch.float32 else tensor.dtype
+            if self._length == 1:
+                self._reserve(tensor.numel())
+            else:
+                self._first = tensor.clone()
+        elif self._first is not None and not (tensor.shape == self._first.shape and torch.equal(tensor, self._first)):
+            first, self._first = self._first, None
+            self._reserve(first.numel() * self._length)
+            for start in self._starts[:-1]:
+                self._write(first, start)
+        if self._first is None:
+            self._write(tensor, self._starts[-1])
+        self.shapes.append(tensor.shape)
+        self._starts.append(self._starts[-1] + tensor.numel())
+
+    def __getitem__(self, position: int) -> Tensor:
+        """A fresh copy of the tensor at ``position``."""
+        shape = self.shapes[position]
+        if self._first is not None:
+            return self._first.clone()
+        start = self._starts[position]
+        kept = self._shaped(self._flat()[start : start + shape.numel()], shape)
+        return torch.empty(shape, dtype=self._dtype, device=self._device).copy_(kept)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows (int64, shape (n,)) of the long tensor that the aligned tensors form."""
+        if self._first is not None:
+            index = index.to(self._device)
+            return self._first.index_select(0, index % len(self._first))
+        flat = self._flat()[: self._starts[-1]]
+        rows = flat.view(-1, self.shapes[0][1:].numel()).index_select(0, index.to(flat.device))
+        shape = torch.Size([len(index), *self.shapes[0][1:]])
+        return self._shaped(rows.view(-1), shape).to(self._device, self._dtype)
+
+    def free(self) -> None:
+        """Give up what is kept; the shapes stay known."""
+        if self._reserved:
+            self._store.release(self._reserved, self._path)
+        self._first = self._memory = self._path = None
+        self._reserved = 0
+
+    def zeros(self, position: int) -> Tensor:
+        """A tensor like the one at ``position``, of zeros."""
+        return torch.zeros(self.shapes[position], dtype=self._dtype, device=self._device)
+
+    def _reserve(self, elements: int) -> None:
+        self._reserved = elements * self._kept_dtype.itemsize
+        self._path = self._store.reserve(self._reserved)
+        if self._path is None:
+            self._memory = torch.empty(elements, dtype=self._kept_dtype, device=self._device)
+
+    def _write(self, tensor: Tensor, start: int) -> None:
+        if self._is_permuted(tensor.shape):
+            tensor = tensor.permute(0, 2, 3, 1)
+        flat = tensor.reshape(-1).to(self._kept_dtype)
+        stop = start + flat.numel()
+        if stop * flat.itemsize > self._reserved:
+            self._grow(max(stop, self._starts[-1] * 3 // 2), start)
+        if self._memory is not None:
+            self._memory[start:stop] = flat
+            return
+        assert self._path is not None
+        with self._path.open("ab") as file:
+            file.write(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+
+    def _grow(self, elements: int, used: int) -> None:
+        """Later tensors are longer than the first: move everything to a larger place."""
+        kept, path, reserved = self._flat()[:used], self._path, self._reserved
+        self._memory = None
+        self._reserve(elements)
+        self._write(kept, 0)
+        self._store.release(reserved, path)
+
+    def _flat(self) -> Tensor:
+        if self._memory is not None:
+            return self._memory
+        assert self._path is not None
+        # Mapped anew for every read: pages that have been read do not stay resident.
+        size = self._path.stat().st_size // self._kept_dtype.itemsize
+        return torch.from_file(str(self._path), shared=False, size=size, dtype=self._kept_dtype)
+
+    def _is_permuted(self, shape: torch.Size) -> bool:
+        return self._channels_last and len(shape) == 4
+
+    def _shaped(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """A flat stretch as a tensor."""
+        if self._is_permuted(shape):
+            return flat.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+        return flat.view(shape)

@@ -1,0 +1,59 @@
+"""Randomly dropping the quantization of activations while optimising (QDrop: Wei et al. 2022)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..calibration.replay import UnitCall
+from ..quantization.layers import QuantizedLayer
+
+
+class Dropping:
+    """Chooses between two values of a tensor, element by element.
+
+    Args:
+        probability: Of the first (the float) value, 0 to 1.
+        generator: Seeds the draws.
+    """
+
+    def __init__(self, probability: float, generator: torch.Generator) -> None:
+        self.probability = probability
+        self._seed = int(torch.randint(2**62, (), generator=generator))
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def choose(self, exact: Tensor, quantized: Tensor) -> Tensor:
+        """Elements of ``exact`` with the given probability, else of ``quantized``."""
+        device = exact.device
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        draw = torch.rand(exact.shape, generator=self._generators[device], device=device)
+        return torch.where(draw < self.probability, exact, quantized)
+
+    def mix(self, call: UnitCall, float_call: UnitCall | None) -> UnitCall:
+        """Arguments whose floating-point tensors are drawn from both calls."""
+        if float_call is None:
+            return call
+
+        def choose(exact: Any, quantized: Any) -> Any:
+            real = isinstance(exact, Tensor) and exact.is_floating_point()
+            return self.choose(exact, quantized) if real else quantized
+
+        args, kwargs = tree_map(choose, (float_call.args, float_call.kwargs), (call.args, call.kwargs))
+        return UnitCall(args, kwargs)
+
+
+@contextmanager
+def dropping(layers: Sequence[QuantizedLayer], drops: Dropping) -> Iterator[None]:
+    """Inside, the layers' inputs are quantized only in part."""
+
+    def hook(quantizer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return drops.choose(args[0], output)
+
+    with ExitStack() as stack:
+        for layer in layers if drops.probability else ():
+            stack.callback(layer.input_quantizer.register_forward_hook(hook).remove)
+        yield

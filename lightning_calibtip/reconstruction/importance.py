@@ -1,0 +1,110 @@
+"""Fisher weighting (BRECQ: Li et al. 2021): how much each element of a unit's output matters to the loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..calibration.calibration_set import CalibrationSet
+from ..calibration.recording import Recording
+from ..calibration.replay import Replay
+from ..quantization.network import QuantizedNetwork
+from .units import Unit
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Importance:
+    """Squared gradients of the loss with respect to a unit's output.
+
+    Args:
+        squares: For each call, of each floating-point tensor of the output.
+        total: Their sum.
+        count: Their number.
+    """
+
+    squares: Recording
+    total: float = 0.0
+    count: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean of all squares."""
+        return self.total / max(self.count, 1)
+
+    def append(self, gradients: Sequence[Tensor]) -> None:
+        """Add a call."""
+        squares = [gradient.float().square() for gradient in gradients]
+        self.total += sum(float(square.sum()) for square in squares)
+        self.count += sum(square.numel() for square in squares)
+        self.squares.append(squares)
+
+
+def measure_importance(
+    network: QuantizedNetwork, calibration: CalibrationSet, units: Sequence[Unit], stream: Replay, loss: Loss
+) -> dict[str, Importance]:
+    """Diagonal of the Fisher matrix for each unit's output, in one pass forward and backward through the float model.
+
+    Args:
+        network: Calibrated.
+        calibration: The samples.
+        units: The units.
+        stream: Gives the recordings.
+        loss: ``loss(output, batch)`` is a scalar, from the model's output for a calibration batch.
+
+    Raises:
+        ValueError: If the loss is not a finite scalar that depends on the model's output.
+    """
+    found = {unit.name: Importance(stream.recording(unit.name, unit.prefers_channels_last)) for unit in units}
+    with network.quantized(False), torch.enable_grad():
+        for index in range(len(calibration)):
+            with _tracing(units) as outputs:
+                value = loss(calibration.run(index), calibration.batches[index])
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise ValueError(
+                    "loss(output, batch) must return a scalar tensor that depends on the model's output, got "
+                    f"{type(value).__name__ if not isinstance(value, Tensor) else f'shape {tuple(value.shape)}'}."
+                )
+            if not bool(torch.isfinite(value)):
+                raise ValueError(f"loss(output, batch) is {float(value)} for calibration batch {index}.")
+            value.backward()
+            for name, calls in outputs.items():
+                for gradients in calls:
+                    found[name].append(gradients)
+    return found
+
+
+@contextmanager
+def _tracing(units: Sequence[Unit]) -> Iterator[dict[str, list[list[Tensor]]]]:
+    """Inside, the gradients of the units' outputs, call by call, arrive in what is given once a backward pass runs."""
+    gradients: dict[str, list[list[Tensor]]] = {unit.name: [] for unit in units}
+    # What the graph starts from, so that no parameter needs a gradient.
+    anchor = torch.zeros((), requires_grad=True)
+
+    def tracing(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            call: list[Tensor] = []
+            gradients[name].append(call)
+
+            def trace(leaf: Any) -> Any:
+                if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                    return leaf
+                leaf = leaf + anchor.to(leaf.device, leaf.dtype)
+                call.append(torch.zeros_like(leaf, requires_grad=False))
+                place = len(call) - 1
+                leaf.register_hook(lambda gradient: call.__setitem__(place, gradient.detach()))
+                return leaf
+
+            return tree_map(trace, output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for unit in units:
+            stack.callback(unit.module.register_forward_hook(tracing(unit.name)).remove)
+        yield gradients

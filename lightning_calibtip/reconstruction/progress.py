@@ -1,0 +1,101 @@
+"""What became of each finished unit, on disk: a run that was killed goes on from there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..calibration.calibration_set import CalibrationSet, plain
+from ..quantization.layers import LayerState, QuantizedLayer
+from .optimize import UnitResult
+from .units import Unit
+
+
+class Progress:
+    """Finished units of one reconstruction: a file each, written whole or not at all.
+
+    Args:
+        folder: Of this reconstruction alone; made if it is not there.
+        run: What the reconstruction depends on, by name; where a folder was begun with other values, it is refused.
+
+    Raises:
+        ValueError: If the folder belongs to another run.
+    """
+
+    def __init__(self, folder: str | Path, run: dict[str, str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = self.folder / "run.json"
+        if not description.exists():
+            _write(description, json.dumps(run, indent=2).encode())
+        begun = json.loads(description.read_text())
+        if other := [name for name in run if begun.get(name) != run[name]]:
+            raise ValueError(
+                f"{self.folder} holds an unfinished reconstruction with another {', '.join(other)}: repeat that run "
+                "to finish it, or remove the folder to begin anew."
+            )
+
+    def load(self, position: int, unit: Unit) -> UnitResult | None:
+        """Put a finished unit's layers into their final state and return its result; None if it is not finished."""
+        path = self._path(position)
+        if not path.exists():
+            return None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for layer, state in zip(unit.layers, saved["states"], strict=True):
+            layer.restore(LayerState(**{**state, "bits": tuple(state["bits"])}))
+        return UnitResult(**{**saved["result"], "layers": tuple(saved["result"]["layers"])})
+
+    def save(self, position: int, unit: Unit, result: UnitResult) -> None:
+        """Keep a finished unit."""
+        states = [
+            {field.name: getattr(state, field.name) for field in fields(LayerState)}
+            for state in (layer.save() for layer in unit.layers)
+        ]
+        unfinished = self._path(position).with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            torch.save({"states": states, "result": asdict(result)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self._path(position))
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"{position:04d}.pt"
+
+
+def describe_run(
+    units: Sequence[Unit], layers: Sequence[QuantizedLayer], calibration: CalibrationSet, settings: dict[str, Any]
+) -> dict[str, str]:
+    """What the result of a reconstruction depends on, in short."""
+    states = [layer.save() for layer in layers]
+    return {
+        **{name: repr(value) for name, value in settings.items()},
+        "units": _digest([unit.name for unit in units]),
+        "model": _digest([layer.float_weight for layer in layers]),
+        "calibrated state": _digest([getattr(state, field.name) for state in states for field in fields(LayerState)]),
+        "calibration data": _digest(tree_leaves([plain(batch) for batch in calibration.batches])),
+    }
+
+
+def _digest(values: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
