@@ -1,6 +1,7 @@
 """What every recipe says while it runs, and writes into its output folder."""
 
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:
-    """Print the record's table and write ``result.json`` and ``quantized.ckpt``."""
+    """Print the record's table, write ``result.json`` and ``quantized.ckpt`` and remove what an unfinished run would
+    need."""
     run.save(output / "quantized.ckpt")
     write_record(output / "result.json", record)
+    shutil.rmtree(state_folder(output), ignore_errors=True)
     run.module.print_summary()
     print()
     print(record_table(record))
@@ -31,6 +34,11 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> Non
         f"\nsize: {size['float_bytes']:,} bytes float, {size['quantized_bytes']:,} quantized "
         f"(ratio {size['ratio']:.4f}); written to {output}"
     )
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run keeps what it has finished until it is complete."""
+    return output / "unfinished"
 
 
 def make_logger(kind: str, output: Path, project: str) -> Any:

@@ -70,7 +70,8 @@ def test_trainer_options_may_name_loggers_and_callbacks(tiny_classifier, loader,
 
 def test_papers_preset_reaches_adaquant_and_an_unknown_one_is_refused():
     stages = {stage.name: stage for stage in make_stages("sequential", adaquant={"preset": "paper", "iterations": 9})}
-    assert stages["AdaQuant"].settings.batch_size == 50 and stages["AdaQuant"].settings.iterations == 9
+    settings = stages["AdaQuant"].reconstruction.settings
+    assert settings.batch_size == 50 and settings.iterations == 9
     with pytest.raises(ValueError, match="adaquant preset must be one of default, paper, got 'fast'"):
         make_stages("sequential", adaquant={"preset": "fast"})
 
@@ -96,7 +97,7 @@ def test_a_metric_that_was_not_logged_is_an_error_that_lists_what_was(tiny_class
 
 
 def test_further_stages_can_run_on_the_result(tiny_classifier, loader):
-    module = QuantizationModule(tiny_classifier, weight_bits=4)
+    module = QuantizationModule(tiny_classifier, weight_bits=2)
     run_stages(module, make_stages("calibrate"), loader)
     before = module.network.layers["net.blocks.0.conv1"].weight.clone()
     run_stages(module, make_stages("sequential", adaquant={"iterations": 100})[2:], loader)

@@ -16,7 +16,7 @@ from .optimize import UnitResult, optimize_unit, output_tensors
 from .progress import Progress, describe_run
 from .samples import UnitSamples
 from .settings import MODES, AdaQuantSettings
-from .units import Unit, find_units
+from .units import GRANULARITIES, Unit, find_units
 
 # Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
 # kernels for other batch sizes may make (mixing samples up makes one of about 1).
@@ -38,7 +38,7 @@ class Reconstruction:
         progress: Folder for the finished units, from which a killed run goes on; None to keep none.
 
     Raises:
-        ValueError: If ``mode`` is unknown.
+        ValueError: If ``mode`` or ``granularity`` is unknown.
     """
 
     settings: AdaQuantSettings = field(default_factory=AdaQuantSettings)
@@ -51,6 +51,8 @@ class Reconstruction:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
 
 
 def adaquant(
@@ -75,7 +77,7 @@ def adaquant(
 
     Raises:
         RuntimeError: If the model is not calibrated, or there is no calibration batch.
-        ValueError: If ``granularity`` or a name in ``blocks`` is unknown, or ``progress`` holds another run.
+        ValueError: If a name in ``blocks`` is unknown, or ``progress`` holds another run.
         OSError: If activations are to go to a disk that has no room for them.
     """
     how, store = how or Reconstruction(), store or ActivationStore()

@@ -63,7 +63,9 @@ def measure_importance(
     found = {unit.name: Importance(stream.recording(unit.name, unit.prefers_channels_last)) for unit in units}
     with network.quantized(False), torch.enable_grad():
         for index in range(len(calibration)):
-            with _tracing(units) as outputs:
+            # What the graph starts from: no parameter needs a gradient.
+            anchor = torch.zeros((), requires_grad=True)
+            with _tracing(units, anchor) as outputs:
                 value = loss(calibration.run(index), calibration.batches[index])
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(
@@ -71,8 +73,8 @@ def measure_importance(
                     f"{type(value).__name__ if not isinstance(value, Tensor) else f'shape {tuple(value.shape)}'}."
                 )
             if not bool(torch.isfinite(value)):
-                raise ValueError(f"loss(output, batch) is {float(value)} for calibration batch {index}.")
-            value.backward()
+                raise ValueError(f"loss(output, batch) is {value.item()} for calibration batch {index}.")
+            value.backward(inputs=[anchor])
             for name, calls in outputs.items():
                 for gradients in calls:
                     found[name].append(gradients)
@@ -80,11 +82,9 @@ def measure_importance(
 
 
 @contextmanager
-def _tracing(units: Sequence[Unit]) -> Iterator[dict[str, list[list[Tensor]]]]:
+def _tracing(units: Sequence[Unit], anchor: Tensor) -> Iterator[dict[str, list[list[Tensor]]]]:
     """Inside, the gradients of the units' outputs, call by call, arrive in what is given once a backward pass runs."""
     gradients: dict[str, list[list[Tensor]]] = {unit.name: [] for unit in units}
-    # What the graph starts from, so that no parameter needs a gradient.
-    anchor = torch.zeros((), requires_grad=True)
 
     def tracing(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:

@@ -225,7 +225,7 @@ def _descend(
                 loss = loss + settings.rounding_strength * penalty
             if step % _LOOK_EVERY == 0 and not bool(torch.isfinite(loss)):
                 return f"the error became {float(loss.detach())} at step {step}"
-            loss.backward()
+            loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
             optimizer.step(settings.rate_at(step))
             # Autocast keeps casts of parameters, which have just changed.
             torch.clear_autocast_cache()

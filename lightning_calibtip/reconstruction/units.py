@@ -50,16 +50,14 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
 
     Args:
         network: Prepared and calibrated.
-        granularity: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork and join again (BRECQ, Li
-            et al. 2021); layers outside of these stay units of their own.
+        granularity: One of ``GRANULARITIES``: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork
+            and join again (BRECQ, Li et al. 2021); layers outside of these stay units of their own.
         blocks: Names or patterns (``fnmatch``) of modules that are to be units whatever ``granularity`` finds in them.
 
     Raises:
-        ValueError: If ``granularity`` is neither, a name in ``blocks`` matches no module with quantized layers, or two
+        ValueError: If a name in ``blocks`` matches no module with quantized layers, or two
             of the modules lie inside each other.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     structure = network.structure
     assert structure is not None
     running = [name for name in structure.calls_of if name in network.layers]

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from jsonargparse import auto_cli
 
 from lightning_calibtip import quantize
-from recipes.output import make_logger, set_up_logging, write_run
+from recipes.output import make_logger, set_up_logging, state_folder, write_run
 
 from .data import CifarData
 from .model import CifarClassifier
@@ -28,12 +28,15 @@ def main(
     split: Literal["test", "train"] = "test",
     adaquant: dict[str, Any] | None = None,
     bias_tuning: dict[str, Any] | None = None,
+    activation_budget: str | None = None,
     seed: int = 0,
     accelerator: str = "auto",
     logger: Literal["wandb", "csv", "none"] = "none",
     output: Path = Path("runs/resnet_cifar10"),
 ) -> None:
     """Quantize a CIFAR-10 ResNet by a CalibTIP pipeline and write result.json and quantized.ckpt.
+
+    A run that was killed and is started again with the same output folder goes on where it was.
 
     Args:
         checkpoint: File with the trained weights, named as in akamaster/pytorch_resnet_cifar10.
@@ -50,6 +53,7 @@ def main(
         split: Evaluate on the test images, or on the training images that are not calibrated on (to choose settings).
         adaquant: Further arguments of AdaQuant.
         bias_tuning: Further arguments of BiasTuning.
+        activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
         seed: Of everything random.
         accelerator: Of the Trainer: cpu, gpu, auto, ...
         logger: Where metrics go besides the output folder.
@@ -71,6 +75,8 @@ def main(
             "observer": observer,
             "adaquant": adaquant,
             "bias_tuning": bias_tuning,
+            "activation_budget": activation_budget,
+            "state_folder": state_folder(output),
             "seed": seed,
         },
         trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-resnet-cifar10")},

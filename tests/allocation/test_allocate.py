@@ -5,7 +5,7 @@ from lightning_calibtip.allocation.allocate import allocate
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
 from lightning_calibtip.allocation.sensitivity import measure_sensitivity
 from lightning_calibtip.calibration.logits import kl_divergence
-from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.settings import AdaQuantSettings
 from tests.networks import calibrated_network, calibration_set
@@ -54,7 +54,8 @@ def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(
 
 def test_reconstructed_states_are_used_where_there_are_some(calibrated):
     network, calibration = calibrated
-    adaquant_candidates(network, calibration, AdaQuantSettings(iterations=20, batch_size=16), CANDIDATES)
+    how = Reconstruction(AdaQuantSettings(iterations=20, batch_size=16), "parallel")
+    adaquant_candidates(network, calibration, how, CANDIDATES)
     outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
     for name, widths in outcome.bits.items():
         layer = network.layers[name]
@@ -64,7 +65,8 @@ def test_reconstructed_states_are_used_where_there_are_some(calibrated):
 
 def test_work_done_before_allocation_is_kept(calibrated):
     network, calibration = calibrated
-    adaquant(network, calibration, AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1), "parallel")
+    settings = AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1)
+    adaquant(network, calibration, Reconstruction(settings, "parallel"))
     before = {name: network.layers[name].save() for name in network.free_layers}
     outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
     wide = [name for name, widths in outcome.bits.items() if widths == (8, 8)]

@@ -129,4 +129,5 @@ def test_bad_settings_raise_at_construction(make, message):
 
 def test_papers_preset_takes_further_arguments():
     stage = AdaQuant.paper(mode="parallel", iterations=7)
-    assert stage.settings.iterations == 7 and stage.settings.batch_size == 50 and not stage.settings.relative
+    settings = stage.reconstruction.settings
+    assert settings.iterations == 7 and settings.batch_size == 50 and not settings.relative

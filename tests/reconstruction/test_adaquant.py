@@ -5,13 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_calibtip.calibration.activation_store import ActivationStore
+from lightning_calibtip.calibration.calibration_set import CalibrationSet
 from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.optimize import optimize_unit, output_tensors, relative_error
 from lightning_calibtip.reconstruction.samples import UnitSamples
 from lightning_calibtip.reconstruction.settings import PAPER, AdaQuantSettings
 from lightning_calibtip.reconstruction.units import find_units
+from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set, recorded
 
 QUICK = AdaQuantSettings(iterations=40, batch_size=16)
@@ -304,3 +308,145 @@ def test_error_is_relative_to_the_targets_power(calibrated):
     samples = UnitSamples(recorded(((x,), {})), recorded(output + 2.0))
     wanted = float(4.0 / (output + 2.0).square().mean())
     assert relative_error(unit, samples, torch.arange(20)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_named_blocks_are_units_and_the_rest_stays_as_it_was_found(calibrated):
+    network, calibration = calibrated
+    assert [unit.name for unit in find_units(network, "layer", ["blocks.1"])] == [
+        "stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1", "head",
+    ]  # fmt: skip
+    assert [unit.name for unit in find_units(network, "block", ["blocks"])] == ["stem", "blocks", "head"]
+    results = adaquant(network, calibration, Reconstruction(QUICK, blocks=["blocks.*1"]))
+    assert results[3].layers == ("blocks.1.conv1", "blocks.1.conv2")
+
+
+@pytest.mark.parametrize(
+    "names,message",
+    [
+        (["layer9"], r"'layer9' matches no module that runs and holds quantized layers; these are: blocks, blocks.0"),
+        (["head"], "'head' matches no module"),
+        (["blocks*"], r"blocks\.0 lies inside blocks; name one of them"),
+    ],
+)
+def test_names_of_blocks_that_cannot_be_units_are_refused(calibrated, names, message):
+    with pytest.raises(ValueError, match=message):
+        find_units(calibrated[0], "layer", names)
+
+
+def run_on_a_budget(tiny_resnet, images, **options):
+    model = copy.deepcopy(tiny_resnet)
+    calibration = calibration_set(model, *images.split(16))
+    network = calibrated_network(model, calibration, weight_bits=2)
+    with ActivationStore(**options) as store:
+        adaquant(network, calibration, Reconstruction(QUICK), store)
+    return store, [layer.weight for layer in network.layers.values()]
+
+
+def test_what_lies_on_disk_gives_the_same_weights(tiny_resnet, images, tmp_path):
+    in_memory, wanted = run_on_a_budget(tiny_resnet, images)
+    budget = in_memory.most_held // 5
+    on_disk, weights = run_on_a_budget(tiny_resnet, images, budget=budget, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+    assert on_disk.most_held == in_memory.most_held
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_storage_gives_nearly_the_same_errors(tiny_resnet, images):
+    full, wanted = run_on_a_budget(tiny_resnet, images)
+    half, weights = run_on_a_budget(tiny_resnet, images, precision=torch.bfloat16)
+    assert half.most_held < 0.55 * full.most_held
+    assert not all(torch.equal(a, b) for a, b in zip(weights, wanted, strict=True))
+    gap = sum(float((a - b).detach().square().sum()) for a, b in zip(weights, wanted, strict=True))
+    assert gap < 0.1 * sum(float(weight.detach().square().sum()) for weight in wanted)
+
+
+@pytest.mark.parametrize("mode,most", [("parallel", 1.7), ("sequential", 2.7)])
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_the_whole_network_is_computed_a_constant_number_of_times(images, mode, most, granularity):
+    """One pass for the float targets, one for the quantized outputs; the rest is a look at a few samples, the held-out
+    ones and one step for each unit."""
+    passes: dict[int, float] = {}
+    for blocks in (2, 10):
+        torch.manual_seed(0)
+        model = TinyResNet(blocks=blocks).eval()
+        calibration = calibration_set(model, *images.repeat(4, 1, 1, 1).split(64))
+        network = calibrated_network(model, calibration)
+        with FlopCounterMode(display=False) as one, torch.no_grad():
+            for index in range(len(calibration)):
+                calibration.run(index)
+        with FlopCounterMode(display=False) as all_passes:
+            settings = AdaQuantSettings(iterations=1, batch_size=4)
+            adaquant(network, calibration, Reconstruction(settings, mode, granularity))
+        passes[blocks] = all_passes.get_total_flops() / one.get_total_flops()
+    assert 1 <= passes[2] < most and abs(passes[10] - passes[2]) < 0.1
+
+
+class WithSkip(nn.Module):
+    """A unit in the middle that takes a tuple and a mask by keyword, and a skip around everything."""
+
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, pair, *, mask, state):
+            x, skip = pair
+            return {"out": F.relu_(self.first(x) * mask) + self.second(skip + state["shift"])}
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.middle, self.end = nn.Linear(8, 8), self.Middle(), nn.Linear(16, 3)
+
+    def forward(self, x, mask):
+        early = torch.tanh(self.start(x))
+        late = self.middle((early, x), mask=mask, state={"shift": torch.ones(8)})["out"]
+        return self.end(torch.cat([late, early], -1))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("options", [{}, {"drop_probability": 0.5}, {"rounding": "learned"}], ids=str)
+def test_tuples_keywords_and_dicts_reach_a_unit(granularity, options):
+    torch.manual_seed(0)
+    model = WithSkip().eval()
+    inputs, masks = torch.randn(1024, 3) @ torch.randn(3, 8), (torch.rand(1024, 8) > 0.2).float()
+    batches = list(zip(inputs.split(64), masks.split(64), strict=True))
+    calibration = CalibrationSet(lambda batch, index: model(*batch))
+    for batch in batches:
+        calibration.append(batch)
+    network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4, edge_bits=None)
+    settings = AdaQuantSettings(iterations=100, **options)
+    results = adaquant(network, calibration, Reconstruction(settings, granularity=granularity, blocks=["middle"]))
+    assert [result.name for result in results] == ["start", "middle", "end"]
+    assert sum(r.error_after for r in results) < sum(r.error_before for r in results)
+    assert results[1].error_after < results[1].error_before or options
+
+
+def test_code_that_views_a_convolutions_output_is_not_given_another_memory_format(images):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4 * 36, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(len(x), -1))
+
+    torch.manual_seed(0)
+    model = Views().eval()
+    calibration = calibration_set(model, *images.split(16))
+    network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
+    for granularity in ("layer", "block"):
+        adaquant(network, calibration, Reconstruction(QUICK, granularity=granularity))
+
+
+class ViewsInside(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).view(len(x), -1)
+
+
+def test_a_convolution_whose_own_forward_needs_contiguous_tensors_gets_them(images):
+    torch.manual_seed(0)
+    model = nn.Sequential(ViewsInside(1, 4, 3), nn.Linear(4 * 36, 3)).eval()
+    calibration = calibration_set(model, *images.split(16))
+    network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
+    results = adaquant(network, calibration, Reconstruction(QUICK))
+    assert results[0].name == "0" and results[0].error_after <= results[0].error_before
