@@ -82,7 +82,9 @@ def make_stages(
         stages.append(BatchNormTuning(activation_budget=activation_budget))
         stages.append(make_adaquant(**{"mode": "sequential", **options}))
     if pipeline == "advanced":
-        stages.append(make_adaquant(**{"mode": "parallel", "candidates": candidates, **options}))
+        stages.append(
+            make_adaquant(**{"mode": "parallel", "granularity": "layer", "candidates": candidates, **options})
+        )
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(compression, candidates))
         stages.append(BatchNormTuning(activation_budget=activation_budget))

@@ -10,7 +10,7 @@ from lightning_calibtip.pipeline import QuantizationRun
 from lightning_calibtip.report.record import record_table, write_record
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
+def set_up_logging(level: int | str = logging.INFO) -> None:
     """Print what the package says from ``level`` on; of the many small Trainers of a run, only warnings."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lightning_calibtip").setLevel(level)

@@ -1,4 +1,4 @@
-"""Captured activations under a byte budget: in memory while they fit, beyond that in memory-mapped files."""
+"""Captured activations under a byte budget: in memory while they fit, beyond that in files."""
 
 import math
 import re
@@ -10,6 +10,8 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from .blocks import Block, FileBlock, MemoryBlock
 
 _UNITS = {
     "": 1,
@@ -79,6 +81,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         self.in_memory = self.on_disk = self.most_held = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
+        self._sizes: dict[Block, int] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -95,16 +98,33 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         """An empty series that is expected to get ``length`` tensors."""
         return TensorSeries(self, length, channels_last)
 
-    def reserve(self, size: int) -> Path | None:
-        """Count ``size`` more bytes: None if they may lie in memory, else the path of a file for them.
+    def block(self, elements: int, dtype: torch.dtype, device: torch.device) -> Block:
+        """Room for so many elements: in memory if the budget allows it, else in a file.
 
         Raises:
             OSError: If the disk has not as much free space.
         """
-        if self.budget is None or self.in_memory + size <= self.budget:
+        size = elements * dtype.itemsize
+        in_memory = self.budget is None or self.in_memory + size <= self.budget
+        block = MemoryBlock(elements, dtype, device) if in_memory else FileBlock(self._new_file(size), dtype)
+        self._sizes[block] = size
+        if in_memory:
             self.in_memory += size
-            self._note_most()
-            return None
+        else:
+            self.on_disk += size
+        self.most_held = max(self.most_held, self.in_memory + self.on_disk)
+        return block
+
+    def release(self, block: Block) -> None:
+        """Take a block back."""
+        size = self._sizes.pop(block)
+        if isinstance(block, MemoryBlock):
+            self.in_memory -= size
+        else:
+            self.on_disk -= size
+        block.free()
+
+    def _new_file(self, size: int) -> Path:
         if self._scratch is None:
             if self.folder is not None:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
@@ -116,21 +136,8 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
                 'activation_budget, use storage="bfloat16" or fewer calibration samples, or name another '
                 "scratch_folder."
             )
-        self.on_disk += size
-        self._note_most()
         self._files += 1
         return Path(self._scratch.name) / f"{self._files}.bin"
-
-    def release(self, size: int, path: Path | None) -> None:
-        """Take back a reservation."""
-        if path is None:
-            self.in_memory -= size
-        else:
-            self.on_disk -= size
-            path.unlink(missing_ok=True)
-
-    def _note_most(self) -> None:
-        self.most_held = max(self.most_held, self.in_memory + self.on_disk)
 
 
 class TensorSeries:
@@ -152,9 +159,8 @@ class TensorSeries:
         self._dtype = self._kept_dtype = torch.float32
         self._device = torch.device("cpu")
         self._first: Tensor | None = None
-        self._memory: Tensor | None = None
-        self._path: Path | None = None
-        self._reserved = 0
+        self._block: Block | None = None
+        self._room = 0
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -178,12 +184,12 @@ class TensorSeries:
             precision = self._store.precision
             self._kept_dtype = precision if precision and tensor.dtype == torch.float32 else tensor.dtype
             if self._length == 1:
-                self._reserve(tensor.numel())
+                self._make_room(tensor.numel())
             else:
                 self._first = tensor.clone()
         elif self._first is not None and not (tensor.shape == self._first.shape and torch.equal(tensor, self._first)):
             first, self._first = self._first, None
-            self._reserve(first.numel() * self._length)
+            self._make_room(first.numel() * self._length)
             for start in self._starts[:-1]:
                 self._write(first, start)
         if self._first is None:
@@ -196,8 +202,8 @@ class TensorSeries:
         shape = self.shapes[position]
         if self._first is not None:
             return self._first.clone()
-        start = self._starts[position]
-        kept = self._shaped(self._flat()[start : start + shape.numel()], shape)
+        assert self._block is not None
+        kept = self._shaped(self._block.read(self._starts[position], shape.numel()), shape)
         return torch.empty(shape, dtype=self._dtype, device=self._device).copy_(kept)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -205,57 +211,37 @@ class TensorSeries:
         if self._first is not None:
             index = index.to(self._device)
             return self._first.index_select(0, index % len(self._first))
-        flat = self._flat()[: self._starts[-1]]
-        rows = flat.view(-1, self.shapes[0][1:].numel()).index_select(0, index.to(flat.device))
+        assert self._block is not None
+        rows = self._block.rows(index, self.shapes[0][1:].numel())
         shape = torch.Size([len(index), *self.shapes[0][1:]])
         return self._shaped(rows.view(-1), shape).to(self._device, self._dtype)
 
     def free(self) -> None:
         """Give up what is kept; the shapes stay known."""
-        if self._reserved:
-            self._store.release(self._reserved, self._path)
-        self._first = self._memory = self._path = None
-        self._reserved = 0
+        if self._block is not None:
+            self._store.release(self._block)
+        self._first = self._block = None
 
     def zeros(self, position: int) -> Tensor:
         """A tensor like the one at ``position``, of zeros."""
         return torch.zeros(self.shapes[position], dtype=self._dtype, device=self._device)
 
-    def _reserve(self, elements: int) -> None:
-        self._reserved = elements * self._kept_dtype.itemsize
-        self._path = self._store.reserve(self._reserved)
-        if self._path is None:
-            self._memory = torch.empty(elements, dtype=self._kept_dtype, device=self._device)
+    def _make_room(self, elements: int) -> None:
+        """Get a block; if there is one already, which later tensors have outgrown, move its content there."""
+        before, self._block = self._block, self._store.block(elements, self._kept_dtype, self._device)
+        if before is not None:
+            before.copy_to(self._block, self._starts[-1])
+            self._store.release(before)
+        self._room = elements
 
     def _write(self, tensor: Tensor, start: int) -> None:
         if self._is_permuted(tensor.shape):
             tensor = tensor.permute(0, 2, 3, 1)
-        flat = tensor.reshape(-1).to(self._kept_dtype)
-        stop = start + flat.numel()
-        if stop * flat.itemsize > self._reserved:
-            self._grow(max(stop, self._starts[-1] * 3 // 2), start)
-        if self._memory is not None:
-            self._memory[start:stop] = flat
-            return
-        assert self._path is not None
-        with self._path.open("ab") as file:
-            file.write(flat.cpu().contiguous().view(torch.uint8).numpy().data)
-
-    def _grow(self, elements: int, used: int) -> None:
-        """Later tensors are longer than the first: move everything to a larger place."""
-        kept, path, reserved = self._flat()[:used], self._path, self._reserved
-        self._memory = None
-        self._reserve(elements)
-        self._write(kept, 0)
-        self._store.release(reserved, path)
-
-    def _flat(self) -> Tensor:
-        if self._memory is not None:
-            return self._memory
-        assert self._path is not None
-        # Mapped anew for every read: pages that have been read do not stay resident.
-        size = self._path.stat().st_size // self._kept_dtype.itemsize
-        return torch.from_file(str(self._path), shared=False, size=size, dtype=self._kept_dtype)
+        stop = start + tensor.numel()
+        if stop > self._room:
+            self._make_room(max(stop, start * 3 // 2))
+        assert self._block is not None
+        self._block.write(start, tensor.reshape(-1).to(self._kept_dtype))
 
     def _is_permuted(self, shape: torch.Size) -> bool:
         return self._channels_last and len(shape) == 4

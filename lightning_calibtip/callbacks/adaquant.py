@@ -21,8 +21,8 @@ class AdaQuant(Stage):
 
     Args:
         mode: ``"sequential"``: each unit sees the quantized outputs of those before it; ``"parallel"``: float ones.
-        granularity: A unit is a ``"layer"``, or a ``"block"`` of layers around which paths fork and join (found by
-            running).
+        granularity: A unit is a ``"block"`` of layers around which paths fork and join (found by running; layers
+            outside of these are units of their own), or always a ``"layer"``.
         blocks: Names or patterns (``"layer1"``, ``"encoder.layer.*"``) of modules that are to be units; single layers
             and found blocks outside of these stay units of their own.
         rounding: ``"straight_through"`` or ``"learned"`` (AdaRound), see ``AdaQuantSettings``.
@@ -43,10 +43,10 @@ class AdaQuant(Stage):
         loss: ``loss(output, batch)``, a scalar from the model's output for a calibration batch: output elements then
             count by the square of its gradient (Fisher weighting, BRECQ). None to count all alike.
         candidates: Widths, or pairs ``(weight_bits, activation_bits)``, to reconstruct every layer at, for
-            ``BitAllocation`` to choose from; needs ``mode="parallel"`` and layers. None for the module's own widths
-            only.
+            ``BitAllocation`` to choose from; needs ``mode="parallel"`` and ``granularity="layer"``. None for the
+            module's own widths only.
         activation_budget: Bytes of captured activations that may lie in memory (a number, or ``"2GB"``); what exceeds
-            it goes to memory-mapped files. None for no limit.
+            it goes to files. None for no limit.
         storage: ``"float32"``, or ``"bfloat16"`` to keep captured activations in half of the space.
         scratch_folder: Where these files lie while AdaQuant runs; the system's temporary folder if None.
         state_folder: Where finished units are kept: a run that was killed and is repeated goes on from there, to
@@ -60,7 +60,7 @@ class AdaQuant(Stage):
     def __init__(
         self,
         mode: str = "sequential",
-        granularity: str = "layer",
+        granularity: str = "block",
         blocks: Sequence[str] = (),
         rounding: str = AdaQuantSettings.rounding,
         drop_probability: float = AdaQuantSettings.drop_probability,
@@ -114,8 +114,9 @@ class AdaQuant(Stage):
 
     @classmethod
     def paper(cls, **kwargs: Any) -> "AdaQuant":
-        """With the settings of the paper's code: absolute rates, no decay, batches of 50. Other arguments as given."""
-        return cls(**{**PAPER, **kwargs})
+        """With the settings of the paper's code: layers, absolute rates, no decay, batches of 50. Other arguments as
+        given."""
+        return cls(**{"granularity": "layer", **PAPER, **kwargs})
 
     @override
     def run(self, module: QuantizationModule) -> dict[str, float]:

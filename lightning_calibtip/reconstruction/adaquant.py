@@ -43,7 +43,7 @@ class Reconstruction:
 
     settings: AdaQuantSettings = field(default_factory=AdaQuantSettings)
     mode: str = "sequential"
-    granularity: str = "layer"
+    granularity: str = "block"
     blocks: Sequence[str] = ()
     loss: Loss | None = None
     progress: Path | None = None

@@ -27,7 +27,7 @@ from .units import Unit
 log = logging.getLogger(__name__)
 
 # Held-out samples are measured in chunks of this many, which bounds the memory of the measurement.
-_CHUNK = 64
+_CHUNK = 32
 
 # Whether the error is still finite is looked at every so many steps: each look waits for the device.
 _LOOK_EVERY = 25

@@ -55,7 +55,7 @@ class AdaQuantSettings:
     zero_point_rate: float = 4e-3
     rounding_rate: float = 2e-2
     rounding_strength: float = 1.0
-    input_range_interval: int = 2
+    input_range_interval: int = 4
     drop_probability: float = 0.0
     relative: bool = True
     schedule: str = "cosine"

@@ -54,7 +54,7 @@ def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(
 
 def test_reconstructed_states_are_used_where_there_are_some(calibrated):
     network, calibration = calibrated
-    how = Reconstruction(AdaQuantSettings(iterations=20, batch_size=16), "parallel")
+    how = Reconstruction(AdaQuantSettings(iterations=20, batch_size=16), "parallel", "layer")
     adaquant_candidates(network, calibration, how, CANDIDATES)
     outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
     for name, widths in outcome.bits.items():
@@ -66,7 +66,7 @@ def test_reconstructed_states_are_used_where_there_are_some(calibrated):
 def test_work_done_before_allocation_is_kept(calibrated):
     network, calibration = calibrated
     settings = AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1)
-    adaquant(network, calibration, Reconstruction(settings, "parallel"))
+    adaquant(network, calibration, Reconstruction(settings, "parallel", "layer"))
     before = {name: network.layers[name].save() for name in network.free_layers}
     outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
     wide = [name for name, widths in outcome.bits.items() if widths == (8, 8)]

@@ -15,7 +15,7 @@ from lightning_calibtip import (
 
 ALL = [
     Calibration,
-    lambda: AdaQuant(mode="parallel", iterations=3, candidates=[2, 8]),
+    lambda: AdaQuant(mode="parallel", granularity="layer", iterations=3, candidates=[2, 8]),
     lambda: BitAllocation(compression=0.2, candidates=[2, 8]),
     BatchNormTuning,
     lambda: BiasTuning(epochs=1),

@@ -73,7 +73,7 @@ def test_parallel_reconstruction_lowers_the_output_error_of_every_layer(calibrat
     fresh = torch.randn(64, 1, 8, 8, generator=generator)
     before = layer_errors(network, fresh)
     settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
-    adaquant(network, calibration, Reconstruction(settings, "parallel"))
+    adaquant(network, calibration, Reconstruction(settings, "parallel", "layer"))
     after = layer_errors(network, fresh)
     for name in network.free_layers:
         assert after[name] < 0.9 * before[name], name
@@ -110,7 +110,7 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
         return optimize_unit(unit, samples, settings)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
-    adaquant(network, calibration, Reconstruction(QUICK))
+    adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
     inputs = {}
     for name, layer in network.layers.items():
         layer.module.register_forward_pre_hook(
@@ -130,7 +130,7 @@ def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
     before = {name: layer.save() for name, layer in network.layers.items()}
     absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, bias_rate=1e6, relative=False)
     with caplog.at_level(logging.WARNING):
-        results = adaquant(network, calibration, Reconstruction(absurd))
+        results = adaquant(network, calibration, Reconstruction(absurd, granularity="layer"))
     for result in results:
         assert not result.kept and result.error_after == result.error_before
         assert f"{result.name}: restored" in caplog.text
@@ -151,7 +151,9 @@ def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.optimize.output_tensors", poison)
     with caplog.at_level(logging.WARNING):
-        results = {result.name: result for result in adaquant(network, calibration, Reconstruction(QUICK))}
+        results = {
+            result.name: result for result in adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
+        }
     assert not results["blocks.0.conv1"].kept and "nan at step 0" in results["blocks.0.conv1"].note
     assert "blocks.0.conv1: restored" in caplog.text
     assert torch.equal(network.layers["blocks.0.conv1"].weight, before.weight)
@@ -173,7 +175,7 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
     frozen = {"weight_rate": 0, "weight_range_rate": 0, "input_range_rate": 0, "zero_point_rate": 0}
     settings = AdaQuantSettings(iterations=3, batch_size=99, bias_rate=1.0, relative=False, **frozen)
     with torch.autocast("cpu", torch.bfloat16):
-        adaquant(network, calibration, Reconstruction(settings))
+        adaquant(network, calibration, Reconstruction(settings, granularity="layer"))
     assert len(seen) == 3
     assert not torch.allclose(seen[0], seen[1], atol=0.05) and not torch.allclose(seen[1], seen[2], atol=0.05)
 
@@ -185,7 +187,7 @@ def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_re
         calibration = calibration_set(model, *images.split(16))
         network = calibrated_network(model, calibration)
         settings = AdaQuantSettings(iterations=15, batch_size=16, seed=seed)
-        adaquant(network, calibration, Reconstruction(settings))
+        adaquant(network, calibration, Reconstruction(settings, granularity="layer"))
         weights.append([layer.weight.clone() for layer in network.layers.values()])
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
@@ -197,7 +199,7 @@ def test_a_parameter_with_rate_zero_stays(calibrated):
     only_bias = AdaQuantSettings(
         iterations=10, batch_size=16, weight_rate=0, weight_range_rate=0, input_range_rate=0, bias_rate=1e-3
     )
-    adaquant(network, calibration, Reconstruction(only_bias))
+    adaquant(network, calibration, Reconstruction(only_bias, granularity="layer"))
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight)
         assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
@@ -245,14 +247,16 @@ def test_one_dead_channel_does_not_spoil_the_rates():
         inputs = torch.randn(512, 4) @ torch.randn(4, 16)
         calibration = calibration_set(model, *inputs.split(128))
         network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
-        result = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=200), "parallel"))[0]
+        result = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=200), "parallel", "layer"))[
+            0
+        ]
         errors.append(result.error_after / result.error_before)
     assert errors[0] < 0.9 and errors[1] < 0.9
 
 
 def test_candidates_leave_a_state_for_each_width(calibrated):
     network, calibration = calibrated
-    adaquant_candidates(network, calibration, Reconstruction(QUICK, "parallel"), [(2, 4), (8, 8)])
+    adaquant_candidates(network, calibration, Reconstruction(QUICK, "parallel", "layer"), [(2, 4), (8, 8)])
     for name in network.free_layers:
         layer = network.layers[name]
         assert set(layer.variants) == {(2, 4), (8, 8)} and layer.bits == (2, 4)
@@ -271,7 +275,7 @@ def test_uncalibrated_model_and_unknown_mode_are_errors(calibrated):
     for layer in network.layers.values():
         layer.set_enabled(False)
     with pytest.raises(RuntimeError, match="run Calibration first"):
-        adaquant(network, calibration, Reconstruction(QUICK))
+        adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +320,7 @@ def test_named_blocks_are_units_and_the_rest_stays_as_it_was_found(calibrated):
         "stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1", "head",
     ]  # fmt: skip
     assert [unit.name for unit in find_units(network, "block", ["blocks"])] == ["stem", "blocks", "head"]
-    results = adaquant(network, calibration, Reconstruction(QUICK, blocks=["blocks.*1"]))
+    results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer", blocks=["blocks.*1"]))
     assert results[3].layers == ("blocks.1.conv1", "blocks.1.conv2")
 
 
@@ -338,7 +342,7 @@ def run_on_a_budget(tiny_resnet, images, **options):
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=2)
     with ActivationStore(**options) as store:
-        adaquant(network, calibration, Reconstruction(QUICK), store)
+        adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"), store)
     return store, [layer.weight for layer in network.layers.values()]
 
 
@@ -448,5 +452,5 @@ def test_a_convolution_whose_own_forward_needs_contiguous_tensors_gets_them(imag
     model = nn.Sequential(ViewsInside(1, 4, 3), nn.Linear(4 * 36, 3)).eval()
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
-    results = adaquant(network, calibration, Reconstruction(QUICK))
+    results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
     assert results[0].name == "0" and results[0].error_after <= results[0].error_before

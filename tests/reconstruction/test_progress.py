@@ -69,8 +69,8 @@ MOMENTS += [(Path, "replace", count) for count in (1, 3)] + [(os, "fsync", 6)]
 @pytest.mark.parametrize("owner,name,count", MOMENTS, ids=[f"{name} {count}" for _, name, count in MOMENTS])
 def test_a_killed_run_goes_on_to_bit_identical_weights(start, tmp_path, monkeypatch, owner, name, count):
     network, calibration = start()
-    wanted = adaquant(network, calibration, Reconstruction(SETTINGS))
-    how = Reconstruction(SETTINGS, progress=tmp_path / "state")
+    wanted = adaquant(network, calibration, Reconstruction(SETTINGS, granularity="layer"))
+    how = Reconstruction(SETTINGS, granularity="layer", progress=tmp_path / "state")
 
     def work():
         kill_at_call(monkeypatch, owner, name, count)
@@ -99,9 +99,9 @@ def test_a_killed_run_goes_on_to_bit_identical_weights(start, tmp_path, monkeypa
 
 
 def test_candidates_go_on_too(start, tmp_path, monkeypatch):
-    how = Reconstruction(SETTINGS, "parallel", progress=tmp_path / "state")
+    how = Reconstruction(SETTINGS, "parallel", "layer", progress=tmp_path / "state")
     wanted, calibration = start()
-    adaquant_candidates(wanted, calibration, Reconstruction(SETTINGS, "parallel"), [(2, 4), (8, 8)])
+    adaquant_candidates(wanted, calibration, Reconstruction(SETTINGS, "parallel", "layer"), [(2, 4), (8, 8)])
 
     def work():
         kill_at_call(monkeypatch, Adam, "step", UNITS * ITERATIONS + 12)
@@ -118,19 +118,19 @@ def test_candidates_go_on_too(start, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(start, tmp_path, images):
-    adaquant(*start(), Reconstruction(SETTINGS, progress=tmp_path))
+    adaquant(*start(), Reconstruction(SETTINGS, granularity="layer", progress=tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     longer = AdaQuantSettings(iterations=7)
     with pytest.raises(ValueError, match="an unfinished reconstruction with another settings: repeat that run"):
-        adaquant(*start(), Reconstruction(longer, progress=tmp_path))
+        adaquant(*start(), Reconstruction(longer, granularity="layer", progress=tmp_path))
     with pytest.raises(ValueError, match="with another mode"):
-        adaquant(*start(), Reconstruction(SETTINGS, "parallel", progress=tmp_path))
+        adaquant(*start(), Reconstruction(SETTINGS, "parallel", "layer", progress=tmp_path))
     network, calibration = start()
     calibration.batches[1] = images[:16] + 1
     with pytest.raises(ValueError, match="with another calibration data:"):
-        adaquant(network, calibration, Reconstruction(SETTINGS, progress=tmp_path))
+        adaquant(network, calibration, Reconstruction(SETTINGS, granularity="layer", progress=tmp_path))
     network, calibration = start()
     network.layers["head"].weight.data.mul_(1.01)
     with pytest.raises(ValueError, match="with another calibrated state:"):
-        adaquant(network, calibration, Reconstruction(SETTINGS, progress=tmp_path))
+        adaquant(network, calibration, Reconstruction(SETTINGS, granularity="layer", progress=tmp_path))
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

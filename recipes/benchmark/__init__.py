@@ -1,0 +1,1 @@
+"""What the engine costs and what it reaches, measured on the machine at hand."""

@@ -1,0 +1,82 @@
+"""Measure the engine: ``python -m recipes.benchmark reconstruction --output runs/bench``."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+from lightning_calibtip.report.record import write_record
+from recipes.output import set_up_logging
+
+from .accuracy import measure_accuracy, measure_price, measure_samples
+from .figure import benchmark_figure
+from .growth import measure_growth
+from .memory import measure_memory
+from .step import measure_step
+
+PARTS = ("growth", "step", "memory", "accuracy", "samples", "price")
+_NEED_DATA = ("accuracy", "samples", "price")
+
+
+def reconstruction(
+    output: Path = Path("runs/bench"),
+    only: str | None = None,
+    data: str | None = None,
+    checkpoint: Path | None = None,
+    split: Literal["test", "train"] = "test",
+    fine_tuning_rate: float = 1e-5,
+) -> None:
+    """Measure AdaQuant's growth with depth, its step, its memory, its accuracy and its price.
+
+    Writes benchmark.json and benchmark.png. Parts that are not measured are empty in the file.
+
+    Args:
+        output: Folder for the results.
+        only: Parts to measure, separated by commas: growth, step, memory, accuracy, samples, price; all if not given.
+        data: The hub's cifar10 or a folder, as in recipes.resnet_cifar10; $CALIBTIP_TEST_DATA/cifar10 if not given and
+            that variable is set.
+        checkpoint: Trained ResNet-20; resnet20.pt in the data folder if not given.
+        split: Evaluate on the test images, or on the training images that are not calibrated on (to choose settings).
+        fine_tuning_rate: Learning rate of the fine-tuning that AdaQuant is compared with.
+
+    Raises:
+        ValueError: If a part is unknown, or there is no data or checkpoint for it.
+    """
+    set_up_logging("ERROR")
+    parts = PARTS if only is None else tuple(only.split(","))
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"only must name parts of {', '.join(PARTS)}, got {', '.join(unknown)!r}.")
+    if data is None and "CALIBTIP_TEST_DATA" in os.environ:
+        data = str(Path(os.environ["CALIBTIP_TEST_DATA"]) / "cifar10")
+    if checkpoint is None and data is not None and (Path(data) / "resnet20.pt").exists():
+        checkpoint = Path(data) / "resnet20.pt"
+    if any(part in _NEED_DATA for part in parts) and (data is None or checkpoint is None):
+        raise ValueError(
+            f"{', '.join(part for part in parts if part in _NEED_DATA)} need --data and --checkpoint (a trained "
+            f"ResNet-20); --only {','.join(part for part in PARTS if part not in _NEED_DATA)} needs none."
+        )
+    results: dict[str, Any] = {part: {} if part == "price" else [] for part in PARTS}
+    for part in parts:
+        if part == "growth":
+            results[part] = measure_growth()
+        elif part == "step":
+            results[part] = measure_step()
+        elif part == "memory":
+            results[part] = measure_memory()
+        else:
+            assert data is not None and checkpoint is not None
+            if part == "accuracy":
+                results[part] = measure_accuracy(checkpoint, data, split)
+            elif part == "samples":
+                results[part] = measure_samples(checkpoint, data, split, fine_tuning_rate)
+            else:
+                results[part] = measure_price(checkpoint, data)
+        # After each part: a long run that is broken off leaves what it has measured.
+        write_record(output / "benchmark.json", results)
+    benchmark_figure(results).savefig(output / "benchmark.png", dpi=150)
+    print(f"written to {output}/benchmark.json and {output}/benchmark.png")
+
+
+if __name__ == "__main__":
+    auto_cli({"reconstruction": reconstruction}, as_positional=False)

@@ -1,0 +1,68 @@
+"""The benchmark as one figure."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def benchmark_figure(results: dict[str, Any]) -> Figure:
+    """A panel for each part that was measured."""
+    panels = {"growth": _growth, "step": _step, "memory": _memory, "accuracy": _accuracy, "samples": _samples}
+    drawn = [name for name in panels if results.get(name)]
+    figure = Figure(figsize=(7, 4 * len(drawn)), layout="constrained")
+    for name, axes in zip(drawn, figure.subplots(len(drawn), 1, squeeze=False)[:, 0], strict=True):
+        panels[name](axes, results[name])
+    return figure
+
+
+def _growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    units = [row["units"] for row in rows]
+    for mode, marker in (("parallel", "o-"), ("sequential", "s-")):
+        axes.plot(units, [row[f"{mode}_seconds"] for row in rows], marker, label=mode)
+    axes.set(title="Time against depth", xlabel="layers", ylabel="seconds", ylim=(0, None))
+    axes.legend()
+
+
+def _step(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    bars = axes.barh([row["shape"] for row in rows], [row["ratio"] for row in rows])
+    axes.bar_label(bars, fmt="%.2f")
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set(title="AdaQuant step over float forward and backward pass", xlabel="ratio", xlim=(0, None))
+    axes.tick_params(axis="y", labelsize=7)
+
+
+def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    samples = [row["samples"] for row in rows]
+    for field, label in (
+        ("captured_bytes", "captured"),
+        ("peak_bytes", "peak of the process"),
+        ("budget_bytes", "budget"),
+    ):
+        axes.plot(samples, [row[field] / 1e6 for row in rows], "o-", label=label)
+    axes.set(title="Memory under a budget", xlabel="calibration images", ylabel="MB", ylim=(0, None))
+    axes.legend()
+
+
+def _accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    bits = list(dict.fromkeys(row["bits"] for row in rows))
+    kinds = list(dict.fromkeys((row["rounding"], row["granularity"], row["mode"]) for row in rows))
+    width = 0.8 / len(kinds)
+    for number, kind in enumerate(kinds):
+        top1 = {row["bits"]: row["top1"] for row in rows if (row["rounding"], row["granularity"], row["mode"]) == kind}
+        places = [i + (number - (len(kinds) - 1) / 2) * width for i in range(len(bits))]
+        axes.bar(places, [100 * top1[name] for name in bits], width, label=", ".join(kind))
+    lowest = min(row["top1"] for row in rows)
+    axes.set_xticks(range(len(bits)), bits)
+    axes.set(title="ResNet-20 on CIFAR-10", ylabel="top-1 in %", ylim=(100 * lowest - 2, None))
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _samples(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    for method, marker in (("AdaQuant", "o-"), ("fine-tuning", "s--")):
+        chosen = [row for row in rows if row["method"] == method]
+        axes.plot([r["samples"] for r in chosen], [100 * r["top1"] for r in chosen], marker, label=method)
+    axes.set_xscale("log", base=2)
+    axes.set(title="W4A4 against the number of calibration images", xlabel="images", ylabel="top-1 in %")
+    axes.legend()
