@@ -36,9 +36,8 @@ class Unit:
 
     @property
     def prefers_channels_last(self) -> bool:
-        """Whether the unit is a convolution that computes faster on channels-last tensors."""
-        weight = self.layers[0].weight
-        return self.module is self.layers[0].module and weight.dim() == 4 and weight.device.type == "cpu"
+        """Whether the unit holds two-dimensional convolutions, which a CPU computes faster on channels-last tensors."""
+        return any(layer.weight.dim() == 4 and layer.weight.device.type == "cpu" for layer in self.layers)
 
     def __call__(self, call: UnitCall) -> Any:
         """Output of the unit before the activation, as quantized as its layers are at present."""

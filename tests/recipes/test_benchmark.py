@@ -1,0 +1,102 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recipes.benchmark import __main__ as benchmark
+from recipes.benchmark.accuracy import fine_tune, measure_samples
+from recipes.benchmark.figure import benchmark_figure
+from recipes.benchmark.growth import count_passes
+from recipes.benchmark.step import SHAPES, measure_step
+
+RESULTS = {
+    "growth": [
+        {"model": f"resnet{n}", "units": n, "parallel_seconds": n, "sequential_seconds": 1.1 * n, "passes": 2.5}
+        for n in (20, 32)
+    ],
+    "step": [{"shape": shape, "float_seconds": 0.01, "step_seconds": 0.02, "ratio": 2.0} for shape in SHAPES],
+    "memory": [
+        {"samples": n, "captured_bytes": n * 10**6, "budget_bytes": 10**8, "peak_bytes": 10**8} for n in (256, 512)
+    ],
+    "accuracy": [
+        {"bits": bits, "rounding": rounding, "granularity": "layer", "mode": "parallel", "top1": 0.8, "seconds": 1.0}
+        for bits in ("W4A4", "W3A3")
+        for rounding in ("straight_through", "learned")
+    ],
+    "samples": [
+        {"method": method, "samples": n, "top1": 0.5} for n in (16, 64) for method in ("AdaQuant", "fine-tuning")
+    ],
+    "price": {"ratio": 1.0},
+}
+
+
+def test_passes_over_the_whole_network_are_at_most_four_and_do_not_grow():
+    shallow, deep = count_passes(1), count_passes(3)
+    assert 2 < shallow < 4 and abs(deep - shallow) < 0.1
+
+
+def test_peak_memory_stays_within_the_budget_plus_a_fifth():
+    budget = 160 * 2**20
+    command = [sys.executable, "-m", "recipes.benchmark.memory", "--samples", "2048", "--budget", str(budget)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    row = json.loads(output.splitlines()[-1])
+    print(row)
+    assert row["captured_bytes"] >= 5 * budget
+    assert row["peak_bytes"] <= 1.2 * budget
+
+
+def test_a_part_writes_its_rows_and_leaves_the_others_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_step", lambda: measure_step(steps=2, rounds=1))
+    benchmark.reconstruction(tmp_path, only="step")
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(results) == ["growth", "step", "memory", "accuracy", "samples", "price"]
+    assert [row["shape"] for row in results["step"]] == list(SHAPES)
+    assert all(row["ratio"] > 0 and row["float_seconds"] > 0 for row in results["step"])
+    assert not any(results[part] for part in results if part != "step")
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+def test_bad_parts_and_missing_data_are_errors_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("CALIBTIP_TEST_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"only must name parts of growth, step, .* got 'speed'"):
+        benchmark.reconstruction(tmp_path, only="step,speed")
+    with pytest.raises(ValueError, match=r"accuracy, samples, price need --data and .* --only growth,step"):
+        benchmark.reconstruction(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_figure_has_a_panel_for_each_part():
+    figure = benchmark_figure(RESULTS)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert len(titles) == 5 and all(titles)
+    assert len(benchmark_figure({**RESULTS, "growth": [], "memory": []}).axes) == 3
+
+
+def test_samples_are_measured_for_both_methods(tiny_cifar, cifar_checkpoint, monkeypatch):
+    monkeypatch.setattr("recipes.benchmark.accuracy.SAMPLES", (16,))
+    monkeypatch.setattr("recipes.benchmark.accuracy._FINE_TUNING_STEPS", 2)
+    from lightning_calibtip import AdaQuant
+
+    monkeypatch.setattr("recipes.benchmark.accuracy.AdaQuant", lambda: AdaQuant(iterations=2))
+    rows = measure_samples(cifar_checkpoint, str(tiny_cifar), "test", 1e-3)
+    assert [(row["method"], row["samples"]) for row in rows] == [("AdaQuant", 16), ("fine-tuning", 16)]
+    assert all(0 <= row["top1"] <= 1 for row in rows)
+
+
+def test_fine_tuning_learns_the_labels_of_its_images(tiny_classifier, loader, images):
+    from lightning_calibtip import Calibration, QuantizationModule
+    from lightning_calibtip.pipeline import run_stages
+
+    module = QuantizationModule(tiny_classifier, weight_bits=4)
+    run_stages(module, [Calibration()], loader)
+    labels = torch.arange(len(images)) % 4
+
+    def loss():
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(module(images), labels))
+
+    before = loss()
+    fine_tune(module, images, labels, rate=1e-2)
+    assert loss() < 0.8 * before
