@@ -48,7 +48,7 @@ class AdaQuantSettings:
     iterations: int = 500
     batch_size: int = 32
     rounding: str = "straight_through"
-    weight_rate: float = 1e-2
+    weight_rate: float = 5e-3
     bias_rate: float = 2e-2
     weight_range_rate: float = 5e-2
     input_range_rate: float = 5e-2
