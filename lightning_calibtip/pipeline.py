@@ -36,6 +36,7 @@ def make_stages(
     adaquant: Mapping[str, Any] | None = None,
     bias_tuning: Mapping[str, Any] | None = None,
     activation_budget: int | str | None = None,
+    scratch_folder: str | Path | None = None,
     state_folder: str | Path | None = None,
     seed: int = 0,
 ) -> list[Stage]:
@@ -63,6 +64,7 @@ def make_stages(
         adaquant: Further arguments of ``AdaQuant``; ``{"preset": "paper"}`` starts from the paper's settings.
         bias_tuning: Further arguments of ``BiasTuning``.
         activation_budget: Bytes of captured activations that may lie in memory, see ``AdaQuant``.
+        scratch_folder: Where the rest lies meanwhile, see ``AdaQuant``.
         state_folder: Where AdaQuant keeps finished units, so that a killed run can go on, see ``AdaQuant``.
         seed: Of everything random.
 
@@ -77,9 +79,10 @@ def make_stages(
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     stages: list[Stage] = [Calibration(observer, observer)]
-    options = {"seed": seed, "state_folder": state_folder, "activation_budget": activation_budget, **options}
+    storage = {"activation_budget": activation_budget, "scratch_folder": scratch_folder}
+    options = {"seed": seed, "state_folder": state_folder, **storage, **options}
     if pipeline == "sequential":
-        stages.append(BatchNormTuning(activation_budget=activation_budget))
+        stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
         stages.append(make_adaquant(**{"mode": "sequential", **options}))
     if pipeline == "advanced":
         stages.append(
@@ -87,7 +90,7 @@ def make_stages(
         )
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(compression, candidates))
-        stages.append(BatchNormTuning(activation_budget=activation_budget))
+        stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
     if pipeline in ("advanced", "sequential"):
         stages.append(BiasTuning(**{"seed": seed, **(bias_tuning or {})}))
     return stages
@@ -220,6 +223,8 @@ def run_stages(
             stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
             _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
             done.append(StageOutcome(stage.name, stage.seconds, evaluate(stage.name, step), stage.figures))
+    for stage in stages:
+        stage.clean_up()
     samples = sum(batch_size(batch) for batch in batches)
     return QuantizationRun(module, float_metrics, done, samples)
 

@@ -1,7 +1,6 @@
 """What every recipe says while it runs, and writes into its output folder."""
 
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ def set_up_logging(level: int | str = logging.INFO) -> None:
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:
-    """Print the record's table, write ``result.json`` and ``quantized.ckpt`` and remove what an unfinished run would
-    need."""
+    """Print the record's table and write ``result.json`` and ``quantized.ckpt``."""
     run.save(output / "quantized.ckpt")
     write_record(output / "result.json", record)
-    shutil.rmtree(state_folder(output), ignore_errors=True)
     run.module.print_summary()
     print()
     print(record_table(record))

@@ -103,3 +103,24 @@ def test_further_stages_can_run_on_the_result(tiny_classifier, loader):
     run_stages(module, make_stages("sequential", adaquant={"iterations": 100})[2:], loader)
     assert module.network.layers["net.blocks.0.conv1"].errors is not None
     assert not torch.equal(before, module.network.layers["net.blocks.0.conv1"].weight)
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "advanced"])
+def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
+    tiny_classifier, loader, tmp_path, pipeline
+):
+    options = {"activation_budget": "3kB", "scratch_folder": tmp_path / "scratch", "state_folder": tmp_path / "state"}
+    stages = {
+        stage.name: stage for stage in make_stages(pipeline, **options, compression=0.2, adaquant={"iterations": 2})
+    }
+    assert stages["AdaQuant"].activation_budget == stages["BatchNormTuning"].activation_budget == 3000
+    assert stages["AdaQuant"].scratch_folder == stages["BatchNormTuning"].scratch_folder == tmp_path / "scratch"
+    seen = []
+    stages["AdaQuant"].clean_up, clean_up = (
+        lambda: seen.extend((tmp_path / "state").rglob("*.pt")),
+        stages["AdaQuant"].clean_up,
+    )
+    run_stages(QuantizationModule(tiny_classifier), list(stages.values()), loader)
+    assert seen
+    clean_up()
+    assert not (tmp_path / "state").exists()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from jsonargparse import auto_cli
 
+from lightning_calibtip import Calibration, QuantizationModule
+from lightning_calibtip.pipeline import run_stages
 from recipes.resnet_cifar10.__main__ import main
 
 README = Path(__file__).parents[1] / "README.md"
@@ -22,7 +24,9 @@ class QuietTrainer(pl.Trainer):
         super().__init__(**{**options, **quiet, "max_epochs": 1})
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=["callback on the Trainer", "stages on a finished model"])
+@pytest.mark.parametrize(
+    "code", BLOCKS, ids=["callback on the Trainer", "stages on a finished model", "options of AdaQuant"]
+)
 def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
@@ -42,6 +46,13 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
     printed = capsys.readouterr().out
     if "quantizer" in names:
         assert "val_acc" in printed and names["quantizer"].checkpoint_path.exists()
+    elif "stage" in names:
+        names["stage"].reconstruction.settings = AdaQuantSettings(
+            iterations=2, rounding="learned", drop_probability=0.5
+        )
+        module = QuantizationModule(tiny_classifier, weight_bits=4)
+        run_stages(module, [Calibration(), names["stage"]], loader)
+        assert names["stage"].figures["units"] == 5 and not (tmp_path / "runs" / "state").exists()
     else:
         assert "6 quantized, 5 folded, 0 float" in printed
         with torch.no_grad():

@@ -78,7 +78,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         self, budget: int | None = None, precision: torch.dtype | None = None, folder: str | Path | None = None
     ) -> None:
         self.budget, self.precision, self.folder = budget, precision, folder
-        self.in_memory = self.on_disk = self.most_held = 0
+        self.most_held = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
         self._sizes: dict[Block, int] = {}
@@ -89,7 +89,9 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         self.close()
 
     def close(self) -> None:
-        """Remove the scratch folder."""
+        """Free all blocks and remove the scratch folder."""
+        for block in list(self._sizes):
+            self.release(block)
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
@@ -105,31 +107,34 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
             OSError: If the disk has not as much free space.
         """
         size = elements * dtype.itemsize
-        in_memory = self.budget is None or self.in_memory + size <= self.budget
-        block = MemoryBlock(elements, dtype, device) if in_memory else FileBlock(self._new_file(size), dtype)
+        fits = self.budget is None or self.in_memory + size <= self.budget
+        block = MemoryBlock(elements, dtype, device) if fits else FileBlock(self._new_file(size), dtype)
         self._sizes[block] = size
-        if in_memory:
-            self.in_memory += size
-        else:
-            self.on_disk += size
         self.most_held = max(self.most_held, self.in_memory + self.on_disk)
         return block
 
     def release(self, block: Block) -> None:
-        """Take a block back."""
-        size = self._sizes.pop(block)
-        if isinstance(block, MemoryBlock):
-            self.in_memory -= size
-        else:
-            self.on_disk -= size
-        block.free()
+        """Take a block back, if it has not been before."""
+        if self._sizes.pop(block, None) is not None:
+            block.free()
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes that lie in memory."""
+        return sum(size for block, size in self._sizes.items() if isinstance(block, MemoryBlock))
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the files, those included that are still to be written."""
+        return sum(size for block, size in self._sizes.items() if isinstance(block, FileBlock))
 
     def _new_file(self, size: int) -> Path:
         if self._scratch is None:
             if self.folder is not None:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
-        free = shutil.disk_usage(self._scratch.name).free
+        unwritten = sum(size - block.written for block, size in self._sizes.items() if isinstance(block, FileBlock))
+        free = shutil.disk_usage(self._scratch.name).free - unwritten
         if size > _MOST_OF_FREE_SPACE * free:
             raise OSError(
                 f"Captured activations need {size:,} bytes in {self._scratch.name}, which has {free:,} free: raise "
@@ -144,7 +149,7 @@ class TensorSeries:
     """Tensors of one type, appended one after the other and read back one by one or by rows.
 
     All lie in one flat memory block or file, so that those that agree in all dimensions but the first also form one
-    long tensor. Tensors that are all the same (masks that broadcast, constants) are kept once.
+    long tensor. While they are all the same (masks that broadcast, constants), ``constant``, one is kept.
 
     Args:
         store: What it belongs to.
@@ -155,20 +160,15 @@ class TensorSeries:
     def __init__(self, store: ActivationStore, length: int, channels_last: bool = False) -> None:
         self._store, self._length, self._channels_last = store, length, channels_last
         self.shapes: list[torch.Size] = []
-        self._starts: list[int] = [0]
+        self._starts: list[int] = []
+        self._end = self._room = 0
         self._dtype = self._kept_dtype = torch.float32
         self._device = torch.device("cpu")
-        self._first: Tensor | None = None
         self._block: Block | None = None
-        self._room = 0
+        self.constant = True
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-    @property
-    def constant(self) -> bool:
-        """Whether all tensors so far are equal."""
-        return self._first is not None or len(self) == 1
 
     @property
     def aligned(self) -> bool:
@@ -183,35 +183,28 @@ class TensorSeries:
             self._dtype, self._device = tensor.dtype, tensor.device
             precision = self._store.precision
             self._kept_dtype = precision if precision and tensor.dtype == torch.float32 else tensor.dtype
-            if self._length == 1:
-                self._make_room(tensor.numel())
-            else:
-                self._first = tensor.clone()
-        elif self._first is not None and not (tensor.shape == self._first.shape and torch.equal(tensor, self._first)):
-            first, self._first = self._first, None
-            self._make_room(first.numel() * self._length)
-            for start in self._starts[:-1]:
-                self._write(first, start)
-        if self._first is None:
-            self._write(tensor, self._starts[-1])
+            self._make_room(tensor.numel())
+            self._write(tensor)
+        elif self.constant and self._is_the_first(tensor):
+            self._starts.append(0)
+        else:
+            if self.constant:
+                self._spread_out()
+            self._write(tensor)
         self.shapes.append(tensor.shape)
-        self._starts.append(self._starts[-1] + tensor.numel())
 
     def __getitem__(self, position: int) -> Tensor:
         """A fresh copy of the tensor at ``position``."""
         shape = self.shapes[position]
-        if self._first is not None:
-            return self._first.clone()
         assert self._block is not None
         kept = self._shaped(self._block.read(self._starts[position], shape.numel()), shape)
         return torch.empty(shape, dtype=self._dtype, device=self._device).copy_(kept)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (int64, shape (n,)) of the long tensor that the aligned tensors form."""
-        if self._first is not None:
-            index = index.to(self._device)
-            return self._first.index_select(0, index % len(self._first))
         assert self._block is not None
+        if self.constant:
+            index = index % self.shapes[0][0]
         rows = self._block.rows(index, self.shapes[0][1:].numel())
         shape = torch.Size([len(index), *self.shapes[0][1:]])
         return self._shaped(rows.view(-1), shape).to(self._device, self._dtype)
@@ -220,28 +213,44 @@ class TensorSeries:
         """Give up what is kept; the shapes stay known."""
         if self._block is not None:
             self._store.release(self._block)
-        self._first = self._block = None
+        self._block = None
 
     def zeros(self, position: int) -> Tensor:
         """A tensor like the one at ``position``, of zeros."""
         return torch.zeros(self.shapes[position], dtype=self._dtype, device=self._device)
 
+    def _is_the_first(self, tensor: Tensor) -> bool:
+        return tensor.shape == self.shapes[0] and torch.equal(tensor.to(self._kept_dtype).to(self._dtype), self[0])
+
+    def _spread_out(self) -> None:
+        """Give each tensor so far, of which one was kept, its own place."""
+        self.constant = False
+        first, count = self[0], len(self)
+        self.free()
+        self._make_room(first.numel() * max(self._length, count + 1))
+        self._starts, self._end = [], 0
+        for _ in range(count):
+            self._write(first)
+
     def _make_room(self, elements: int) -> None:
-        """Get a block; if there is one already, which later tensors have outgrown, move its content there."""
+        """Get a block; if there is one already, move its content there."""
         before, self._block = self._block, self._store.block(elements, self._kept_dtype, self._device)
         if before is not None:
-            before.copy_to(self._block, self._starts[-1])
+            before.copy_to(self._block, self._end)
             self._store.release(before)
         self._room = elements
 
-    def _write(self, tensor: Tensor, start: int) -> None:
-        if self._is_permuted(tensor.shape):
-            tensor = tensor.permute(0, 2, 3, 1)
-        stop = start + tensor.numel()
+    def _write(self, tensor: Tensor) -> None:
+        """Put a tensor behind the others."""
+        start, stop = self._end, self._end + tensor.numel()
         if stop > self._room:
             self._make_room(max(stop, start * 3 // 2))
+        if self._is_permuted(tensor.shape):
+            tensor = tensor.permute(0, 2, 3, 1)
         assert self._block is not None
         self._block.write(start, tensor.reshape(-1).to(self._kept_dtype))
+        self._starts.append(start)
+        self._end = stop
 
     def _is_permuted(self, shape: torch.Size) -> bool:
         return self._channels_last and len(shape) == 4

@@ -72,18 +72,22 @@ class FileBlock(Block):
 
     It is not mapped into memory: the system maps far more around what is touched (whole large pages), and all of that
     counts as resident.
+
+    ``written`` is its length in bytes so far.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self._path = path
+        self.written = 0
         path.touch()
 
     def write(self, start: int, flat: Tensor) -> None:
         """See ``Block``."""
-        with self._path.open("r+b", buffering=0) as file:
+        with self._path.open("r+b") as file:
             file.seek(start * self.dtype.itemsize)
             file.write(_bytes(flat.to(self.dtype).cpu().contiguous()))
+        self.written = max(self.written, (start + len(flat)) * self.dtype.itemsize)
 
     def read(self, start: int, count: int) -> Tensor:
         """See ``Block``."""
@@ -99,7 +103,7 @@ class FileBlock(Block):
 
     def _read(self, starts: list[int], count: int) -> Tensor:
         found = torch.empty(len(starts), count, dtype=self.dtype)
-        with self._path.open("rb", buffering=0) as file:
+        with self._path.open("rb") as file:
             for row, start in zip(found, starts, strict=True):
                 file.seek(start * self.dtype.itemsize)
                 got = file.readinto(_bytes(row))

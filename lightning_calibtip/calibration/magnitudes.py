@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..quantization.layers import QuantizedLayer
 
@@ -17,8 +18,10 @@ def output_magnitudes(layers: Iterable[QuantizedLayer], run: Callable[[], Any]) 
     found: dict[str, float] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = float(output.float().square().mean().sqrt())
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            leaves = [leaf.float() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            squares, count = sum(float(leaf.square().sum()) for leaf in leaves), sum(leaf.numel() for leaf in leaves)
+            found[name] = (squares / max(count, 1)) ** 0.5
 
         return hook
 

@@ -1,8 +1,8 @@
 """Replay: the inputs of one unit after the other, at the cost of a constant number of passes over the calibration set.
 
 Finished modules answer with their stored outputs instead of computing, and each pass stops at the unit in work. Once
-all units inside a parent are finished, the parent itself is stored and its insides are no longer run. Of the stored
-outputs only those are kept that something still to come depends on.
+all units inside a parent are finished, the parent itself is stored and its insides are no longer run; so are modules
+without units that come before. Of the stored outputs only those are kept that something still to come depends on.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,6 +51,7 @@ class Replay:
     store: ActivationStore = field(default_factory=ActivationStore)
     _stored: dict[str, Recording] = field(default_factory=dict)
     _finished: set[str] = field(default_factory=set)
+    _closed: dict[str, bool] = field(default_factory=dict)
 
     def calls(self, unit: str) -> int:
         """How often the model calls the unit in one batch."""
@@ -70,12 +71,18 @@ class Replay:
             RuntimeError: If a batch does not reach the unit.
         """
         calls, batches = self.calls(unit), len(self.calibration)
-        promoted = {name: Recording(self.store, batches) for name in self._parents_to_store(unit)}
+        promoted = {name: Recording(self.store, batches) for name in self._to_store(unit)}
         for index in range(batches):
             yield self._capture_batch(index, unit, calls, promoted)
         for name, outputs in promoted.items():
             if len(outputs) == batches:
                 self._store(name, outputs)
+
+    def forget(self) -> None:
+        """Free everything that is stored; the replay is over."""
+        for outputs in self._stored.values():
+            outputs.forget()
+        self._stored.clear()
 
     def finish(self, unit: str, outputs: Recording) -> None:
         """From now on ``unit`` answers with ``outputs`` (of each call, batch by batch).
@@ -85,6 +92,9 @@ class Replay:
         self._finished.add(unit)
         if self.calls(unit) == 1:
             self._store(unit, outputs)
+        else:
+            # It will compute again, wherever it is called.
+            outputs.forget()
         live = self._live() | {unit}
         for name, stored in self._stored.items():
             if name not in live:
@@ -123,31 +133,49 @@ class Replay:
             "leave it float with overrides={...: None}."
         )
 
-    def _parents_to_store(self, unit: str) -> list[str]:
-        """Modules whose units are all finished, which this pass can store as a whole (outermost only)."""
-        names: set[str] = set()
-        for finished in self._finished:
-            if any(_is_inside(finished, stored) and finished != stored for stored in self._stored):
-                continue
-            parts = finished.split(".")
-            for length in range(len(parts) - 1, 0, -1):
-                parent = ".".join(parts[:length])
-                inside = [other for other in self.units if _is_inside(other, parent)]
-                if all(other in self._finished for other in inside) and self._is_closed(parent):
-                    names.add(parent)
-        names -= set(self._stored)
+    def _to_store(self, unit: str) -> list[str]:
+        """Modules that this pass runs before it reaches the unit and that can be stored as a whole (outermost only):
+        parents of finished units, and whatever else has no units inside."""
+        first = self.structure.calls_of[unit][0].start
+        # Parametrizations that ran when the structure was observed may be gone.
+        modules = dict(self.model.named_modules())
+        names = [
+            name
+            for name, calls in self.structure.calls_of.items()
+            if name in modules
+            and modules[name] is not self.model
+            and name not in self._stored
+            and calls[0].stop <= first
+            and all(other in self._finished for other in self.units if _is_inside(other, name))
+            and not any(_is_inside(name, stored) for stored in self._stored)
+            and name not in self._finished
+            and self._is_closed(name)
+        ]
         return [name for name in names if not any(_is_inside(name, other) and name != other for other in names)]
 
     def _is_closed(self, name: str) -> bool:
-        """Whether a module is called once and what it computes leaves it by its return value alone."""
+        """Whether a module is called once, what it computes leaves it by its return value alone, and it changes nothing
+        that it is given."""
+        if name not in self._closed:
+            self._closed[name] = self._looks_closed(name)
+        return self._closed[name]
+
+    def _looks_closed(self, name: str) -> bool:
         calls = self.structure.calls_of.get(name, [])
         if len(calls) != 1:
             return False
         call = calls[0]
         returned = {value.storage for value in call.writes}
-        made = {value.storage for o in self.structure.operators[call.start : call.stop] for value in o.writes}
-        outside = self.structure.operators[: call.start] + self.structure.operators[call.stop :]
-        return not any(read.storage in made - returned for operator in outside for read in operator.reads)
+        inside = self.structure.operators[call.start : call.stop]
+        made = {value.storage for operator in inside for value in operator.writes}
+        if made & {value.storage for value in call.reads}:
+            return False
+        read_outside = {
+            read.storage
+            for operator in (*self.structure.operators[: call.start], *self.structure.operators[call.stop :])
+            for read in operator.reads
+        }
+        return not (made - returned) & read_outside
 
     def _live(self) -> set[str]:
         """Stored modules whose outputs some unit to come depends on, by walking the operators backwards."""

@@ -1,5 +1,6 @@
 """AdaQuant: reconstruct each layer or block so that its quantized output matches the float one."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ class AdaQuant(Stage):
             it goes to files. None for no limit.
         storage: ``"float32"``, or ``"bfloat16"`` to keep captured activations in half of the space.
         scratch_folder: Where these files lie while AdaQuant runs; the system's temporary folder if None.
-        state_folder: Where finished units are kept: a run that was killed and is repeated goes on from there, to
-            bit-identical weights. None to keep nothing.
+        state_folder: Folder of its own for the finished units: a run that was killed and is repeated goes on from
+            there, to bit-identical weights. ``quantize`` and the ``CalibTIP`` callback remove it at the end; with
+            stages of your own, call ``clean_up()`` when the result is saved. None to keep nothing.
         seed: Of everything drawn.
 
     Raises:
@@ -117,6 +119,12 @@ class AdaQuant(Stage):
         """With the settings of the paper's code: layers, absolute rates, no decay, batches of 50. Other arguments as
         given."""
         return cls(**{"granularity": "layer", **PAPER, **kwargs})
+
+    @override
+    def clean_up(self) -> None:
+        """Remove the finished units from the state folder."""
+        if self.reconstruction.progress is not None:
+            shutil.rmtree(self.reconstruction.progress, ignore_errors=True)
 
     @override
     def run(self, module: QuantizationModule) -> dict[str, float]:

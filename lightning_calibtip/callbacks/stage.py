@@ -46,6 +46,9 @@ class Stage(pl.Callback, ABC):
             Figures to log, by name.
         """
 
+    def clean_up(self) -> None:
+        """Remove what the stage has kept on disk for a run that breaks off; called when the whole run is over."""
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before anything runs: the module must be a QuantizationModule, on one process."""

@@ -1,5 +1,6 @@
 """AdaQuant over a whole model (Hubara et al. 2021): unit by unit, on float or on quantized inputs."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay, UnitCall
 from ..quantization.network import QuantizedNetwork
-from .importance import Importance, Loss, measure_importance
+from .importance import Loss, measure_importance
 from .optimize import UnitResult, optimize_unit, output_tensors
 from .progress import Progress, describe_run
 from .samples import UnitSamples
 from .settings import MODES, AdaQuantSettings
 from .units import GRANULARITIES, Unit, find_units
+
+log = logging.getLogger(__name__)
 
 # Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
 # kernels for other batch sizes may make (mixing samples up makes one of about 1).
@@ -85,12 +88,13 @@ def adaquant(
         raise RuntimeError("AdaQuant starts from calibrated ranges: run Calibration first.")
     calibration.require()
     units = find_units(network, how.granularity, how.blocks)
-    progress = None if how.progress is None else _open_progress(how, units, network, calibration)
+    progress = None if how.progress is None else _open_progress(how, units, network, calibration, store)
     assert network.structure is not None
     names = [unit.name for unit in units]
-    float_stream = Replay(network.model, network.structure, calibration, names, store)
-    quantized_stream = Replay(network.model, network.structure, calibration, names, store)
-    importance: dict[str, Importance] = {}
+    float_stream, quantized_stream = (
+        Replay(network.model, network.structure, calibration, names, store) for _ in range(2)
+    )
+    importance: dict[str, Recording] = {}
     if how.loss is not None:
         importance = measure_importance(network, calibration, units, float_stream, how.loss)
     results = []
@@ -108,8 +112,7 @@ def adaquant(
         if result is None:
             assert inputs is not None
             drawn = float_inputs if how.mode == "sequential" else None
-            samples = _samples(unit, inputs, targets, drawn, importance.get(unit.name))
-            result = optimize_unit(unit, samples, how.settings)
+            result = _optimize(unit, inputs, targets, drawn, importance.get(unit.name), how.settings)
             if progress:
                 progress.save(position, unit, result)
         results.append(result)
@@ -117,10 +120,32 @@ def adaquant(
         if how.mode == "sequential":
             assert inputs is not None
             quantized_stream.finish(unit.name, _outputs(unit, inputs, quantized_stream))
-        for recording in (inputs, float_inputs, importance[unit.name].squares if unit.name in importance else None):
+        for recording in (inputs, float_inputs, importance.get(unit.name)):
             if recording is not None:
                 recording.forget()
+    for stream in (float_stream, quantized_stream):
+        stream.forget()
     return results
+
+
+def _optimize(
+    unit: Unit,
+    inputs: Recording,
+    targets: Recording,
+    float_inputs: Recording | None,
+    importance: Recording | None,
+    settings: AdaQuantSettings,
+) -> UnitResult:
+    """Optimise a unit; one that cannot be is left as it is, with a warning that says why."""
+    try:
+        return optimize_unit(unit, _samples(unit, inputs, targets, float_inputs, importance), settings)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        note = f"it cannot be optimised ({type(error).__name__}: {error})"
+        log.warning("%s: left as it was before AdaQuant: %s.", unit.name, note)
+        layers = tuple(layer.name for layer in unit.layers)
+        return UnitResult(unit.name, layers, float("nan"), float("nan"), False, note, 0.0)
 
 
 @torch.no_grad()
@@ -144,46 +169,56 @@ def _outputs(unit: Unit, inputs: Recording, stream: Replay) -> Recording:
 
 
 def _samples(
-    unit: Unit, inputs: Recording, targets: Recording, float_inputs: Recording | None, importance: Importance | None
+    unit: Unit, inputs: Recording, targets: Recording, float_inputs: Recording | None, importance: Recording | None
 ) -> UnitSamples:
     """The unit's samples, split along the first dimension only if the unit gives the same on a part of them.
 
     Raises:
-        ValueError: If batches call the unit with differently nested arguments; names the unit.
+        ValueError: If batches call the unit with differently nested arguments.
     """
-    squares = (importance.squares, importance.mean) if importance else None
-    try:
-        samples = UnitSamples(inputs, targets, float_inputs, squares)
-    except ValueError as error:
-        raise ValueError(f"{unit.name}: {error}; leave it float with overrides={{...: None}}.") from error
-    if samples.whole:
-        return samples
-    for samples.contiguous in (False, True) if unit.prefers_channels_last else (False,):
-        if _gives_the_same_by_rows(unit, samples, inputs):
+    for shares, contiguous in ((True, False), (False, False), (True, True), (False, True)):
+        samples = UnitSamples(inputs, targets, float_inputs, importance, shares)
+        samples.contiguous = contiguous
+        if not samples.whole and _gives_the_same_by_rows(unit, samples, inputs):
             return samples
-    return UnitSamples(inputs, targets, float_inputs, squares, whole=True)
+    return UnitSamples(inputs, targets, float_inputs, importance, whole=True)
 
 
 @torch.no_grad()
 def _gives_the_same_by_rows(unit: Unit, samples: UnitSamples, inputs: Recording) -> bool:
     """Whether some samples of the first call, drawn by rows, have the outputs that they have in the whole call."""
     outputs = output_tensors(unit, unit(UnitCall(*inputs[0])))
-    rows = torch.arange(0, len(outputs[0]), 2)[:_ROWS_TRIED]
+    count = len(outputs[0])
+    rows = torch.arange(0, count, 2)[:_ROWS_TRIED]
     try:
         drawn = output_tensors(unit, unit(samples.take(rows).call))
-        gaps = [
-            (d - o[rows.to(o.device)]).norm() / o.norm().clamp_min(1e-20) for d, o in zip(drawn, outputs, strict=True)
-        ]
-    except RuntimeError:
+    except Exception:
+        # The unit's own code, which does not take what it was tried with.
         return False
-    return all(float(gap) < _TOLERANCE for gap in gaps)
+    for output, part in zip(outputs, drawn, strict=True):
+        wanted = output[rows.to(output.device)] if output.dim() and len(output) == count else output
+        if part.shape != wanted.shape or float((part - wanted).norm()) > _TOLERANCE * max(float(output.norm()), 1e-20):
+            return False
+    return True
 
 
 def _open_progress(
-    how: Reconstruction, units: Sequence[Unit], network: QuantizedNetwork, calibration: CalibrationSet
+    how: Reconstruction,
+    units: Sequence[Unit],
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    store: ActivationStore,
 ) -> Progress:
     assert how.progress is not None
+    device = next(iter(network.layers.values())).weight.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     settings = {
-        "settings": how.settings, "mode": how.mode, "granularity": how.granularity, "loss": how.loss is not None
-    }  # fmt: skip
+        "settings": how.settings,
+        "mode": how.mode,
+        "granularity": how.granularity,
+        "loss": how.loss and f"{how.loss.__module__}.{how.loss.__qualname__}",
+        "storage": store.precision,
+        "precision": autocast,
+        "float model": network.fingerprint,
+    }
     return Progress(how.progress, describe_run(units, list(network.layers.values()), calibration, settings))

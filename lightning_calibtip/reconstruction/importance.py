@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,37 +17,18 @@ from .units import Unit
 Loss = Callable[[Any, Any], Tensor]
 
 
-@dataclass
-class Importance:
-    """Squared gradients of the loss with respect to a unit's output.
-
-    Args:
-        squares: For each call, of each floating-point tensor of the output.
-        total: Their sum.
-        count: Their number.
-    """
-
-    squares: Recording
-    total: float = 0.0
-    count: int = 0
-
-    @property
-    def mean(self) -> float:
-        """Mean of all squares."""
-        return self.total / max(self.count, 1)
-
-    def append(self, gradients: Sequence[Tensor]) -> None:
-        """Add a call."""
-        squares = [gradient.float().square() for gradient in gradients]
-        self.total += sum(float(square.sum()) for square in squares)
-        self.count += sum(square.numel() for square in squares)
-        self.squares.append(squares)
+# Keeps an output that does not matter to the loss at all from dividing by zero.
+_SMALLEST = 1e-30
 
 
 def measure_importance(
     network: QuantizedNetwork, calibration: CalibrationSet, units: Sequence[Unit], stream: Replay, loss: Loss
-) -> dict[str, Importance]:
-    """Diagonal of the Fisher matrix for each unit's output, in one pass forward and backward through the float model.
+) -> dict[str, Recording]:
+    """Weights of the elements of each unit's output, in one pass forward and backward through the float model.
+
+    An element's weight is half 1, so that what the loss does not see is not left to chance, and half its squared
+    gradient, the diagonal of the Fisher matrix, over the mean of the call: a mean and a sum over the batch come to the
+    same. Gradients are those of what the module returns, so before an activation that follows it.
 
     Args:
         network: Calibrated.
@@ -60,7 +40,7 @@ def measure_importance(
     Raises:
         ValueError: If the loss is not a finite scalar that depends on the model's output.
     """
-    found = {unit.name: Importance(stream.recording(unit.name, unit.prefers_channels_last)) for unit in units}
+    found = {unit.name: stream.recording(unit.name, unit.prefers_channels_last) for unit in units}
     with network.quantized(False), torch.enable_grad():
         for index in range(len(calibration)):
             # What the graph starts from: no parameter needs a gradient.
@@ -77,8 +57,16 @@ def measure_importance(
             value.backward(inputs=[anchor])
             for name, calls in outputs.items():
                 for gradients in calls:
-                    found[name].append(gradients)
+                    found[name].append(_weights(gradients))
     return found
+
+
+def _weights(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """A list as long as ``gradients``, with a mean of 1 over all elements."""
+    squares = [gradient.float().square() for gradient in gradients]
+    total, count = sum(float(square.sum()) for square in squares), sum(square.numel() for square in squares)
+    mean = max(total / max(count, 1), _SMALLEST)
+    return [0.5 + square * (0.5 / mean) for square in squares]
 
 
 @contextmanager

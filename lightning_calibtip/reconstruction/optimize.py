@@ -168,7 +168,12 @@ def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings) 
     before = relative_error(unit, samples, holdout)
     initial = [layer.save() for layer in unit.layers]
     started = time.monotonic()
-    diverged = _descend(unit, samples, settings, training, before, generator)
+    try:
+        diverged = _descend(unit, samples, settings, training, before, generator)
+    except BaseException:
+        for layer, state in zip(unit.layers, initial, strict=True):
+            layer.restore(state)
+        raise
     seconds = time.monotonic() - started
     after = float("nan") if diverged else relative_error(unit, samples, holdout)
     note = diverged or ("" if after < before else f"the held-out error did not fall ({before:.3g} to {after:.3g})")

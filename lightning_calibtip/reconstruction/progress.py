@@ -77,7 +77,6 @@ def describe_run(
     return {
         **{name: repr(value) for name, value in settings.items()},
         "units": _digest([unit.name for unit in units]),
-        "model": _digest([layer.float_weight for layer in layers]),
         "calibrated state": _digest([getattr(state, field.name) for state in states for field in fields(LayerState)]),
         "calibration data": _digest(tree_leaves([plain(batch) for batch in calibration.batches])),
     }

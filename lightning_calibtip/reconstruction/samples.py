@@ -10,9 +10,6 @@ from ..calibration.activation_store import TensorSeries
 from ..calibration.recording import Recording
 from ..calibration.replay import UnitCall
 
-# Keeps a unit whose output does not matter to the loss at all from dividing by zero.
-_SMALLEST = 1e-30
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -38,13 +35,13 @@ class UnitSamples:
     that broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call
     stays whole and counts as one sample.
 
-    Half of an element's importance is the same for all, so that what the loss does not see is not left to chance.
-
     Args:
         inputs: Arguments of each call, as pairs ``(args, kwargs)``.
         targets: Float output of each call.
         float_inputs: Arguments of each call in the float model.
-        importance: Squared gradients of the output's elements, a list of tensors for each call, and their mean.
+        importance: Weights of the output's elements, a list of tensors for each call.
+        shares: Whether a tensor argument that never changes is the same for all samples even if it is as long as each
+            batch; otherwise it is drawn from by rows too.
         whole: Keep each call whole, for units that do not have the samples along the first dimension.
 
     Raises:
@@ -56,19 +53,19 @@ class UnitSamples:
         inputs: Recording,
         targets: Recording,
         float_inputs: Recording | None = None,
-        importance: tuple[Recording, float] | None = None,
+        importance: Recording | None = None,
+        shares: bool = True,
         whole: bool = False,
     ) -> None:
         self.contiguous = False
         if not inputs.nested_alike:
             raise ValueError("the unit is called with differently nested arguments in different batches")
-        squares, self._mean_square = importance or (None, 1.0)
-        self._recordings = (inputs, targets, float_inputs, squares)
+        self._recordings = (inputs, targets, float_inputs, importance)
         self._tables: list[_Table | None] = []
         lengths, repeated = ([], False) if whole else _lengths(targets)
         for recording in self._recordings if lengths else ():
-            shares = recording in (inputs, float_inputs) and not repeated
-            table = None if recording is None else _table(recording, lengths, shares)
+            whole_constants = shares and not repeated and (recording is inputs or recording is float_inputs)
+            table = None if recording is None else _table(recording, lengths, whole_constants)
             if table is None and recording is not None:
                 lengths = []
                 break
@@ -85,11 +82,8 @@ class UnitSamples:
             values = [None if table is None else table.take(index) for table in self._tables]
         if self.contiguous:
             values = [tree_map(_contiguous, value) for value in values]
-        inputs, target, float_inputs, squares = values
+        inputs, target, float_inputs, importance = values
         float_call = None if float_inputs is None else UnitCall(*float_inputs)
-        importance = None
-        if squares is not None:
-            importance = [0.5 + square * (0.5 / max(self._mean_square, _SMALLEST)) for square in squares]
         return Draw(UnitCall(*inputs), target, float_call, importance)
 
 
@@ -101,8 +95,14 @@ class _Table:
     spec: TreeSpec
 
     def take(self, index: Tensor) -> Any:
-        leaves = [column.rows(index) if isinstance(column, TensorSeries) else column for column in self.columns]
-        return tree_unflatten(leaves, self.spec)
+        return tree_unflatten([_drawn(column, index) for column in self.columns], self.spec)
+
+
+def _drawn(column: Any, index: Tensor) -> Any:
+    """Fresh tensors, for a unit may change its arguments, and the error is computed in the target's place."""
+    if isinstance(column, TensorSeries):
+        return column.rows(index)
+    return column.clone() if isinstance(column, Tensor) else column
 
 
 def _contiguous(leaf: Any) -> Any:

@@ -74,8 +74,9 @@ def reconstruction(
                 results[part] = measure_price(checkpoint, data)
         # After each part: a long run that is broken off leaves what it has measured.
         write_record(output / "benchmark.json", results)
-    benchmark_figure(results).savefig(output / "benchmark.png", dpi=150)
-    print(f"written to {output}/benchmark.json and {output}/benchmark.png")
+    if set(parts) - {"price"}:
+        benchmark_figure(results).savefig(output / "benchmark.png", dpi=150)
+    print(f"written to {output}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from lightning_calibtip import (
     QuantizationModule,
     Stage,
 )
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.tuning.batch_norm import tune_batch_norm
 
 ALL = [
     Calibration,
@@ -131,3 +133,58 @@ def test_papers_preset_takes_further_arguments():
     stage = AdaQuant.paper(mode="parallel", iterations=7)
     settings = stage.reconstruction.settings
     assert settings.iterations == 7 and settings.batch_size == 50 and not settings.relative
+
+
+def test_every_option_of_adaquant_reaches_the_reconstruction(
+    tiny_classifier, loader, make_trainer, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def watching(network, calibration, how, store):
+        seen.update(how=how, store=store)
+        return adaquant(network, calibration, how, store)
+
+    monkeypatch.setattr("lightning_calibtip.callbacks.adaquant.adaquant", watching)
+    options = {
+        "iterations": 2, "batch_size": 7, "rounding": "learned", "drop_probability": 0.25, "weight_rate": 0.1,
+        "bias_rate": 0.2, "weight_range_rate": 0.3, "input_range_rate": 0.4, "zero_point_rate": 0.5,
+        "rounding_rate": 0.6, "rounding_strength": 0.7, "input_range_interval": 3, "relative": False,
+        "schedule": "constant", "holdout": 0.2, "seed": 9,
+    }  # fmt: skip
+
+    def loss(output, batch):
+        return output.square().sum()
+
+    stage = AdaQuant(
+        "parallel", "layer", ["net.blocks.0"], **options, loss=loss, activation_budget="2kB", storage="bfloat16",
+        scratch_folder=tmp_path / "scratch", state_folder=tmp_path / "state",
+    )  # fmt: skip
+    make_trainer(Calibration(), stage).fit(QuantizationModule(tiny_classifier), loader)
+    how, store = seen["how"], seen["store"]
+    assert {name: getattr(how.settings, name) for name in options} == options
+    assert (how.mode, how.granularity, how.blocks, how.loss) == ("parallel", "layer", ("net.blocks.0",), loss)
+    assert (store.budget, store.precision, store.folder) == (2000, torch.bfloat16, tmp_path / "scratch")
+    assert stage.figures["captured_bytes"] > 2000 and stage.figures["step_seconds"] > 0
+    assert (tmp_path / "scratch").is_dir() and not list((tmp_path / "scratch").iterdir())
+    assert len(list((tmp_path / "state").glob("*.pt"))) == stage.figures["units"] == 5
+    stage.clean_up()
+    assert not (tmp_path / "state").exists()
+
+
+def test_batch_norm_tuning_keeps_to_its_budget(tiny_classifier, loader, make_trainer, tmp_path, monkeypatch):
+    stores = []
+
+    def watching(network, calibration, reference, store):
+        stores.append(store)
+        return tune_batch_norm(network, calibration, reference, store)
+
+    monkeypatch.setattr("lightning_calibtip.callbacks.batch_norm_tuning.tune_batch_norm", watching)
+    tuned = []
+    for budget in (None, 1000):
+        module = QuantizationModule(tiny_classifier, weight_bits=3)
+        stage = BatchNormTuning(activation_budget=budget, scratch_folder=tmp_path / "scratch")
+        make_trainer(Calibration(), stage).fit(module, loader)
+        tuned.append([layer.bias for layer in module.network.layers.values()])
+    assert stores[1].budget == 1000 and stores[1].most_held == stores[0].most_held > 1000
+    assert all(torch.equal(a, b) for a, b in zip(*tuned, strict=True))
+    assert not list((tmp_path / "scratch").iterdir())

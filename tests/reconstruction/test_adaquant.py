@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_calibtip.calibration.activation_store import ActivationStore
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
+from lightning_calibtip.reconstruction.adam import Adam
 from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.optimize import optimize_unit, output_tensors, relative_error
@@ -454,3 +455,132 @@ def test_a_convolution_whose_own_forward_needs_contiguous_tensors_gets_them(imag
     network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
     results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
     assert results[0].name == "0" and results[0].error_after <= results[0].error_before
+
+
+def weights_after(tiny_resnet, images, loss=None, **settings):
+    model = copy.deepcopy(tiny_resnet)
+    calibration = calibration_set(model, *images.split(16))
+    network = calibrated_network(model, calibration, weight_bits=3, activation_bits=3)
+    how = Reconstruction(AdaQuantSettings(**{"iterations": 20, "batch_size": 16, **settings}), loss=loss)
+    adaquant(network, calibration, how)
+    return torch.cat([layer.weight.detach().flatten() for layer in network.layers.values()])
+
+
+def squares_of_the_first_logit(output, batch):
+    return output[:, 0].square().sum()
+
+
+@pytest.mark.parametrize(
+    "one,other",
+    [
+        ({}, {"loss": squares_of_the_first_logit}),
+        ({"input_range_interval": 1}, {"input_range_interval": 4}),
+        ({"rounding": "learned", "rounding_strength": 0.0}, {"rounding": "learned", "rounding_strength": 50.0}),
+        ({"rounding": "learned", "weight_range_rate": 0.0}, {"rounding": "learned", "weight_range_rate": 0.5}),
+        ({"rounding": "learned", "rounding_rate": 0.01}, {"rounding": "learned", "rounding_rate": 0.1}),
+    ],
+    ids=["loss", "interval", "strength", "learned scale", "rounding rate"],
+)
+def test_an_option_changes_what_is_found(tiny_resnet, images, one, other):
+    assert not torch.equal(weights_after(tiny_resnet, images, **one), weights_after(tiny_resnet, images, **other))
+
+
+def test_float_inputs_are_mixed_in_where_quantization_is_dropped(calibrated, monkeypatch):
+    network, calibration = calibrated
+    seen = []
+
+    def record(unit, samples, settings):
+        draw = samples.take(torch.arange(4))
+        seen.append((draw.call.args[0], draw.float_call and draw.float_call.args[0]))
+        return optimize_unit(unit, samples, settings)
+
+    monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
+    adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1, drop_probability=0.5)))
+    assert all(exact is not None and exact.shape == quantized.shape for quantized, exact in seen)
+    assert not torch.equal(*seen[-1])
+    seen.clear()
+    adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1)))
+    assert all(exact is None for _, exact in seen)
+
+
+def test_nothing_is_held_when_all_is_done(calibrated):
+    network, calibration = calibrated
+    for mode in ("parallel", "sequential"):
+        store = ActivationStore()
+        how = Reconstruction(
+            AdaQuantSettings(iterations=1, drop_probability=0.5), mode, loss=squares_of_the_first_logit
+        )
+        adaquant(network, calibration, how, store)
+        assert store.most_held > 0 and store.in_memory == 0
+
+
+class Awkward(nn.Module):
+    """Blocks whose outputs cannot be compared by rows, or not at all."""
+
+    class Block(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.linear, self.kind = nn.Linear(6, 6), kind
+
+        def forward(self, x):
+            y = x + F.relu(self.linear(x))
+            extra = {"constant": torch.ones(()), "row": torch.ones(1, 5), "integer": None, "detached": None}[self.kind]
+            if self.kind == "integer":
+                return (100 * y).long()
+            return y.detach() if self.kind == "detached" else (y, extra)
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(6, 6), self.Block(kind), nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.block(self.first(x))
+        return self.last((out[0] if isinstance(out, tuple) else out).float())
+
+
+@pytest.mark.parametrize("kind", ["constant", "row", "integer", "detached"])
+def test_a_unit_that_cannot_be_optimised_is_named_and_the_run_goes_on(kind, caplog):
+    torch.manual_seed(0)
+    model = Awkward(kind).eval()
+    calibration = calibration_set(model, *torch.randn(64, 6).split(16))
+    network = calibrated_network(model, calibration, weight_bits=3, edge_bits=None)
+    before = network.layers["block.linear"].save()
+    with caplog.at_level(logging.WARNING):
+        results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer", blocks=["block"]))
+    assert [result.name for result in results] == ["first", "block", "last"]
+    if kind in ("integer", "detached"):
+        assert not results[1].kept and "block: left as it was before AdaQuant: it cannot be optimised" in caplog.text
+        assert torch.equal(network.layers["block.linear"].weight, before.weight)
+    else:
+        assert results[1].error_after <= results[1].error_before < 0.1
+
+
+def test_an_interrupted_unit_is_as_it_was(calibrated, monkeypatch):
+    network, calibration = calibrated
+    before = [tensor.clone() for layer in network.layers.values() for tensor in (layer.weight, layer.bias)]
+    steps = []
+
+    def interrupt(self, factor):
+        steps.append(step(self, factor))
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    step = Adam.step
+    monkeypatch.setattr(Adam, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=9, rounding="learned")))
+    after = [tensor for layer in network.layers.values() for tensor in (layer.weight, layer.bias)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_masks_as_long_as_the_batch_reach_transformer_blocks():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"encoder": layer, "head": nn.Linear(8, 2)}).eval()
+    masks = torch.zeros(8, 5, dtype=torch.bool)
+    calibration = CalibrationSet(lambda b, i: model["head"](model["encoder"](b, src_key_padding_mask=masks)))
+    for batch in torch.randn(32, 5, 8).split(8):
+        calibration.append(batch)
+    network = calibrated_network(model, calibration, edge_bits=None)
+    results = adaquant(network, calibration, Reconstruction(QUICK, blocks=["encoder"]))
+    assert results[0].name == "encoder" and not results[0].note.startswith("it cannot")

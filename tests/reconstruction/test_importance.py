@@ -41,10 +41,9 @@ def test_importance_is_the_squared_gradient_of_the_float_models_loss(calibrated)
         loss(network.model(batch), batch).backward()
         handle.remove()
     assert list(found) == ["stem", "blocks.0", "blocks.1", "head"]
-    (squares,) = found["blocks.0"].squares[1]
-    torch.testing.assert_close(squares, kept[0].grad.square())
-    everything = torch.cat([found["blocks.0"].squares[i][0] for i in range(3)])
-    assert found["blocks.0"].mean == pytest.approx(float(everything.mean()))
+    (weights,) = found["blocks.0"][1]
+    squares = kept[0].grad.square()
+    torch.testing.assert_close(weights, 0.5 + 0.5 * squares / squares.mean())
 
 
 def test_errors_count_by_their_importance(calibrated):
@@ -53,9 +52,8 @@ def test_errors_count_by_their_importance(calibrated):
     x = torch.randn(4, 6)
     with torch.no_grad():
         target = unit.module(x) + torch.tensor([1.0, 0.0, 0.0, 2.0])
-    squares = torch.tensor([[4.0, 0.0, 0.0, 0.0]]).expand(4, 4)
-    samples = UnitSamples(recorded(((x,), {})), recorded(target), importance=(recorded([squares]), 1.0))
     weights = torch.tensor([2.5, 0.5, 0.5, 0.5])
+    samples = UnitSamples(recorded(((x,), {})), recorded(target), importance=recorded([weights.expand(4, 4)]))
     wanted = float((weights * torch.tensor([1.0, 0.0, 0.0, 4.0])).sum() * 4 / (target.square() * weights).sum())
     assert relative_error(unit, samples, torch.arange(4)) == pytest.approx(wanted, rel=1e-4)
 

@@ -50,8 +50,26 @@ def test_differently_nested_calls_are_refused():
         UnitSamples(inputs, recorded(torch.zeros(2), torch.zeros(2)))
 
 
-def test_importance_is_half_the_same_for_all_and_half_by_the_squares():
-    inputs = recorded(((torch.zeros(2, 1),), {}))
-    squares = recorded([torch.tensor([[3.0], [1.0]])])
-    samples = UnitSamples(inputs, recorded(torch.zeros(2, 1)), importance=(squares, 2.0))
-    assert samples.take(torch.tensor([1, 0])).importance[0].tolist() == [[0.75], [1.25]]
+def test_importance_is_drawn_with_the_samples():
+    inputs, weights = recorded(((torch.zeros(2, 1),), {})), recorded([torch.tensor([[3.0], [1.0]])])
+    samples = UnitSamples(inputs, recorded(torch.zeros(2, 1)), importance=weights)
+    assert samples.take(torch.tensor([1, 0])).importance[0].tolist() == [[1.0], [3.0]]
+
+
+def test_what_is_drawn_may_be_changed():
+    """Constants are kept once, and the error is computed in the target's place."""
+    inputs = recorded(*[((torch.rand(2, 3), torch.ones(1, 3)), {}) for _ in range(2)])
+    samples = UnitSamples(inputs, recorded(*[(torch.rand(2, 3), torch.ones(1)) for _ in range(2)]))
+    draw = samples.take(torch.tensor([0]))
+    for tensor in (*draw.call.args, *draw.target):
+        tensor.zero_()
+    again = samples.take(torch.tensor([0]))
+    assert all(bool(tensor.all()) for tensor in (*again.call.args, *again.target))
+
+
+def test_a_constant_as_long_as_the_batch_can_be_drawn_by_rows():
+    mask = torch.arange(2.0)
+    inputs = recorded(*[((torch.rand(2, 3), mask.clone()), {}) for _ in range(2)])
+    targets = recorded(torch.rand(2, 3), torch.rand(2, 3))
+    assert UnitSamples(inputs, targets).take(torch.tensor([3])).call.args[1].tolist() == [0, 1]
+    assert UnitSamples(inputs, targets, shares=False).take(torch.tensor([3])).call.args[1].tolist() == [1]
