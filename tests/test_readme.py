@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -47,9 +48,8 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
     if "quantizer" in names:
         assert "val_acc" in printed and names["quantizer"].checkpoint_path.exists()
     elif "stage" in names:
-        names["stage"].reconstruction.settings = AdaQuantSettings(
-            iterations=2, rounding="learned", drop_probability=0.5
-        )
+        settings = names["stage"].reconstruction.settings
+        names["stage"].reconstruction.settings = replace(settings, iterations=2)
         module = QuantizationModule(tiny_classifier, weight_bits=4)
         run_stages(module, [Calibration(), names["stage"]], loader)
         assert names["stage"].figures["units"] == 5 and not (tmp_path / "runs" / "state").exists()

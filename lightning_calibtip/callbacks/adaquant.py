@@ -107,7 +107,7 @@ class AdaQuant(Stage):
             seed=seed,
         )
         progress = None if state_folder is None else Path(state_folder)
-        self.reconstruction = Reconstruction(settings, mode, granularity, tuple(blocks), loss, progress)
+        self.reconstruction = Reconstruction(settings, mode, granularity, blocks, loss, progress)
         self.candidates = None if candidates is None else [check_pair(pair, "candidates") for pair in candidates]
         if self.candidates is not None:
             check_candidates(self.reconstruction, self.candidates)

@@ -41,7 +41,7 @@ class Reconstruction:
         progress: Folder for the finished units, from which a killed run goes on; None to keep none.
 
     Raises:
-        ValueError: If ``mode`` or ``granularity`` is unknown.
+        ValueError: If ``mode`` or ``granularity`` is unknown, ``blocks`` is no list or ``loss`` no function.
     """
 
     settings: AdaQuantSettings = field(default_factory=AdaQuantSettings)
@@ -56,6 +56,10 @@ class Reconstruction:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
+        if isinstance(self.blocks, str):
+            raise ValueError(f"blocks must be a list of names or patterns, got {self.blocks!r}.")
+        if self.loss is not None and not callable(self.loss):
+            raise ValueError(f"loss must be a function loss(output, batch), got {self.loss!r}.")
 
 
 def adaquant(

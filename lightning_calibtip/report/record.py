@@ -101,7 +101,11 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def record_table(record: Mapping[str, Any]) -> str:
-    """The stages of a record as a table."""
-    rows = [["float", None, record["float"]]]
-    rows += [[stage["name"], stage["seconds"], stage["metric"]] for stage in record["stages"]]
-    return text_table(["stage", "seconds", record["metric"]], rows)
+    """The stages of a record as a table; of AdaQuant also the share of its seconds that is not spent in the optimiser's
+    steps."""
+    rows: list[list[object]] = [["float", None, None, record["float"]]]
+    for stage in record["stages"]:
+        steps, seconds = stage["figures"].get("step_seconds"), stage["seconds"]
+        outside = None if steps is None or not seconds else f"{1 - steps / seconds:.1%}"
+        rows.append([stage["name"], seconds, outside, stage["metric"]])
+    return text_table(["stage", "seconds", "outside steps", record["metric"]], rows)

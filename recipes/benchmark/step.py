@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_calibtip.quantization.scheme import QuantizationScheme
 from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
@@ -29,6 +29,9 @@ def measure_step(steps: int = 100, rounds: int = 5) -> list[dict[str, Any]]:
     """A row for each layer shape: seconds of the float layer's forward pass and backward pass to its weights, and of a
     straight-through step of AdaQuant with the default settings, both on 32 samples; the median of several rounds of
     both in turn.
+
+    The float layer computes in the default memory format, as in the user's model; AdaQuant chooses channels-last for
+    convolutions. ``channels_last_float_seconds`` is the float layer's time in that format.
     """
     rows = []
     for shape, (make, size) in SHAPES.items():
@@ -41,16 +44,32 @@ def measure_step(steps: int = 100, rounds: int = 5) -> list[dict[str, Any]]:
         rounds_of_both = []
         for _ in range(rounds + 1):
             started = time.perf_counter()
-            for step in range(steps):
-                first = step % 4 * BATCH
-                layer.zero_grad()
-                layer(inputs[first : first + BATCH]).backward(gradient)
+            _run_float(layer, inputs, gradient, steps)
             middle = time.perf_counter()
-            result = adaquant(network, calibration, how)[0]
-            rounds_of_both.append(((middle - started) / steps, result.seconds / steps))
+            _run_float(layer, _channels_last(inputs), _channels_last(gradient), steps)
+            seconds = (middle - started) / steps, (time.perf_counter() - middle) / steps
+            rounds_of_both.append((*seconds, adaquant(network, calibration, how)[0].seconds / steps))
         # The first round warms up.
-        float_seconds, step_seconds = (statistics.median(column) for column in zip(*rounds_of_both[1:], strict=True))
-        ratio = statistics.median(b / a for a, b in rounds_of_both[1:])
-        rows.append({"shape": shape, "float_seconds": float_seconds, "step_seconds": step_seconds, "ratio": ratio})
+        medians = [statistics.median(column) for column in zip(*rounds_of_both[1:], strict=True)]
+        rows.append(
+            {
+                "shape": shape,
+                "float_seconds": medians[0],
+                "channels_last_float_seconds": medians[1],
+                "step_seconds": medians[2],
+                "ratio": statistics.median(step / bare for bare, _, step in rounds_of_both[1:]),
+            }
+        )
         print(f"step: {rows[-1]}", flush=True)
     return rows
+
+
+def _run_float(layer: nn.Module, inputs: Tensor, gradient: Tensor, steps: int) -> None:
+    for step in range(steps):
+        first = step % 4 * BATCH
+        layer.zero_grad()
+        layer(inputs[first : first + BATCH]).backward(gradient)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

@@ -117,7 +117,14 @@ def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, 
         (lambda: AdaQuant(granularity="net"), "granularity must be one of layer, block"),
         (lambda: AdaQuant(candidates=[4, 8]), 'need mode="parallel"'),
         (lambda: AdaQuant(mode="parallel", candidates=[1]), "candidates must be an integer from 2 to 16, got 1"),
-        (lambda: AdaQuant(iterations=0), "iterations must be at least 1"),
+        (lambda: AdaQuant(iterations=0), "iterations must be an integer of at least 1, got 0"),
+        (lambda: AdaQuant(iterations=2.5), "iterations must be an integer of at least 1, got 2.5"),
+        (lambda: AdaQuant(blocks="layer1"), "blocks must be a list of names or patterns, got 'layer1'"),
+        (lambda: AdaQuant(loss=3), "loss must be a function"),
+        (lambda: AdaQuant(rounding="up"), "rounding must be one of straight_through, learned, got 'up'"),
+        (lambda: AdaQuant(drop_probability=1.5), "drop_probability must be from 0 to 1, got 1.5"),
+        (lambda: AdaQuant(activation_budget="much"), "activation_budget must be a positive number of bytes"),
+        (lambda: AdaQuant(storage="int8"), "storage must be one of float32, bfloat16, got 'int8'"),
         (lambda: BitAllocation(compression=0), "compression must be above 0 and at most 1, got 0"),
         (lambda: BitAllocation(candidates=[4]), "at least two different widths"),
         (lambda: BatchNormTuning("gamma"), "reference must be one of"),
@@ -162,7 +169,7 @@ def test_every_option_of_adaquant_reaches_the_reconstruction(
     make_trainer(Calibration(), stage).fit(QuantizationModule(tiny_classifier), loader)
     how, store = seen["how"], seen["store"]
     assert {name: getattr(how.settings, name) for name in options} == options
-    assert (how.mode, how.granularity, how.blocks, how.loss) == ("parallel", "layer", ("net.blocks.0",), loss)
+    assert (how.mode, how.granularity, how.blocks, how.loss) == ("parallel", "layer", ["net.blocks.0"], loss)
     assert (store.budget, store.precision, store.folder) == (2000, torch.bfloat16, tmp_path / "scratch")
     assert stage.figures["captured_bytes"] > 2000 and stage.figures["step_seconds"] > 0
     assert (tmp_path / "scratch").is_dir() and not list((tmp_path / "scratch").iterdir())

@@ -1,4 +1,8 @@
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,3 +99,40 @@ def test_real_resnet20_keeps_its_accuracy_at_8_bits(data_folder, tmp_path):
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["float"] > 0.95
     assert record["quantized"] > record["float"] - 0.005
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lightning_calibtip.reconstruction.adam import Adam
+from recipes.resnet_cifar10.__main__ import main
+
+step, calls = Adam.step, []
+
+def dying(self, factor):
+    calls.append(None)
+    if len(calls) == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(self, factor)
+
+Adam.step = dying
+data, checkpoint, output = map(Path, sys.argv[1:])
+main(checkpoint, str(data), calibration_samples=32, accelerator="cpu", adaquant={"iterations": 3}, output=output)
+"""
+
+
+def test_a_killed_recipe_goes_on_in_its_output_folder(tiny_cifar, cifar_checkpoint, tmp_path):
+    options = {"data": str(tiny_cifar), "calibration_samples": 32, "accelerator": "cpu", "adaquant": {"iterations": 3}}
+    main(cifar_checkpoint, output=tmp_path / "whole", **options)
+    command = [sys.executable, "-c", KILLED, str(tiny_cifar), str(cifar_checkpoint), str(tmp_path / "killed")]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # 24 steps were taken: 8 units of 3.
+    assert len(list((tmp_path / "killed").rglob("*.pt"))) == 8
+    assert not (tmp_path / "killed" / "result.json").exists()
+    main(cifar_checkpoint, output=tmp_path / "killed", **options)
+    ours, theirs = (
+        torch.load(tmp_path / name / "quantized.ckpt", weights_only=True)["state_dict"] for name in ("whole", "killed")
+    )
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["quantized.ckpt", "result.json"]

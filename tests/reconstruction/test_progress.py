@@ -1,17 +1,18 @@
 import copy
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_calibtip.calibration.activation_store import ActivationStore
 from lightning_calibtip.reconstruction import adaquant as whole_model
 from lightning_calibtip.reconstruction.adam import Adam
 from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.settings import AdaQuantSettings
 from tests.networks import calibrated_network, calibration_set
+from tests.processes import in_a_killed_process, kill_at_call
 
 UNITS, ITERATIONS = 6, 5
 SETTINGS = AdaQuantSettings(iterations=ITERATIONS, batch_size=16, drop_probability=0.3)
@@ -27,31 +28,6 @@ def start(tiny_resnet, images):
         return calibrated_network(model, calibration, weight_bits=2, activation_bits=4), calibration
 
     return make
-
-
-def in_a_killed_process(work) -> None:
-    """Run ``work`` in a process of its own, which must end by SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill_at_call(monkeypatch, owner, name, count):
-    """The process kills itself when ``name`` is called for the ``count``-th time."""
-    original, calls = getattr(owner, name), []
-
-    def counting(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counting)
 
 
 def states(network):
@@ -134,3 +110,18 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(start, tmp_path, imag
     with pytest.raises(ValueError, match="with another calibrated state:"):
         adaquant(network, calibration, Reconstruction(SETTINGS, granularity="layer", progress=tmp_path))
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_run_with_another_loss_storage_or_precision_is_refused(start, tmp_path):
+    def loss(output, batch):
+        return output.square().sum()
+
+    adaquant(*start(), Reconstruction(SETTINGS, progress=tmp_path))
+    with pytest.raises(ValueError, match="with another loss:"):
+        adaquant(*start(), Reconstruction(SETTINGS, loss=loss, progress=tmp_path))
+    with pytest.raises(ValueError, match="with another storage:"):
+        store = ActivationStore(precision=torch.bfloat16)
+        adaquant(*start(), Reconstruction(SETTINGS, progress=tmp_path), store)
+    network, calibration = start()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="with another precision:"):
+        adaquant(network, calibration, Reconstruction(SETTINGS, progress=tmp_path))

@@ -8,7 +8,7 @@ from lightning_calibtip.report.size import model_size
 from lightning_calibtip.report.table import layer_table, text_table
 from tests.networks import calibrated_network, calibration_set
 
-STAGES = [StageRecord("Calibration", 1.5, 0.8), StageRecord("AdaQuant", 20.0, 0.9, {"units": 4.0})]
+STAGES = [StageRecord("Calibration", 1.5, 0.8), StageRecord("AdaQuant", 20.0, 0.9, {"step_seconds": 18.0})]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_record_has_every_field(record):
     assert record["version"] == 1
     assert (record["recipe"], record["model"], record["metric"], record["seed"]) == ("recipe", "tiny", "top1", 3)
     assert (record["float"], record["calibrated"], record["quantized"]) == (0.95, 0.8, 0.9)
-    assert record["stages"][1] == {"name": "AdaQuant", "seconds": 20.0, "metric": 0.9, "figures": {"units": 4.0}}
+    assert record["stages"][1] == {"name": "AdaQuant", "seconds": 20.0, "metric": 0.9, "figures": {"step_seconds": 18.0}}
     assert set(record["size"]) == {"float_bytes", "quantized_bytes", "ratio"}
     assert record["calibration_samples"] == 48
     assert len(record["layers"]) == 6
@@ -77,7 +77,7 @@ def test_record_is_written_whole(record, tmp_path):
 
 
 def test_tables_show_stages_and_layers(record, network):
-    assert "AdaQuant          20   0.9" in record_table(record)
+    assert "AdaQuant          20  10.0%           0.9" in record_table(record)
     table = layer_table(network.summary())
     assert "blocks.0.conv1  Conv2d" in table and table.endswith("6 quantized, 5 folded, 0 float")
     assert text_table(["a"], []) == "a\n-"

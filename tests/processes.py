@@ -1,0 +1,29 @@
+"""Processes that are killed at a chosen moment."""
+
+import os
+import signal
+
+
+def in_a_killed_process(work) -> None:
+    """Run ``work`` in a process of its own, which must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill_at_call(monkeypatch, owner, name, count) -> None:
+    """The process kills itself when ``name`` is called for the ``count``-th time."""
+    original, calls = getattr(owner, name), []
+
+    def counting(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
