@@ -54,7 +54,12 @@ def test_record_has_every_field(record):
     assert record["version"] == 1
     assert (record["recipe"], record["model"], record["metric"], record["seed"]) == ("recipe", "tiny", "top1", 3)
     assert (record["float"], record["calibrated"], record["quantized"]) == (0.95, 0.8, 0.9)
-    assert record["stages"][1] == {"name": "AdaQuant", "seconds": 20.0, "metric": 0.9, "figures": {"step_seconds": 18.0}}
+    assert record["stages"][1] == {
+        "name": "AdaQuant",
+        "seconds": 20.0,
+        "metric": 0.9,
+        "figures": {"step_seconds": 18.0},
+    }
     assert set(record["size"]) == {"float_bytes", "quantized_bytes", "ratio"}
     assert record["calibration_samples"] == 48
     assert len(record["layers"]) == 6
