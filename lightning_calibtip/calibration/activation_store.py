@@ -26,6 +26,9 @@ _UNITS = {
 }
 _PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 
+# The rest of the budget is left to what is on its way: batches that are being captured, drawn and optimised on.
+_SHARE_KEPT = 0.85
+
 # A file of this share of the free space, or more, is refused: a full disk would hurt more than this run.
 _MOST_OF_FREE_SPACE = 0.95
 
@@ -69,7 +72,8 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
     """Where activations are kept; leaving the context frees the memory and removes the files.
 
     Args:
-        budget: Bytes that may lie in memory; None for no limit. What is captured first has the first claim.
+        budget: Bytes that may lie in memory, a part of which is left to what is on its way; None for no limit. What is
+            captured first has the first claim.
         precision: Type in which float32 tensors are kept; None for their own.
         folder: Where a scratch folder is made when the budget is used up; the system's temporary folder if None.
     """
@@ -107,7 +111,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
             OSError: If the disk has not as much free space.
         """
         size = elements * dtype.itemsize
-        fits = self.budget is None or self.in_memory + size <= self.budget
+        fits = self.budget is None or self.in_memory + size <= _SHARE_KEPT * self.budget
         block = MemoryBlock(elements, dtype, device) if fits else FileBlock(self._new_file(size), dtype)
         self._sizes[block] = size
         self.most_held = max(self.most_held, self.in_memory + self.on_disk)

@@ -54,7 +54,7 @@ def test_later_tensors_may_be_longer_or_of_another_shape(budget, tmp_path):
 
 def test_memory_is_used_up_to_the_budget_and_given_back(batches, tmp_path):
     one = 4 * batches[0].nbytes
-    with ActivationStore(2 * one, folder=tmp_path) as store:
+    with ActivationStore(int(2.5 * one), folder=tmp_path) as store:
         several = [store.series(4) for _ in range(3)]
         for series in several:
             for batch in batches:
