@@ -22,7 +22,7 @@ class Block(ABC):
 
     @abstractmethod
     def write(self, start: int, flat: Tensor) -> None:
-        """Put the elements of a one-dimensional tensor to ``start`` and after."""
+        """Put the elements of a one-dimensional tensor of the block's type to ``start`` and after."""
 
     @abstractmethod
     def read(self, start: int, count: int) -> Tensor:
@@ -86,7 +86,7 @@ class FileBlock(Block):
         """See ``Block``."""
         with self._path.open("r+b") as file:
             file.seek(start * self.dtype.itemsize)
-            file.write(_bytes(flat.to(self.dtype).cpu().contiguous()))
+            file.write(_bytes(flat.cpu().contiguous()))
         self.written = max(self.written, (start + len(flat)) * self.dtype.itemsize)
 
     def read(self, start: int, count: int) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
@@ -180,18 +181,20 @@ def _samples(
     Raises:
         ValueError: If batches call the unit with differently nested arguments.
     """
-    for shares, contiguous in ((True, False), (False, False), (True, True), (False, True)):
-        samples = UnitSamples(inputs, targets, float_inputs, importance, shares)
-        samples.contiguous = contiguous
-        if not samples.whole and _gives_the_same_by_rows(unit, samples, inputs):
-            return samples
+    with torch.no_grad():
+        outputs = output_tensors(unit, unit(UnitCall(*inputs[0])))
+    # Rows of convolutions come channels-last, which code with views of its own may not take.
+    for contiguous in (False, True) if unit.prefers_channels_last else (False,):
+        for shares in (True, False):
+            samples = UnitSamples(inputs, targets, float_inputs, importance, shares, contiguous)
+            if not samples.whole and _gives_the_same_by_rows(unit, samples, outputs):
+                return samples
     return UnitSamples(inputs, targets, float_inputs, importance, whole=True)
 
 
 @torch.no_grad()
-def _gives_the_same_by_rows(unit: Unit, samples: UnitSamples, inputs: Recording) -> bool:
-    """Whether some samples of the first call, drawn by rows, have the outputs that they have in the whole call."""
-    outputs = output_tensors(unit, unit(UnitCall(*inputs[0])))
+def _gives_the_same_by_rows(unit: Unit, samples: UnitSamples, outputs: list[Tensor]) -> bool:
+    """Whether some samples of the first call, drawn by rows, have the ``outputs`` that they have in the whole call."""
     count = len(outputs[0])
     rows = torch.arange(0, count, 2)[:_ROWS_TRIED]
     try:

@@ -1,6 +1,7 @@
 """What became of each finished unit, on disk: a run that was killed goes on from there."""
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -58,12 +59,9 @@ class Progress:
             {field.name: getattr(state, field.name) for field in fields(LayerState)}
             for state in (layer.save() for layer in unit.layers)
         ]
-        unfinished = self._path(position).with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            torch.save({"states": states, "result": asdict(result)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self._path(position))
+        content = io.BytesIO()
+        torch.save({"states": states, "result": asdict(result)}, content)
+        _write(self._path(position), content.getvalue())
 
     def _path(self, position: int) -> Path:
         return self.folder / f"{position:04d}.pt"
@@ -95,6 +93,10 @@ def _digest(values: Sequence[Any]) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)

@@ -42,6 +42,7 @@ class UnitSamples:
         importance: Weights of the output's elements, a list of tensors for each call.
         shares: Whether a tensor argument that never changes is the same for all samples even if it is as long as each
             batch; otherwise it is drawn from by rows too.
+        contiguous: Whether tensors are drawn contiguous, in whatever memory format they are kept.
         whole: Keep each call whole, for units that do not have the samples along the first dimension.
 
     Raises:
@@ -55,9 +56,10 @@ class UnitSamples:
         float_inputs: Recording | None = None,
         importance: Recording | None = None,
         shares: bool = True,
+        contiguous: bool = False,
         whole: bool = False,
     ) -> None:
-        self.contiguous = False
+        self._contiguous = contiguous
         if not inputs.nested_alike:
             raise ValueError("the unit is called with differently nested arguments in different batches")
         self._recordings = (inputs, targets, float_inputs, importance)
@@ -80,7 +82,7 @@ class UnitSamples:
             values = [None if recording is None else recording[int(index[0])] for recording in self._recordings]
         else:
             values = [None if table is None else table.take(index) for table in self._tables]
-        if self.contiguous:
+        if self._contiguous:
             values = [tree_map(_contiguous, value) for value in values]
         inputs, target, float_inputs, importance = values
         float_call = None if float_inputs is None else UnitCall(*float_inputs)
