@@ -1,5 +1,6 @@
 """AdaQuant: reconstruct each layer or block so that its quantized output matches the float one."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,9 +137,11 @@ class AdaQuant(Stage):
             else:
                 by_width = adaquant_candidates(network, calibration, how, self.candidates, store)
                 results = [result for results in by_width.values() for result in results]
+        # A unit that could not be optimised has no errors.
+        errors = [(r.error_before, r.error_after) for r in results if math.isfinite(r.error_before)] or [(0.0, 0.0)]
         return {
-            "error_before": sum(result.error_before for result in results) / len(results),
-            "error_after": sum(result.error_after for result in results) / len(results),
+            "error_before": sum(before for before, _ in errors) / len(errors),
+            "error_after": sum(after for _, after in errors) / len(errors),
             "units": float(len(results)),
             "restored": float(sum(not result.kept for result in results)),
             "step_seconds": sum(result.seconds for result in results),
