@@ -20,20 +20,26 @@ from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
 from .callbacks.stage import Stage
 from .module import QuantizationModule
+from .report.exhibit import Exhibit
 from .report.record import StageRecord, run_record
 
 log = logging.getLogger(__name__)
 
 PRESETS: dict[str, Callable[..., AdaQuant]] = {"default": AdaQuant, "paper": AdaQuant.paper}
-PIPELINES = ("calibrate", "light", "advanced", "sequential")
+PIPELINES = ("calibrate", "light", "advanced", "sequential", "mixed")
+
+# To find out how sensitive a layer is, its states at the candidate widths need not be perfect.
+_CANDIDATE_ITERATIONS = 100
 
 
 def make_stages(
     pipeline: str,
-    compression: float = 0.13,
+    compression: float | Sequence[float] | None = 0.13,
     candidates: Sequence[int | Sequence[int]] = (4, 8),
     observer: str = "mse",
     adaquant: Mapping[str, Any] | None = None,
+    preparation: Mapping[str, Any] | None = None,
+    allocation: Mapping[str, Any] | None = None,
     bias_tuning: Mapping[str, Any] | None = None,
     activation_budget: int | str | None = None,
     scratch_folder: str | Path | None = None,
@@ -48,8 +54,12 @@ def make_stages(
       tuning.
     - ``"sequential"``: BatchNorm tuning, sequential AdaQuant at the given widths, bias tuning.
 
-    ``"light"`` and ``"advanced"`` choose the widths of all layers but the first, the last and overridden ones
-    themselves, among ``candidates``; ``weight_bits`` and ``activation_bits`` then do not matter.
+    - ``"mixed"``: short parallel AdaQuant at every candidate width, bit allocation over the results, and then all of
+      ``"sequential"`` from the float weights at the widths chosen. With ``allocation={"sensitivity": ...}`` the first
+      part is left out.
+
+    ``"light"``, ``"advanced"`` and ``"mixed"`` choose the widths of all layers but the first, the last and overridden
+    ones themselves, among ``candidates``; ``weight_bits`` and ``activation_bits`` then do not matter.
 
     BatchNorm tuning measures the statistics of settled widths, so it comes after bit allocation. Before sequential
     AdaQuant it gives a better start. After it, it would only do harm: an output of least error has less variance than
@@ -62,6 +72,8 @@ def make_stages(
         candidates: See ``BitAllocation``.
         observer: Ranges of activations and weights, see ``Calibration``.
         adaquant: Further arguments of ``AdaQuant``; ``{"preset": "paper"}`` starts from the paper's settings.
+        preparation: Further arguments of the parallel ``AdaQuant`` that prepares the candidates of ``"mixed"``.
+        allocation: Further arguments of ``BitAllocation``.
         bias_tuning: Further arguments of ``BiasTuning``.
         activation_budget: Bytes of captured activations that may lie in memory, see ``AdaQuant``.
         scratch_folder: Where the rest lies meanwhile, see ``AdaQuant``.
@@ -79,9 +91,20 @@ def make_stages(
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     stages: list[Stage] = [Calibration(observer, observer)]
-    storage = {"activation_budget": activation_budget, "scratch_folder": scratch_folder}
+    storage: dict[str, Any] = {"activation_budget": activation_budget, "scratch_folder": scratch_folder}
     options = {"seed": seed, "state_folder": state_folder, **storage, **options}
-    if pipeline == "sequential":
+    table = None if state_folder is None else Path(state_folder) / "sensitivity.csv"
+    allocating: dict[str, Any] = {"compression": compression, "candidates": candidates, "table": table, **storage}
+    allocating |= allocation or {}
+    if pipeline == "mixed":
+        if "sensitivity" not in allocating:
+            folder = None if state_folder is None else Path(state_folder) / "candidates"
+            preparing = {"iterations": _CANDIDATE_ITERATIONS, "state_folder": folder, "seed": seed, **storage}
+            stages.append(
+                AdaQuant("parallel", "layer", candidates=candidates, **{**preparing, **(preparation or {})})
+            )
+        stages.append(BitAllocation(**{"start_over": True, **allocating}))
+    if pipeline in ("sequential", "mixed"):
         stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
         stages.append(make_adaquant(**{"mode": "sequential", **options}))
     if pipeline == "advanced":
@@ -89,9 +112,9 @@ def make_stages(
             make_adaquant(**{"mode": "parallel", "granularity": "layer", "candidates": candidates, **options})
         )
     if pipeline in ("light", "advanced"):
-        stages.append(BitAllocation(compression, candidates))
+        stages.append(BitAllocation(**allocating))
         stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
-    if pipeline in ("advanced", "sequential"):
+    if pipeline in ("advanced", "sequential", "mixed"):
         stages.append(BiasTuning(**{"seed": seed, **(bias_tuning or {})}))
     return stages
 
@@ -105,12 +128,14 @@ class StageOutcome:
         seconds: Without the evaluation after it.
         metrics: What the user's own validation logged after it.
         figures: What the stage itself measured.
+        exhibits: What it has to show as tables and pictures.
     """
 
     name: str
     seconds: float
     metrics: dict[str, float]
     figures: dict[str, float]
+    exhibits: Sequence[Exhibit] = ()
 
 
 @dataclass(frozen=True)
@@ -202,13 +227,25 @@ def run_stages(
     # for several dataloaders.
     batches: DataLoader[Any] = DataLoader(list(calibration), batch_size=None)  # type: ignore[arg-type]
 
-    def evaluate(name: str, step: int) -> dict[str, float]:
-        if validation is None:
-            return {}
+    def validate() -> dict[str, float]:
         # The user's step may use self.logger; what it logs there belongs to no stage.
         trainer = _quiet_trainer({**options, "logger": DummyLogger()}, callbacks)
         logged = trainer.validate(module, validation, verbose=False)
-        metrics = {key: float(value) for results in logged for key, value in results.items()}
+        return {key: float(value) for results in logged for key, value in results.items()}
+
+    def evaluate_meanwhile() -> dict[str, float]:
+        """Validate while another Trainer is at work on the module, and give it back as it was."""
+        trainer, device = module.trainer, module.device
+        try:
+            return validate()
+        finally:
+            module.trainer = trainer
+            module.to(device)
+
+    def evaluate(name: str, step: int) -> dict[str, float]:
+        if validation is None:
+            return {}
+        metrics = validate()
         for logger in loggers:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
         log.info("%s: %s", name, metrics)
@@ -221,8 +258,12 @@ def run_stages(
         float_metrics = evaluate("float", 0)
         for step, stage in enumerate(stages, start=1):
             stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+            if isinstance(stage, BitAllocation) and validation is not None:
+                stage.evaluate = evaluate_meanwhile
             _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
-            done.append(StageOutcome(stage.name, stage.seconds, evaluate(stage.name, step), stage.figures))
+            before = sum(other.name.split(" ")[0] == stage.name for other in done)
+            name = f"{stage.name} {before + 1}" if before else stage.name
+            done.append(StageOutcome(name, stage.seconds, evaluate(name, step), stage.figures, stage.exhibits))
     for stage in stages:
         stage.clean_up()
     samples = sum(batch_size(batch) for batch in batches)
@@ -257,7 +298,7 @@ def quantize(
         model: A trained ``LightningModule`` (or any ``nn.Module``, with ``validation_step=`` among the module options).
         calibration: Dataloader of calibration batches; labels are not used.
         validation: Dataloader(s) for the model's ``validation_step``, to evaluate before and after each stage.
-        pipeline: ``"calibrate"``, ``"light"``, ``"advanced"`` or ``"sequential"``; see ``make_stages``.
+        pipeline: ``"calibrate"``, ``"light"``, ``"advanced"``, ``"sequential"`` or ``"mixed"``; see ``make_stages``.
         calibration_samples: Use only the first batches of ``calibration`` that hold this many samples.
         stage_options: Further arguments of ``make_stages``.
         trainer_options: Further arguments of the ``Trainer``.

@@ -20,9 +20,12 @@ def set_up_logging(level: int | str = logging.INFO) -> None:
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:
-    """Print the record's table and write ``result.json`` and ``quantized.ckpt``."""
+    """Print the record's table; write ``result.json``, ``quantized.ckpt``, and each exhibit as CSV and PNG."""
     run.save(output / "quantized.ckpt")
     write_record(output / "result.json", record)
+    for stage in run.stages:
+        for exhibit in stage.exhibits:
+            exhibit.save(output)
     run.module.print_summary()
     print()
     print(record_table(record))

@@ -7,7 +7,12 @@ from torch.utils.data import DataLoader
 from lightning_calibtip import QuantizationModule, make_stages, quantize, run_stages
 from tests.conftest import TinyClassifier
 
-QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "compression": 0.2}
+QUICK = {
+    "adaquant": {"iterations": 3},
+    "preparation": {"iterations": 3},
+    "bias_tuning": {"epochs": 1},
+    "compression": 0.2,
+}
 
 
 @pytest.mark.parametrize(
@@ -17,10 +22,11 @@ QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "compressi
         ("light", ["Calibration", "BitAllocation", "BatchNormTuning"]),
         ("advanced", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"]),
         ("sequential", ["Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning"]),
+        ("mixed", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "AdaQuant 2", "BiasTuning"]),
     ],
 )
 def test_pipelines_have_their_stages_in_order(pipeline, names, tiny_classifier, loader):
-    assert [stage.name for stage in make_stages(pipeline)] == names
+    assert [stage.name for stage in make_stages(pipeline)] == [name.split(" ")[0] for name in names]
     run = quantize(tiny_classifier, loader, loader, pipeline, stage_options=QUICK, weight_bits=4, activation_bits=4)
     assert [stage.name for stage in run.stages] == names
     record = run.record("test", "tiny", "val_acc", 0)
@@ -103,6 +109,38 @@ def test_further_stages_can_run_on_the_result(tiny_classifier, loader):
     run_stages(module, make_stages("sequential", adaquant={"iterations": 100})[2:], loader)
     assert module.network.layers["net.blocks.0.conv1"].errors is not None
     assert not torch.equal(before, module.network.layers["net.blocks.0.conv1"].weight)
+
+
+def test_mixed_reconstructs_the_chosen_widths_as_sequential_would(tiny_classifier, loader, tmp_path):
+    """The candidates' states serve the choice alone: what follows starts from the float weights."""
+    mixed = quantize(tiny_classifier, loader, pipeline="mixed", stage_options=QUICK)
+    bits = {name: layer.bits for name, layer in mixed.module.network.layers.items()}
+    assert len(set(bits.values())) > 1
+    options = {key: value for key, value in QUICK.items() if key != "compression"}
+    chosen = quantize(tiny_classifier, loader, pipeline="sequential", stage_options=options, overrides=bits)
+    states = [run.module.network.layers.values() for run in (mixed, chosen)]
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one.integer_weight(), other.integer_weight()), one.name
+
+
+def test_mixed_takes_a_table_again_without_preparing_candidates(tiny_classifier, loader, tmp_path):
+    first = quantize(tiny_classifier, loader, pipeline="mixed", stage_options=QUICK)
+    exhibits = {exhibit.name: exhibit for exhibit in first.stages[2].exhibits}
+    exhibits["sensitivity"].save(tmp_path)
+    again = {**QUICK, "allocation": {"sensitivity": tmp_path / "sensitivity.csv"}}
+    run = quantize(tiny_classifier, loader, pipeline="mixed", stage_options=again)
+    assert [stage.name for stage in run.stages][1:3] == ["BitAllocation", "BatchNormTuning"]
+    assert run.stages[1].figures["predicted_loss"] == first.stages[2].figures["predicted_loss"]
+
+
+def test_a_sweep_evaluates_each_point_with_the_user_s_validation(tiny_classifier, loader):
+    options = {"compression": [0.1, 0.2], "candidates": [2, 4, 8], "allocation": {"checks": 2}}
+    run = quantize(tiny_classifier, loader, loader, "light", stage_options=options)
+    trade_off = run.stages[1].exhibits[-1]
+    assert trade_off.name == "trade_off" and trade_off.columns[-3:] == ["val_loss", "val_acc", "epoch_ends"]
+    assert [row[0] for row in trade_off.rows] == ["0.1", "0.2", "W2A2", "W4A4", "W8A8"]
+    assert all(0 <= row[-2] <= 1 and row[3] is not None for row in trade_off.rows)
+    assert run.metrics.keys() == run.float_metrics.keys()
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "advanced"])

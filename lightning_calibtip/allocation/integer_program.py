@@ -1,13 +1,73 @@
 """The integer program that picks one candidate for each layer (Hubara et al. 2021), on tables alone."""
 
 import math
-from collections.abc import Hashable, Mapping
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import pulp
 
 Candidate = TypeVar("Candidate", bound=Hashable)
+Table = Mapping[str, Mapping[Candidate, float]]
+
+SOLVERS = ("cbc", "highs")
+
+# Share by which a sum may exceed its limit: what adding up in another order can make.
+_ROUNDING = 1e-9
+
+# CBC's tolerances are absolute, about 1e-6: tables are scaled to sums of this order.
+_SCALE = 1e4
+
+
+@dataclass(frozen=True)
+class Budget(Generic[Candidate]):
+    """A limit on the sum of a table over the chosen candidates.
+
+    Args:
+        name: For messages and for ``Choice.costs``: ``"compression"``, ``"bit operations"``, ...
+        costs: Layer -> candidate -> cost, in any unit.
+        limit: Greatest allowed sum, in the same unit.
+    """
+
+    name: str
+    costs: Table[Candidate]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the program is solved.
+
+    Args:
+        name: ``"cbc"``, which comes with PuLP, or ``"highs"``, where ``highspy`` is installed.
+        time_limit: Seconds, above 0, after which the best choice so far is taken; None for none.
+        gap: Relative distance from the optimum, 0 to 1, at which the search may stop.
+
+    Raises:
+        ValueError: If a value is out of its range, or the solver is not installed.
+    """
+
+    name: str = "cbc"
+    time_limit: float | None = None
+    gap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.name!r}.")
+        if self.name == "highs" and not pulp.HiGHS().available():
+            raise ValueError("solver='highs' needs the package highspy: pip install highspy, or take 'cbc'.")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise ValueError(f"time_limit must be a finite number of seconds above 0, got {self.time_limit}.")
+        if not 0 <= self.gap < 1:
+            raise ValueError(f"gap must be from 0 to below 1, got {self.gap}.")
+
+    def make(self) -> Any:
+        """Solver of PuLP with these settings; one thread and a fixed seed, so that it repeats itself."""
+        options: dict[str, Any] = {"msg": False, "threads": 1, "timeLimit": self.time_limit, "gapRel": self.gap}
+        if self.name == "highs":
+            return pulp.HiGHS(**options, random_seed=0)
+        return pulp.PULP_CBC_CMD(**options, options=["randomSeed 0", "increment 1e-9"])
 
 
 @dataclass(frozen=True)
@@ -16,93 +76,231 @@ class Choice(Generic[Candidate]):
 
     Args:
         candidates: The chosen candidate of each layer.
-        predicted_loss: Sum of the chosen losses.
-        cost: Sum of the chosen costs, at most the budget.
+        objective: Sum of the chosen entries of the minimised table.
+        costs: Sum of the chosen costs by the budgets' names, each at most its limit.
+        proved: Whether the solver has proved that nothing better (by more than the gap) exists; False if time ran out.
     """
 
     candidates: dict[str, Candidate]
-    predicted_loss: float
-    cost: float
+    objective: float
+    costs: dict[str, float]
+    proved: bool
 
 
 class InfeasibleBudgetError(ValueError):
-    """No choice of candidates fits the budget."""
+    """No choice of candidates keeps all budgets."""
+
+
+@dataclass
+class _Slot(Generic[Candidate]):
+    """Layers that take the same candidate; ``options``: candidate -> its objective and its cost in each budget."""
+
+    layers: tuple[str, ...]
+    options: dict[Candidate, tuple[float, ...]]
 
 
 def choose_candidates(
-    losses: Mapping[str, Mapping[Candidate, float]], costs: Mapping[str, Mapping[Candidate, float]], budget: float
+    objective: Table[Candidate],
+    budgets: Sequence[Budget[Candidate]] = (),
+    groups: Iterable[Sequence[str]] = (),
+    solver: Solver | None = None,
 ) -> Choice[Candidate]:
-    """Least summed loss under a budget on the summed cost, with exactly one candidate a layer.
+    """Least sum of ``objective`` within all budgets, with exactly one candidate a layer.
+
+    With losses as the objective and sizes as a budget this is the paper's program; with sizes as the objective and
+    losses as a budget, its other formulation.
 
     Args:
-        losses: Layer -> candidate -> rise of the loss if only this layer takes the candidate. May be negative.
-        costs: The same keys -> cost, at least 0 (bits of the weights, say).
-        budget: Greatest allowed sum of costs, in the unit of ``costs``.
+        objective: Layer -> candidate -> what is added up and minimised; may be negative. A layer whose width is fixed
+            has a single candidate.
+        budgets: Limits, whose tables have the same layers and candidates.
+        groups: Layers that must take the same candidate; groups with a layer in common are one.
+        solver: See ``Solver``; CBC to the optimum if None.
 
     Returns:
-        The optimum (of equals, the one CBC finds with a single thread, which is deterministic).
+        The best choice. Of several equally good candidates of a layer the cheapest is taken, whatever the order of the
+        tables.
 
     Raises:
-        ValueError: If there is no layer, a layer has no candidate, the tables' keys differ, or a value is not finite;
-            the message names layer and candidate.
-        InfeasibleBudgetError: If even the cheapest choice is over the budget; states the reachable range.
-        RuntimeError: If the solver stops without a proved optimum.
+        ValueError: If there is no layer, a layer has no candidate, tables differ in their keys, a value is not finite
+            (the message names table, layer and candidate), a group names an unknown layer, or its layers have no
+            candidate in common.
+        InfeasibleBudgetError: If no choice keeps the budgets; states what is reachable.
+        RuntimeError: If the time limit ends the search before any choice is found.
 
     Example:
         >>> losses = {"a": {4: 0.5, 8: 0.0}, "b": {4: 0.1, 8: 0.0}}
-        >>> costs = {"a": {4: 40, 8: 80}, "b": {4: 40, 8: 80}}
-        >>> choose_candidates(losses, costs, budget=120)
-        Choice(candidates={'a': 8, 'b': 4}, predicted_loss=0.1, cost=120)
+        >>> sizes = {"a": {4: 40, 8: 80}, "b": {4: 40, 8: 80}}
+        >>> choose_candidates(losses, [Budget("bits", sizes, 120)])
+        Choice(candidates={'a': 8, 'b': 4}, objective=0.1, costs={'bits': 120}, proved=True)
+        >>> choose_candidates(sizes, [Budget("loss", losses, 0.2)]).objective
+        120
     """
-    _check(losses, costs)
-    least = sum(min(of_layer.values()) for of_layer in costs.values())
-    greatest = sum(max(of_layer.values()) for of_layer in costs.values())
-    if not budget >= least * (1 - 1e-12):
-        raise InfeasibleBudgetError(
-            f"No choice of candidates costs at most {budget:.6g}: the reachable range is {least:.6g} to {greatest:.6g}."
-        )
-    # CBC's tolerances are absolute, so both tables are brought to the order of 1.
-    loss_unit = max((abs(loss) for of_layer in losses.values() for loss in of_layer.values()), default=0.0) or 1.0
-    cost_unit = greatest or 1.0
-    program = pulp.LpProblem("bit_allocation", pulp.LpMinimize)
-    picks = {
-        (layer, candidate): pulp.LpVariable(f"pick_{i}_{j}", cat="Binary")
-        for i, (layer, of_layer) in enumerate(losses.items())
-        for j, candidate in enumerate(of_layer)
-    }
-    program += pulp.lpSum(losses[layer][candidate] / loss_unit * pick for (layer, candidate), pick in picks.items())
-    program += (
-        pulp.lpSum(costs[layer][candidate] / cost_unit * pick for (layer, candidate), pick in picks.items())
-        <= budget / cost_unit
-    )
-    for layer, of_layer in losses.items():
-        program += pulp.lpSum(picks[layer, candidate] for candidate in of_layer) == 1
-    status = program.solve(pulp.PULP_CBC_CMD(msg=False, threads=1, gapRel=0.0, options=["randomSeed 0"]))
-    if pulp.LpStatus[status] != "Optimal":
-        raise RuntimeError(f"The solver stopped with status {pulp.LpStatus[status]!r}; try another budget.")
-    # Binary variables come back as floats: the greatest of a layer is the pick.
-    chosen = {
-        layer: max(of_layer, key=lambda candidate: picks[layer, candidate].value() or 0.0)
-        for layer, of_layer in losses.items()
-    }
-    return Choice(
-        chosen,
-        sum(losses[layer][candidate] for layer, candidate in chosen.items()),
-        sum(costs[layer][candidate] for layer, candidate in chosen.items()),
-    )
+    solver = solver or Solver()
+    _check(objective, budgets)
+    slots = _merge(objective, budgets, groups)
+    _check_reachable(slots, budgets)
+    limits = [budget.limit + _ROUNDING * abs(budget.limit) for budget in budgets]
+    picked, proved = _solve(slots, limits, solver)
+    if picked is None:
+        raise InfeasibleBudgetError(_explain(slots, budgets, limits, solver))
+    chosen = {layer: candidate for slot, candidate in zip(slots, picked, strict=True) for layer in slot.layers}
+    candidates = {layer: chosen[layer] for layer in objective}
+    costs = {b.name: sum(b.costs[layer][candidate] for layer, candidate in candidates.items()) for b in budgets}
+    total = sum(objective[layer][candidate] for layer, candidate in candidates.items())
+    return Choice(candidates, total, costs, proved)
 
 
-def _check(losses: Mapping[str, Mapping[Candidate, float]], costs: Mapping[str, Mapping[Candidate, float]]) -> None:
-    if not losses:
+def reachable_range(table: Table[Candidate]) -> tuple[float, float]:
+    """Least and greatest sum of a table over one candidate a layer."""
+    least, greatest = (sum(pick(of_layer.values()) for of_layer in table.values()) for pick in (min, max))
+    return least, greatest
+
+
+def _check(objective: Table[Candidate], budgets: Sequence[Budget[Candidate]]) -> None:
+    if not objective:
         raise ValueError("There is no layer to choose bits for.")
-    if losses.keys() != costs.keys():
-        raise ValueError(f"losses and costs name different layers: {sorted(losses.keys() ^ costs.keys())}.")
-    for layer, of_layer in losses.items():
-        if not of_layer:
-            raise ValueError(f"{layer}: there is no candidate.")
-        if of_layer.keys() != costs[layer].keys():
-            raise ValueError(f"{layer}: losses and costs have different candidates.")
-        for what, table in (("loss", of_layer), ("cost", costs[layer])):
-            for candidate, value in table.items():
+    for name, table in [("objective", objective), *((budget.name, budget.costs) for budget in budgets)]:
+        if objective.keys() != table.keys():
+            raise ValueError(
+                f"objective and {name} name different layers: {', '.join(sorted(objective.keys() ^ table.keys()))}."
+            )
+        for layer, of_layer in table.items():
+            if not of_layer:
+                raise ValueError(f"{layer}: there is no candidate.")
+            if of_layer.keys() != objective[layer].keys():
+                raise ValueError(f"{layer}: objective and {name} have different candidates.")
+            for candidate, value in of_layer.items():
                 if not math.isfinite(value):
-                    raise ValueError(f"{layer} at {candidate}: the {what} is {value}; it must be a finite number.")
+                    raise ValueError(f"{layer} at {candidate}: the {name} is {value}; it must be a finite number.")
+    for budget in budgets:
+        if math.isnan(budget.limit):
+            raise ValueError(f"The limit of {budget.name} is not a number.")
+
+
+def _merge(
+    objective: Table[Candidate], budgets: Sequence[Budget[Candidate]], groups: Iterable[Sequence[str]]
+) -> list[_Slot[Candidate]]:
+    """A slot for each group and each single layer, in the order of names; tables are summed over a slot's layers."""
+    slot_of = {layer: {layer} for layer in objective}
+    for group in groups:
+        for layer in group:
+            if layer not in objective:
+                raise ValueError(f"groups: {layer!r} is no layer of the table; these are: {', '.join(objective)}.")
+        together = set().union(*(slot_of[layer] for layer in group))
+        for layer in together:
+            slot_of[layer] = together
+    slots = []
+    for layers in sorted({tuple(sorted(slot)) for slot in slot_of.values()}):
+        common = [c for c in objective[layers[0]] if all(c in objective[layer] for layer in layers)]
+        if not common:
+            raise ValueError(f"groups: {', '.join(layers)} must agree, but have no candidate in common.")
+        tables = [objective, *(budget.costs for budget in budgets)]
+        slots.append(_Slot(layers, {c: tuple(sum(t[layer][c] for layer in layers) for t in tables) for c in common}))
+    return slots
+
+
+def _least(slots: Sequence[_Slot[Candidate]], column: int) -> list[float]:
+    return [min(values[column] for values in slot.options.values()) for slot in slots]
+
+
+def _check_reachable(slots: Sequence[_Slot[Candidate]], budgets: Sequence[Budget[Candidate]]) -> None:
+    """Raise if a budget cannot be kept even alone."""
+    for column, budget in enumerate(budgets, start=1):
+        least = sum(_least(slots, column))
+        if budget.limit < least - _ROUNDING * abs(least):
+            greatest = sum(max(values[column] for values in slot.options.values()) for slot in slots)
+            raise InfeasibleBudgetError(
+                f"{budget.name}={budget.limit:.6g} is out of reach: with these candidates it can be {least:.6g} to "
+                f"{greatest:.6g}. Raise it, or add a cheaper candidate."
+            )
+
+
+def _affordable(
+    slot: _Slot[Candidate], slots: Sequence[_Slot[Candidate]], limits: Sequence[float]
+) -> dict[Candidate, tuple[float, ...]]:
+    """Candidates that fit if all other slots take their cheapest."""
+    kept = dict(slot.options)
+    for column, limit in enumerate(limits, start=1):
+        spare = limit - sum(_least(slots, column)) + min(values[column] for values in slot.options.values())
+        spare += _ROUNDING * abs(limit)
+        kept = {candidate: values for candidate, values in kept.items() if values[column] <= spare}
+    return kept
+
+
+def _undominated(options: Mapping[Candidate, tuple[float, ...]]) -> dict[Candidate, tuple[float, ...]]:
+    """Candidates that no other one is at least as good as, in the objective and every cost; of equals the first by
+    name."""
+    kept: dict[Candidate, tuple[float, ...]] = {}
+    for candidate, values in sorted(options.items(), key=lambda option: (option[1], repr(option[0]))):
+        if not any(all(a <= b for a, b in zip(better, values, strict=True)) for better in kept.values()):
+            kept[candidate] = values
+    return kept
+
+
+def _solve(
+    slots: Sequence[_Slot[Candidate]], limits: Sequence[float], solver: Solver
+) -> tuple[list[Candidate] | None, bool]:
+    """The candidate of each slot, or None if there is no choice within the limits; and whether that is proved."""
+    slots = [_Slot(slot.layers, _undominated(_affordable(slot, slots, limits))) for slot in slots]
+    if not all(slot.options for slot in slots):
+        return None, True
+    spare = [limit - sum(_least(slots, column)) for column, limit in enumerate(limits, start=1)]
+    if any(room < -_ROUNDING * abs(limit) for room, limit in zip(spare, limits, strict=True)):
+        return None, True
+    program = pulp.LpProblem("bit_allocation", pulp.LpMinimize)
+    picks = [
+        {candidate: pulp.LpVariable(f"pick_{i}_{j}", cat="Binary") for j, candidate in enumerate(slot.options)}
+        for i, slot in enumerate(slots)
+    ]
+
+    def weighted(column: int, unit: float) -> Any:
+        """Scaled sum of a column above its least value."""
+        return pulp.LpAffineExpression(
+            [
+                (pick, (slot.options[candidate][column] - least) / unit)
+                for slot, of_slot, least in zip(slots, picks, _least(slots, column), strict=True)
+                for candidate, pick in of_slot.items()
+            ]
+        )
+
+    spans = [max(values[0] for values in slot.options.values()) for slot in slots]
+    program += weighted(0, (sum(spans) - sum(_least(slots, 0)) or 1.0) / _SCALE)
+    for column, (room, limit) in enumerate(zip(spare, limits, strict=True), start=1):
+        unit = (max(room, _ROUNDING * abs(limit)) or 1.0) / _SCALE
+        program += weighted(column, unit) <= _SCALE
+    for of_slot in picks:
+        program += pulp.lpSum(of_slot.values()) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*PuLP 4.0.*", DeprecationWarning)
+        status = program.solve(solver.make())
+    if status == pulp.LpStatusInfeasible:
+        return None, True
+    if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        raise RuntimeError(
+            f"{solver.name} found no choice ({pulp.LpStatus[status]}) within time_limit={solver.time_limit} seconds; "
+            "raise it."
+        )
+    # Binary variables come back as floats: the greatest of a slot is the pick.
+    chosen = [max(of_slot, key=lambda candidate: of_slot[candidate].value() or 0.0) for of_slot in picks]
+    return chosen, bool(program.sol_status == pulp.LpSolutionOptimal)
+
+
+def _explain(
+    slots: Sequence[_Slot[Candidate]], budgets: Sequence[Budget[Candidate]], limits: Sequence[float], solver: Solver
+) -> str:
+    """Why budgets that can each be kept cannot be kept together."""
+    reachable = []
+    for column, budget in enumerate(budgets, start=1):
+        others = [i for i in range(1, len(budgets) + 1) if i != column]
+        turned = [
+            _Slot(slot.layers, {c: (v[column], *(v[i] for i in others)) for c, v in slot.options.items()})
+            for slot in slots
+        ]
+        picked, _ = _solve(turned, [limits[i - 1] for i in others], solver)
+        if picked is not None:
+            least = sum(slot.options[candidate][0] for slot, candidate in zip(turned, picked, strict=True))
+            reachable.append(f"{budget.name} down to {least:.6g} if the others are kept")
+    wanted = ", ".join(f"{budget.name}={budget.limit:.6g}" for budget in budgets)
+    detail = "; ".join(reachable) or "no budget can be kept together with the others"
+    return f"No choice of candidates keeps all budgets ({wanted}). Reachable: {detail}."

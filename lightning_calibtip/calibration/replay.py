@@ -42,6 +42,7 @@ class Replay:
         calibration: The batches.
         units: Names of the modules whose inputs will be asked for, in this order, none inside another.
         store: Where outputs are kept.
+        to_end: Whether ``run`` will be called, which needs what the model's own output depends on as well.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Replay:
     calibration: CalibrationSet
     units: list[str]
     store: ActivationStore = field(default_factory=ActivationStore)
+    to_end: bool = False
     _stored: dict[str, Recording] = field(default_factory=dict)
     _finished: set[str] = field(default_factory=set)
     _closed: dict[str, bool] = field(default_factory=dict)
@@ -77,6 +79,14 @@ class Replay:
         for name, outputs in promoted.items():
             if len(outputs) == batches:
                 self._store(name, outputs)
+
+    @torch.no_grad()
+    def run(self, index: int) -> Any:
+        """Pass batch ``index`` through the whole model, where everything finished answers with its stored outputs, and
+        return the model's output (``to_end`` only)."""
+        with ExitStack() as stack:
+            self._answer(stack, index)
+            return self.calibration.run(index)
 
     def forget(self) -> None:
         """Free everything that is stored; the replay is over."""
@@ -117,8 +127,7 @@ class Replay:
                 raise _ReachedUnit
 
         with ExitStack() as stack:
-            for name, stored in self._stored.items():
-                stack.enter_context(_answering(self.model.get_submodule(name), stored, index))
+            self._answer(stack, index)
             for name, outputs in promoted.items():
                 parent = self.model.get_submodule(name)
                 stack.callback(parent.register_forward_hook(_keep_in(outputs)).remove)
@@ -132,6 +141,11 @@ class Replay:
             f"{unit}: calibration batch {index} called it {len(captured)} times, the first batch {calls} times; "
             "leave it float with overrides={...: None}."
         )
+
+    def _answer(self, stack: ExitStack, index: int) -> None:
+        """Within ``stack``, everything stored answers for batch ``index``."""
+        for name, stored in self._stored.items():
+            stack.enter_context(_answering(self.model.get_submodule(name), stored, index))
 
     def _to_store(self, unit: str) -> list[str]:
         """Modules that this pass runs before it reaches the unit and that can be stored as a whole (outermost only):
@@ -178,11 +192,12 @@ class Replay:
         return not (made - returned) & read_outside
 
     def _live(self) -> set[str]:
-        """Stored modules whose outputs some unit to come depends on, by walking the operators backwards."""
+        """Stored modules whose outputs some unit to come, or the end, depends on: the operators are walked
+        backwards."""
         structure = self.structure
         stored_calls = {structure.calls_of[name][0].index: name for name in self._stored}
         pending = [name for name in self.units if not any(_is_inside(name, stored) for stored in self._stored)]
-        waiting: list[int] = []
+        waiting = self._ends() if self.to_end else []
         for name in pending:
             for call in structure.calls_of[name]:
                 waiting += [value.storage for value in call.reads]
@@ -205,6 +220,12 @@ class Replay:
                 else:
                     waiting += [value.storage for value in operator.reads]
         return live
+
+    def _ends(self) -> list[int]:
+        """Storages that may be the model's output: what outermost calls return, and what nothing reads."""
+        written = {value.storage for operator in self.structure.operators for value in operator.writes}
+        returned = {value.storage for call in self.structure.calls if call.outermost for value in call.writes}
+        return [*returned, *(written - self.structure.readers.keys())]
 
 
 def _is_inside(name: str, parent: str) -> bool:

@@ -26,7 +26,7 @@ class CalibTIP(pl.Callback):
     quantized module.
 
     Args:
-        pipeline: ``"light"``, ``"advanced"``, ``"sequential"`` or ``"calibrate"``; see ``make_stages``.
+        pipeline: ``"light"``, ``"advanced"``, ``"sequential"``, ``"mixed"`` or ``"calibrate"``; see ``make_stages``.
         weight_bits: Width of weights, 2 to 16.
         activation_bits: Width of the layers' inputs, 2 to 16.
         edge_bits: Width of the first and last layer, or None.
@@ -34,7 +34,7 @@ class CalibTIP(pl.Callback):
         symmetric: Whether weights are signed with a zero point of 0.
         per_channel: Whether weights have a scale for each output channel.
         activation_symmetric: The same as ``symmetric`` for the layers' inputs.
-        compression: Budget of ``"light"`` and ``"advanced"``, see ``BitAllocation``.
+        compression: Budget of ``"light"``, ``"advanced"`` and ``"mixed"``, see ``BitAllocation``.
         candidates: Their candidate widths.
         calibration_samples: How many samples to calibrate on.
         calibration_dataloader: Where they come from; the first of the training data if None (better without
@@ -60,7 +60,7 @@ class CalibTIP(pl.Callback):
         symmetric: bool = False,
         per_channel: bool = True,
         activation_symmetric: bool = False,
-        compression: float = 0.13,
+        compression: float | Sequence[float] | None = 0.13,
         candidates: Sequence[int | Sequence[int]] = (4, 8),
         calibration_samples: int = 1024,
         calibration_dataloader: Iterable[Any] | None = None,

@@ -9,6 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from ..module import QuantizationModule
+from ..report.exhibit import Exhibit
+from .exhibits import log_exhibits
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +28,14 @@ class Stage(pl.Callback, ABC):
     """A step of post-training quantization as a callback: ``run`` does the work.
 
     Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the
-    calibration data. ``seconds`` says how long the last run took, ``figures`` what it found.
+    calibration data. ``seconds`` says how long the last run took, ``figures`` what it found,
+    ``exhibits`` what it has to show as tables and pictures; loggers get them all.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.figures: dict[str, float] = {}
+        self.exhibits: list[Exhibit] = []
 
     @property
     def name(self) -> str:
@@ -79,4 +83,7 @@ class Stage(pl.Callback, ABC):
         figures = {f"{self.name}/{key}": value for key, value in {**self.figures, "seconds": self.seconds}.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
+        log_exhibits(trainer.loggers, self.name, self.exhibits, trainer.global_step)
+        for exhibit in self.exhibits:
+            log.info("\n%s: %s\n%s\n", self.name, exhibit.name, exhibit.text)
         log.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

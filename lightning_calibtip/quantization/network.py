@@ -198,6 +198,12 @@ class QuantizedNetwork:
             layer.fit_ranges(layer.bits)
             layer.set_enabled(True)
 
+    def start_over(self) -> None:
+        """Put all layers back to their float weights, with ranges alone at their present widths."""
+        for layer in self.layers.values():
+            layer.variants.clear()
+            layer.take(layer.bits)
+
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
         """Inside, the model computes quantized, or as the float model it was made from (BatchNorms folded).

@@ -1,6 +1,5 @@
 """What became of each finished unit, on disk: a run that was killed goes on from there."""
 
-import hashlib
 import io
 import json
 import os
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..calibration.calibration_set import CalibrationSet, plain
+from ..calibration.calibration_set import CalibrationSet
+from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..quantization.layers import LayerState, QuantizedLayer
 from .optimize import UnitResult
 from .units import Unit
@@ -71,25 +69,12 @@ def describe_run(
     units: Sequence[Unit], layers: Sequence[QuantizedLayer], calibration: CalibrationSet, settings: dict[str, Any]
 ) -> dict[str, str]:
     """What the result of a reconstruction depends on, in short."""
-    states = [layer.save() for layer in layers]
     return {
         **{name: repr(value) for name, value in settings.items()},
-        "units": _digest([unit.name for unit in units]),
-        "calibrated state": _digest([getattr(state, field.name) for state in states for field in fields(LayerState)]),
-        "calibration data": _digest(tree_leaves([plain(batch) for batch in calibration.batches])),
+        "units": digest([unit.name for unit in units]),
+        "calibrated state": digest_states(layer.save() for layer in layers),
+        "calibration data": digest_data(calibration),
     }
-
-
-def _digest(values: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().view(-1)
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-        else:
-            digest.update(repr(value).encode())
-    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:

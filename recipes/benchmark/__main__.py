@@ -1,6 +1,7 @@
-"""Measure the engine: ``python -m recipes.benchmark reconstruction --output runs/bench``."""
+"""Measure the engine: ``python -m recipes.benchmark reconstruction|allocation --output runs/bench``."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,15 @@ from lightning_calibtip.report.record import write_record
 from recipes.output import set_up_logging
 
 from .accuracy import measure_accuracy, measure_price, measure_samples
+from .allocation import measure_correlation, measure_replay, measure_solver
 from .figure import benchmark_figure
 from .growth import measure_growth
 from .memory import measure_memory
 from .step import measure_step
 
 PARTS = ("growth", "step", "memory", "accuracy", "samples", "price")
-_NEED_DATA = ("accuracy", "samples", "price")
+ALLOCATION_PARTS = ("solver", "sensitivity", "correlation")
+_NEED_DATA = ("accuracy", "samples", "price", "correlation")
 
 
 def reconstruction(
@@ -44,18 +47,8 @@ def reconstruction(
         ValueError: If a part is unknown, or there is no data or checkpoint for it.
     """
     set_up_logging("ERROR")
-    parts = PARTS if only is None else tuple(only.split(","))
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"only must name parts of {', '.join(PARTS)}, got {', '.join(unknown)!r}.")
-    if data is None and "CALIBTIP_TEST_DATA" in os.environ:
-        data = str(Path(os.environ["CALIBTIP_TEST_DATA"]) / "cifar10")
-    if checkpoint is None and data is not None and (Path(data) / "resnet20.pt").exists():
-        checkpoint = Path(data) / "resnet20.pt"
-    if any(part in _NEED_DATA for part in parts) and (data is None or checkpoint is None):
-        raise ValueError(
-            f"{', '.join(part for part in parts if part in _NEED_DATA)} need --data and --checkpoint (a trained "
-            f"ResNet-20); --only {','.join(part for part in PARTS if part not in _NEED_DATA)} needs none."
-        )
+    parts = _chosen_parts(only, PARTS)
+    data, checkpoint = _find_data(parts, PARTS, data, checkpoint)
     results: dict[str, Any] = {part: {} if part == "price" else [] for part in PARTS}
     for part in parts:
         if part == "growth":
@@ -79,5 +72,63 @@ def reconstruction(
     print(f"written to {output}")
 
 
+def allocation(
+    output: Path = Path("runs/bench"),
+    only: str | None = None,
+    data: str | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Measure bit allocation: seconds of the integer program, of the sensitivities, and how well losses are predicted.
+
+    Writes allocation.json. Parts that are not measured are empty in the file.
+
+    Args:
+        output: Folder for the results.
+        only: Parts to measure, separated by commas: solver, sensitivity, correlation; all if not given.
+        data: As for reconstruction; only its training images are used.
+        checkpoint: As for reconstruction.
+
+    Raises:
+        ValueError: If a part is unknown, or there is no data or checkpoint for it.
+    """
+    set_up_logging("ERROR")
+    parts = _chosen_parts(only, ALLOCATION_PARTS)
+    data, checkpoint = _find_data(parts, ALLOCATION_PARTS, data, checkpoint)
+    results: dict[str, Any] = {"solver": [], "sensitivity": {}, "correlation": {}}
+    for part in parts:
+        if part == "solver":
+            results[part] = measure_solver()
+        elif part == "sensitivity":
+            results[part] = measure_replay()
+        else:
+            assert data is not None and checkpoint is not None
+            results[part] = measure_correlation(checkpoint, data)
+        write_record(output / "allocation.json", results)
+    print(f"written to {output}")
+
+
+def _chosen_parts(only: str | None, parts: Sequence[str]) -> Sequence[str]:
+    chosen = parts if only is None else tuple(only.split(","))
+    if unknown := [part for part in chosen if part not in parts]:
+        raise ValueError(f"only must name parts of {', '.join(parts)}, got {', '.join(unknown)!r}.")
+    return chosen
+
+
+def _find_data(
+    chosen: Sequence[str], parts: Sequence[str], data: str | None, checkpoint: Path | None
+) -> tuple[str | None, Path | None]:
+    """Data and checkpoint, from the test data's folder where they are not given."""
+    if data is None and "CALIBTIP_TEST_DATA" in os.environ:
+        data = str(Path(os.environ["CALIBTIP_TEST_DATA"]) / "cifar10")
+    if checkpoint is None and data is not None and (Path(data) / "resnet20.pt").exists():
+        checkpoint = Path(data) / "resnet20.pt"
+    if any(part in _NEED_DATA for part in chosen) and (data is None or checkpoint is None):
+        raise ValueError(
+            f"{', '.join(part for part in chosen if part in _NEED_DATA)} need --data and --checkpoint (a trained "
+            f"ResNet-20); --only {','.join(part for part in parts if part not in _NEED_DATA)} needs none."
+        )
+    return data, checkpoint
+
+
 if __name__ == "__main__":
-    auto_cli({"reconstruction": reconstruction}, as_positional=False)
+    auto_cli({"reconstruction": reconstruction, "allocation": allocation}, as_positional=False)

@@ -17,16 +17,18 @@ def main(
     checkpoint: Path,
     data: str = "cifar10",
     model: Literal["resnet20", "resnet32", "resnet44", "resnet56"] = "resnet20",
-    pipeline: Literal["calibrate", "light", "advanced", "sequential"] = "sequential",
+    pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
     weight_bits: int = 4,
     activation_bits: int = 4,
     edge_bits: int | None = 8,
-    compression: float = 0.13,
+    compression: float | list[float] | None = 0.13,
     candidates: list[int | list[int]] | None = None,
     observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
     calibration_samples: int = 1024,
     split: Literal["test", "train"] = "test",
     adaquant: dict[str, Any] | None = None,
+    preparation: dict[str, Any] | None = None,
+    allocation: dict[str, Any] | None = None,
     bias_tuning: dict[str, Any] | None = None,
     activation_budget: str | None = None,
     seed: int = 0,
@@ -46,12 +48,15 @@ def main(
         weight_bits: Width of weights.
         activation_bits: Width of activations.
         edge_bits: Width of the first and last layer; null to treat them like the rest.
-        compression: Size budget of light and advanced: weight bits over 32 bits a weight.
-        candidates: Widths that light and advanced choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not given.
+        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight; a list for a sweep.
+        candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
+            given.
         observer: How ranges are chosen.
         calibration_samples: Number of training images to calibrate on.
         split: Evaluate on the test images, or on the training images that are not calibrated on (to choose settings).
         adaquant: Further arguments of AdaQuant.
+        preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
+        allocation: Further arguments of BitAllocation.
         bias_tuning: Further arguments of BiasTuning.
         activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
         seed: Of everything random.
@@ -74,6 +79,8 @@ def main(
             "candidates": candidates or [4, 8],
             "observer": observer,
             "adaquant": adaquant,
+            "preparation": preparation,
+            "allocation": allocation,
             "bias_tuning": bias_tuning,
             "activation_budget": activation_budget,
             "state_folder": state_folder(output),

@@ -16,15 +16,17 @@ from .model import MEAN, SIZES, STD, ImageNetClassifier
 def main(
     data: Path,
     model: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"] = "efficientnet_lite0",
-    pipeline: Literal["calibrate", "light", "advanced", "sequential"] = "sequential",
+    pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
     weight_bits: int = 4,
     activation_bits: int = 8,
     edge_bits: int | None = 8,
-    compression: float = 0.13,
+    compression: float | list[float] | None = 0.13,
     candidates: list[int | list[int]] | None = None,
     calibration_samples: int | None = None,
     split: Literal["validation", "train"] = "validation",
     adaquant: dict[str, Any] | None = None,
+    preparation: dict[str, Any] | None = None,
+    allocation: dict[str, Any] | None = None,
     activation_budget: str | None = None,
     seed: int = 0,
     accelerator: str = "auto",
@@ -42,12 +44,15 @@ def main(
         weight_bits: Width of weights.
         activation_bits: Width of activations.
         edge_bits: Width of the first and last layer; null to treat them like the rest.
-        compression: Size budget of light and advanced: weight bits over 32 bits a weight.
-        candidates: Widths that light and advanced choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not given.
+        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight; a list for a sweep.
+        candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
+            given.
         calibration_samples: Number of images to calibrate on; all if not given.
         split: Evaluate on the evaluation images, or on the calibration images that are not calibrated on (to choose
             settings).
         adaquant: Further arguments of AdaQuant.
+        preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
+        allocation: Further arguments of BitAllocation.
         activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
         seed: Of everything random.
         accelerator: Of the Trainer: cpu, gpu, auto, ...
@@ -67,6 +72,8 @@ def main(
             "compression": compression,
             "candidates": candidates or [4, 8],
             "adaquant": adaquant,
+            "preparation": preparation,
+            "allocation": allocation,
             "activation_budget": activation_budget,
             "state_folder": state_folder(output),
             "seed": seed,

@@ -1,16 +1,22 @@
+import logging
+import math
+
 import pytest
 import torch
 
-from lightning_calibtip.allocation.allocate import allocate
+from lightning_calibtip.allocation.allocate import Point, Sweep, allocate
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
-from lightning_calibtip.allocation.sensitivity import measure_sensitivity
-from lightning_calibtip.calibration.logits import kl_divergence
+from lightning_calibtip.allocation.problem import Goal
+from lightning_calibtip.allocation.sensitivity import Measurement
+from lightning_calibtip.calibration.losses import Loss
 from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set
 
 CANDIDATES = [(2, 8), (8, 8)]
+SMALL = Goal({"compression": 0.16})
 
 
 @pytest.fixture
@@ -19,45 +25,87 @@ def calibrated(tiny_resnet, images):
     return calibrated_network(tiny_resnet, calibration, weight_bits=8, activation_bits=8), calibration
 
 
-def test_sensitivity_is_the_rise_of_the_divergence_with_one_layer_changed(tiny_resnet, images, calibrated):
-    network, calibration = calibrated
-    table = measure_sensitivity(network, calibration, CANDIDATES)
-    assert list(table) == network.free_layers
-    with torch.no_grad():
-        with network.quantized(False):
-            target = [tiny_resnet(images)]
-        at_base = float(kl_divergence(tiny_resnet(images), target))
-        for name in network.free_layers:
-            network.layers[name].take((2, 8))
-            alone = float(kl_divergence(tiny_resnet(images), target))
-            network.layers[name].take((8, 8))
-            assert table[name][2, 8] == pytest.approx(alone - at_base, rel=1e-3, abs=1e-7)
-            assert table[name][8, 8] == 0
-
-
 def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(calibrated):
     network, calibration = calibrated
     sizes = {name: layer.weight.numel() for name, layer in network.layers.items()}
-    outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
-    bits = {name: layer.bits for name, layer in network.layers.items()}
-    assert {name: bits[name] for name in network.free_layers} == outcome.bits
+    outcome = allocate(network, calibration, CANDIDATES, SMALL, checks=0)
+    chosen, bits = outcome.chosen, {name: layer.bits for name, layer in network.layers.items()}
+    assert {name: bits[name] for name in network.free_layers} == chosen.bits
     assert bits["stem"] == bits["head"] == (8, 8)
     reached = sum(sizes[name] * bits[name][0] for name in sizes) / (32 * sum(sizes.values()))
-    assert outcome.compression == pytest.approx(reached) and reached <= 0.16
-    assert set(outcome.bits.values()) == {(2, 8), (8, 8)}
+    assert chosen.compression == chosen.costs["compression"] == pytest.approx(reached) and reached <= 0.16
+    assert set(chosen.bits.values()) == {(2, 8), (8, 8)}
     # All free layers have the same size here, so those at 8 bits must be the most sensitive ones.
-    worth = {name: outcome.sensitivity[name][2, 8] for name in network.free_layers}
-    wide = [worth[name] for name, widths in outcome.bits.items() if widths == (8, 8)]
-    narrow = [worth[name] for name, widths in outcome.bits.items() if widths == (2, 8)]
+    worth = {name: outcome.sensitivity.rise(name, (2, 8)) for name in network.free_layers}
+    wide = [worth[name] for name, widths in chosen.bits.items() if widths == (8, 8)]
+    narrow = [worth[name] for name, widths in chosen.bits.items() if widths == (2, 8)]
     assert min(wide) >= max(narrow)
+    assert chosen.predicted_loss == pytest.approx(sum(narrow))
+    assert chosen.measured_loss == pytest.approx(Loss(network, calibration)() - outcome.sensitivity.base_loss)
+    assert outcome.curve == [chosen] and outcome.uniform == []
+
+
+def test_every_budget_holds_at_once(calibrated):
+    network, calibration = calibrated
+    candidates = [(2, 4), (2, 8), (4, 4), (4, 8), (8, 8)]
+    latency = {name: {bits: bits[0] * bits[1] / 64 for bits in [*candidates, (8, 8)]} for name in network.layers}
+    everything = ("compression", "weight_bytes", "bit_operations", "activation_bytes", "latency")
+    wide = allocate(network, calibration, candidates, Goal({"compression": 1.0}, latency_table=latency)).chosen
+    assert set(wide.costs) == {"compression", "latency"} and wide.predicted_loss <= 0
+    least = {
+        name: allocate(
+            network, calibration, candidates, Goal({"loss": 1e9}, name, latency_table=latency), checks=0
+        ).chosen.costs[name]
+        for name in everything
+    }
+    limits = {name: value * 1.5 for name, value in least.items()}
+    chosen = allocate(network, calibration, candidates, Goal(limits, latency_table=latency)).chosen
+    assert chosen.costs.keys() == limits.keys()
+    assert all(chosen.costs[name] <= limits[name] * (1 + 1e-9) for name in limits)
+    assert any(bits not in ((2, 4), (8, 8)) for bits in chosen.bits.values())
+
+
+def test_least_size_under_a_loss_budget_is_checked_by_the_true_loss(calibrated):
+    network, calibration = calibrated
+    goal = Goal({"loss": 0.02}, "compression")
+    outcome = allocate(network, calibration, [(2, 8), (3, 8), (4, 8), (8, 8)], goal)
+    chosen = outcome.chosen
+    assert chosen.measured_loss <= 0.02
+    assert Loss(network, calibration)() - outcome.sensitivity.base_loss == pytest.approx(chosen.measured_loss)
+    assert chosen.compression < 0.25
+
+
+def test_a_loss_budget_that_cannot_be_kept_is_said(calibrated, caplog, monkeypatch):
+    network, calibration = calibrated
+    measured = Loss.__call__
+    calls = iter(range(1000))
+    # The single-layer losses are measured truly, the models that are chosen all seem bad.
+    monkeypatch.setattr(
+        Loss, "__call__", lambda self, run=None: measured(self, run) + (next(calls) > 4 and run is None)
+    )
+    with caplog.at_level(logging.WARNING):
+        allocate(network, calibration, CANDIDATES, Goal({"loss": 0.02}, "compression"))
+    assert "above max_loss=0.02: allow more bits" in caplog.text
+
+
+def test_groups_agree(calibrated):
+    network, calibration = calibrated
+    goal = Goal({"compression": 0.2}, groups=[["blocks.0.conv1", "blocks.1.*"]])
+    bits = allocate(network, calibration, CANDIDATES, goal).chosen.bits
+    assert bits["blocks.0.conv1"] == bits["blocks.1.conv1"] == bits["blocks.1.conv2"]
+    # The stem, whose width is fixed, feeds the same sum as the first block's second layer.
+    bits = allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}, agree_on_add=True)).chosen.bits
+    assert bits["blocks.0.conv2"] == (8, 8)
+    with pytest.raises(ValueError, match="groups: 'conv9' matches no quantized layer"):
+        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}, groups=[["conv9"]]))
 
 
 def test_reconstructed_states_are_used_where_there_are_some(calibrated):
     network, calibration = calibrated
     how = Reconstruction(AdaQuantSettings(iterations=20, batch_size=16), "parallel", "layer")
     adaquant_candidates(network, calibration, how, CANDIDATES)
-    outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
-    for name, widths in outcome.bits.items():
+    outcome = allocate(network, calibration, CANDIDATES, SMALL)
+    for name, widths in outcome.chosen.bits.items():
         layer = network.layers[name]
         assert torch.equal(layer.weight, layer.variants[widths].weight)
         assert layer.errors == layer.variants[widths].errors
@@ -68,15 +116,135 @@ def test_work_done_before_allocation_is_kept(calibrated):
     settings = AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1)
     adaquant(network, calibration, Reconstruction(settings, "parallel", "layer"))
     before = {name: network.layers[name].save() for name in network.free_layers}
-    outcome = allocate(network, calibration, CANDIDATES, compression=0.16)
-    wide = [name for name, widths in outcome.bits.items() if widths == (8, 8)]
+    outcome = allocate(network, calibration, CANDIDATES, SMALL)
+    wide = [name for name, widths in outcome.chosen.bits.items() if widths == (8, 8)]
     assert wide and all(torch.equal(network.layers[name].weight, before[name].weight) for name in wide)
 
 
-def test_unreachable_compression_states_the_range(calibrated):
+def test_a_misleading_table_is_found_out(calibrated, tmp_path):
     network, calibration = calibrated
+    candidates, goal = [(2, 8), (3, 8), (8, 8)], Goal({"compression": 0.11})
+    table = allocate(network, calibration, candidates, goal).sensitivity
+    for of_layer in table.losses.values():
+        of_layer[2, 8], of_layer[3, 8] = table.base_loss - 1, table.base_loss
+    table.write(tmp_path / "table.csv")
+    again = Measurement(again=tmp_path / "table.csv")
+    misled = allocate(network, calibration, candidates, goal, again, checks=0).chosen
+    assert set(misled.bits.values()) == {(2, 8)}
+    checked = allocate(network, calibration, candidates, goal, again).chosen
+    assert checked.measured_loss < misled.measured_loss
+    network_loss = Loss(network, calibration)() - table.base_loss
+    assert network_loss == pytest.approx(checked.measured_loss) and checked.compression <= 0.11
+
+
+def test_checks_are_as_many_as_asked(calibrated, monkeypatch):
+    network, calibration = calibrated
+    counted = []
+    measured = Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda self, run=None: counted.append(run) or measured(self, run))
+    goal = Goal({"compression": 0.2})
+    for checks in (0, 1, 5):
+        counted.clear()
+        allocate(network, calibration, [(2, 8), (3, 8), (4, 8), (8, 8)], goal, checks=checks)
+        assert sum(run is None for run in counted) == 1 + 1 + checks
+
+
+def test_a_sweep_solves_all_from_one_table_and_picks_by_rule(calibrated):
+    network, calibration = calibrated
+    candidates, sizes = [(2, 8), (3, 8), (4, 8), (8, 8)], [0.16, 0.1, 0.2, 0.24]
+    seen = []
+
+    def evaluate():
+        seen.append({name: layer.bits for name, layer in network.layers.items()})
+        return {"top1": float(len(seen))}
+
+    goal = Goal({"compression": 0.24})
+    outcome = allocate(network, calibration, candidates, goal, sweep=Sweep(sizes), evaluate=evaluate)
+    assert [point.label for point in outcome.curve] == ["0.16", "0.1", "0.2", "0.24"]
+    assert all(point.compression <= size * (1 + 1e-9) for point, size in zip(outcome.curve, sizes, strict=True))
+    by_size = sorted(outcome.curve, key=lambda point: point.compression)
+    predicted = [point.predicted_loss for point in by_size]
+    assert predicted == sorted(predicted, reverse=True)
+    assert [point.label for point in outcome.uniform] == ["W2A8", "W3A8", "W4A8", "W8A8"]
+    assert outcome.uniform[-1].measured_loss == pytest.approx(0, abs=1e-6)
+    assert [point.metrics["top1"] for point in [*outcome.curve, *outcome.uniform]] == [float(i) for i in range(1, 9)]
+    for point, bits in zip([*outcome.curve, *outcome.uniform], seen, strict=True):
+        assert point.bits.items() <= bits.items()
+    assert outcome.chosen.measured_loss == min(point.measured_loss for point in outcome.curve)
+    assert {name: network.layers[name].bits for name in network.free_layers} == outcome.chosen.bits
+
+
+def points(*values):
+    return [Point(str(size), {}, size, loss, loss, {}) for size, loss in values]
+
+
+def test_picking_rules():
+    curve = points((0.2, 0.1), (0.1, 1.0), (0.15, 0.5))
+    sizes = [0.1, 0.15, 0.2]
+    assert Sweep(sizes).pick(curve).compression == 0.2
+    assert Sweep(sizes, under=0.16).pick(curve).compression == 0.15
+    assert Sweep(sizes, max_degradation=0.6).pick(curve).compression == 0.15
+    with pytest.raises(
+        ValueError, match=r"degradation of at most 0.05. Measured .*0.1000: 1, 0.1500: 0.5, 0.2000: 0.1"
+    ):
+        Sweep(sizes, max_degradation=0.05).pick(curve)
+    with pytest.raises(ValueError, match="pick a point of a sweep: give compression as a list"):
+        Sweep(under=0.1)
+
+
+def test_a_table_is_taken_again_without_measuring(calibrated, tmp_path, monkeypatch, caplog):
+    network, calibration = calibrated
+    path = tmp_path / "table.csv"
+    initial = {name: layer.save() for name, layer in network.layers.items()}
+    first = allocate(network, calibration, CANDIDATES, SMALL, Measurement(path=path))
+    runs = []
+    measured = Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda self, run=None: runs.append(run) or measured(self, run))
+    for name, layer in network.layers.items():
+        layer.variants.clear()
+        layer.restore(initial[name])
+    again = allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=path), checks=0)
+    assert again.sensitivity == first.sensitivity and runs == [None]
+    assert not caplog.text
+    calibration.batches.pop()
+    allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=path), checks=0)
+    assert "was measured with other states of the layers, or on other samples" in caplog.text
+
+
+def test_a_table_that_does_not_fit_is_refused(calibrated, images, tmp_path):
+    network, calibration = calibrated
+    path = tmp_path / "table.csv"
+    allocate(network, calibration, CANDIDATES, SMALL, Measurement(path=path))
+    again = Measurement(again=path)
+    with pytest.raises(ValueError, match=r"lacks measurements: .*blocks.0.conv1.*\(4, 8\)"):
+        allocate(network, calibration, [*CANDIDATES, (4, 8)], SMALL, again)
+    with pytest.raises(ValueError, match="was measured with metric kl, this run has mse"):
+        allocate(network, calibration, CANDIDATES, SMALL, Measurement("mse", again=path))
+    with pytest.raises(ValueError, match=r"was measured with base \(8, 8\), this run has \(16, 8\)"):
+        allocate(network, calibration, [*CANDIDATES, (16, 8)], SMALL, again)
+    with pytest.raises(FileNotFoundError):
+        allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=tmp_path / "other.csv"))
+    other = TinyResNet(blocks=3).eval()
+    calibration = calibration_set(other, images)
+    network = calibrated_network(other, calibration)
+    with pytest.raises(ValueError, match=r"table\.csv was measured on another model"):
+        allocate(network, calibration, CANDIDATES, SMALL, again)
+
+
+def test_a_measurement_that_is_not_finite_is_named(calibrated):
+    network, calibration = calibrated
+    values = iter([0.1, 0.2, math.nan])
+    with pytest.raises(ValueError, match=r"the loss with blocks\.0\.conv2 at 2 bits of weight and 8 .* is nan"):
+        allocate(network, calibration, CANDIDATES, SMALL, Measurement(lambda o, b: next(values), samples=16))
+
+
+def test_unreachable_compression_states_the_range_before_anything_is_measured(calibrated, monkeypatch):
+    network, calibration = calibrated
+    monkeypatch.setattr(Loss, "__init__", None)
     with pytest.raises(InfeasibleBudgetError, match=r"compression=0.03 is out of reach: .* 0\.0\d+ to 0\.25"):
-        allocate(network, calibration, CANDIDATES, compression=0.03)
+        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.03}))
+    with pytest.raises(InfeasibleBudgetError, match=r"compression=0.03 is out of reach"):
+        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}), sweep=Sweep([0.2, 0.03]))
     assert all(layer.bits == (8, 8) for layer in network.layers.values())
 
 
@@ -84,11 +252,28 @@ def test_float_layers_count_with_32_bits(tiny_resnet, images):
     calibration = calibration_set(tiny_resnet, images)
     network = calibrated_network(tiny_resnet, calibration, overrides={"blocks.0.*": None})
     with pytest.raises(InfeasibleBudgetError):
-        allocate(network, calibration, CANDIDATES, compression=0.3)
+        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.3}))
 
 
 def test_nothing_free_to_choose_is_an_error(tiny_resnet, images):
     calibration = calibration_set(tiny_resnet, images)
     network = calibrated_network(tiny_resnet, calibration, overrides={"*": 8})
     with pytest.raises(ValueError, match="No layer's width is free"):
-        allocate(network, calibration, CANDIDATES, compression=0.3)
+        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.3}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limits": {}}, "minimise='loss' needs a budget other than the loss"),
+        ({"limits": {"size": 1.0}}, "A budget must be one of compression, .*, got 'size'"),
+        ({"limits": {"bit_operations": -1.0}}, "bit_operations must be above 0, got -1"),
+        ({"limits": {"compression": 1.5}}, "compression must be at most 1, got 1.5"),
+        ({"limits": {"compression": 0.5}, "minimise": "top1"}, "minimise must be one of loss, compression"),
+        ({"limits": {"compression": 0.5}, "minimise": "bit_operations"}, "needs max_loss"),
+        ({"limits": {"latency": 0.5}}, "latency needs a latency_table"),
+    ],
+)
+def test_bad_goals_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Goal(**options)

@@ -51,7 +51,7 @@ def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_tra
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"pipeline": "fast"}, "pipeline must be one of calibrate, light, advanced, sequential, got 'fast'"),
+        ({"pipeline": "fast"}, "pipeline must be one of calibrate, light, advanced, sequential, mixed, got 'fast'"),
         ({"weight_bits": 1}, "weight_bits must be"),
         ({"calibration_samples": 0}, "calibration_samples must be at least 1"),
         ({"pipeline": "light", "compression": 2.0}, "compression must be"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from lightning_calibtip import (
     AdaQuant,
@@ -125,7 +125,20 @@ def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, 
         (lambda: AdaQuant(drop_probability=1.5), "drop_probability must be from 0 to 1, got 1.5"),
         (lambda: AdaQuant(activation_budget="much"), "activation_budget must be a positive number of bytes"),
         (lambda: AdaQuant(storage="int8"), "storage must be one of float32, bfloat16, got 'int8'"),
-        (lambda: BitAllocation(compression=0), "compression must be above 0 and at most 1, got 0"),
+        (lambda: BitAllocation(compression=0), "compression must be above 0, got 0"),
+        (lambda: BitAllocation(compression=1.5), "compression must be at most 1, got 1.5"),
+        (lambda: BitAllocation(compression=[0.1, 1.5]), "compression must be above 0 and at most 1, got 1.5"),
+        (lambda: BitAllocation(compression=[]), "a list with at least one, got an empty list"),
+        (lambda: BitAllocation(compression=None), "minimise='loss' needs a budget"),
+        (lambda: BitAllocation(candidates=[]), "at least two different widths"),
+        (lambda: BitAllocation(candidates=[4, 17]), "candidates must be an integer from 2 to 16, got 17"),
+        (lambda: BitAllocation(weight_bytes="lots"), "weight_bytes must be a positive number of bytes"),
+        (lambda: BitAllocation(max_degradation=0.1), "pick a point of a sweep"),
+        (lambda: BitAllocation(checks=-1), "checks must be at least 0, got -1"),
+        (lambda: BitAllocation(metric="top1"), "metric must be kl, mse or a function"),
+        (lambda: BitAllocation(samples=0), "samples must be at least 1, got 0"),
+        (lambda: BitAllocation(solver="glpk"), "solver must be one of cbc, highs, got 'glpk'"),
+        (lambda: BitAllocation(latency=3.0), "latency needs a latency_table"),
         (lambda: BitAllocation(candidates=[4]), "at least two different widths"),
         (lambda: BatchNormTuning("gamma"), "reference must be one of"),
         (lambda: BiasTuning(epochs=0), "epochs must be at least 1"),
@@ -134,6 +147,107 @@ def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, 
 def test_bad_settings_raise_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_every_option_of_bit_allocation_reaches_the_program(
+    tiny_classifier, loader, make_trainer, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def watching(network, calibration, candidates, goal, measurement, sweep, checks, store, evaluate):
+        seen.update(locals())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_calibtip.callbacks.bit_allocation.allocate", watching)
+
+    def metric(output, batch):
+        return 0.0
+
+    stage = BitAllocation(
+        compression=[0.1, 0.2],
+        candidates=[[2, 8], 4],
+        weight_bytes="2kB",
+        bit_operations=1e6,
+        activation_bytes=300,
+        latency=4.0,
+        latency_table={"a": {4: 1.0}},
+        max_loss=0.5,
+        minimise="latency",
+        groups=[["a", "b"]],
+        agree_on_input=True,
+        agree_on_add=True,
+        metric=metric,
+        samples=7,
+        checks=3,
+        pick_under=0.15,
+        max_degradation=0.25,
+        sensitivity=tmp_path / "again.csv",
+        table=tmp_path / "table.csv",
+        solver="cbc",
+        time_limit=9.0,
+        gap=0.01,
+        activation_budget="5kB",
+        scratch_folder=tmp_path,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(QuantizationModule(tiny_classifier))
+    assert seen["candidates"] == [(2, 8), (4, 4)] and seen["checks"] == 3
+    goal, measurement, sweep = seen["goal"], seen["measurement"], seen["sweep"]
+    costs = {"compression": 0.2, "weight_bytes": 2000, "bit_operations": 1e6, "activation_bytes": 300, "latency": 4.0}
+    assert goal.limits == {**costs, "loss": 0.5} and goal.minimise == "latency"
+    assert goal.latency_table == {"a": {4: 1.0}} and goal.groups == [["a", "b"]]
+    assert goal.agree_on_input and goal.agree_on_add
+    assert (goal.solver.name, goal.solver.time_limit, goal.solver.gap) == ("cbc", 9.0, 0.01)
+    assert (measurement.metric, measurement.samples) == (metric, 7)
+    assert (measurement.path, measurement.again) == (tmp_path / "table.csv", tmp_path / "again.csv")
+    assert (sweep.compression, sweep.under, sweep.max_degradation) == ([0.1, 0.2], 0.15, 0.25)
+    assert (seen["store"].budget, seen["store"].folder) == (5000, tmp_path)
+
+
+class Board(Logger):
+    """Takes figures as TensorBoard's logger does."""
+
+    def __init__(self):
+        super().__init__()
+        self.figures = {}
+
+    @property
+    def experiment(self):
+        return self
+
+    def add_figure(self, key, figure, step):
+        self.figures[key] = figure
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+    @property
+    def name(self):
+        return "board"
+
+    @property
+    def version(self):
+        return 0
+
+
+def test_loggers_get_the_tables_and_pictures_that_they_can_take(
+    tiny_classifier, loader, make_trainer, tmp_path, caplog
+):
+    board, wandb = Board(), WandbLogger(save_dir=tmp_path, project="test")
+    stage = BitAllocation([0.1, 0.2], candidates=[2, 4, 8], checks=0)
+    trainer = make_trainer(Calibration(), stage, logger=[board, wandb, CSVLogger(tmp_path / "csv")])
+    with caplog.at_level("INFO", "lightning_calibtip"):
+        trainer.fit(QuantizationModule(tiny_classifier), loader)
+    wandb.experiment.finish()
+    names = {"allocation", "sensitivity", "trade_off"}
+    assert {exhibit.name for exhibit in stage.exhibits} == names
+    assert board.figures.keys() == {f"BitAllocation/{name}" for name in names}
+    assert "net.blocks.0.conv1" in caplog.text and "rise of the loss alone" in caplog.text
+    media = next((tmp_path / "wandb").glob("offline-run-*")) / "files" / "media"
+    assert len(list(media.rglob("*.png"))) == len(list(media.rglob("*.table.json"))) == 3
 
 
 def test_papers_preset_takes_further_arguments():

@@ -1,0 +1,94 @@
+"""Checking an allocation by its true loss: the sum of single-layer losses is a prediction, not a measurement."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+
+from ..quantization.scheme import Bits
+from .problem import Problem
+
+log = logging.getLogger(__name__)
+
+Assignment = Mapping[str, Bits]
+
+# Of each kind, how many changes of one layer or group are combined.
+_MOVES = 24
+
+
+def improve(
+    problem: Problem,
+    chosen: Assignment,
+    limits: Mapping[str, float],
+    measure: Callable[[Assignment], float],
+    checks: int,
+) -> tuple[Assignment, float]:
+    """Measure the choice and up to ``checks`` alternatives within the same limits; the best so far is kept.
+
+    First come the uniform widths that fit, which no mix should lose to; then the neighbours of the best choice that
+    promise most by the predicted losses: one layer (or group) raised, or one raised and another lowered. A neighbour
+    that measures better becomes the new best choice.
+
+    Args:
+        problem: With its losses.
+        chosen: The program's choice, for all layers.
+        limits: Of its costs.
+        measure: Puts a choice into the model and gives its loss.
+        checks: How many alternatives are measured, at least 0.
+
+    Returns:
+        The best choice and its measured loss.
+    """
+    best, least = dict(chosen), measure(chosen)
+    tried = {_key(chosen)}
+    left = checks
+    for candidate in {bits for name in problem.free for bits in problem.options[name]}:
+        uniform = problem.uniform(candidate)
+        if left and _key(uniform) not in tried and problem.fits(uniform, limits):
+            left -= 1
+            tried.add(_key(uniform))
+            if (loss := measure(uniform)) < least:
+                log.info("All layers at W%dA%d measure better than the chosen mix.", *candidate)
+                best, least = uniform, loss
+    found = True
+    while left and found:
+        found = False
+        for neighbour in _neighbours(problem, best, limits):
+            if _key(neighbour) in tried:
+                continue
+            if not left:
+                break
+            left -= 1
+            tried.add(_key(neighbour))
+            if (loss := measure(neighbour)) < least:
+                best, least, found = dict(neighbour), loss, True
+                break
+    return best, least
+
+
+def _key(bits: Assignment) -> tuple[tuple[str, Bits], ...]:
+    return tuple(sorted(bits.items()))
+
+
+def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float]) -> Iterator[dict[str, Bits]]:
+    """Choices that differ in one or two slots and keep the limits, the most promising first."""
+    predicted = problem.total("loss", bits)
+    moves = [(problem.total("loss", {**bits, **move}) - predicted, move) for move in _moves(problem, bits)]
+    moves.sort(key=lambda move: (move[0], _key(move[1])))
+    raised = [move for move in moves if move[0] < 0][:_MOVES]
+    lowered = [move for move in moves if move[0] >= 0][:_MOVES]
+    changes = [(gain, change) for gain, change in raised]
+    changes += [(up + down, {**b, **a}) for (up, a), (down, b) in product(raised, lowered) if not a.keys() & b.keys()]
+    changes += lowered
+    for _, change in sorted(changes, key=lambda change: (change[0], _key(change[1]))):
+        neighbour = {**bits, **change}
+        if problem.fits(neighbour, limits):
+            yield neighbour
+
+
+def _moves(problem: Problem, bits: Assignment) -> Iterator[dict[str, Bits]]:
+    """Changes of one slot to another of its candidates."""
+    grouped = {name for group in problem.groups for name in group}
+    for slot in [*problem.groups, *([name] for name in problem.free if name not in grouped)]:
+        for candidate in problem.options[slot[0]]:
+            if candidate != bits[slot[0]] and all(candidate in problem.options[name] for name in slot):
+                yield dict.fromkeys(slot, candidate)

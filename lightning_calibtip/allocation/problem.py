@@ -1,0 +1,148 @@
+"""The allocation problem of one model: its tables, what is minimised, and what is limited."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..calibration.calibration_set import CalibrationSet
+from ..quantization.network import QuantizedNetwork
+from ..quantization.scheme import Bits
+from .costs import (
+    CostTable,
+    LatencyTable,
+    activation_bytes,
+    bit_operations,
+    latencies,
+    measure_work,
+    open_candidates,
+    weight_bytes,
+    weight_ratios,
+)
+from .groups import feeding_an_add, named_groups, sharing_an_input
+from .integer_program import Budget, Choice, Solver, choose_candidates
+from .table import SensitivityTable
+
+COSTS = ("compression", "weight_bytes", "bit_operations", "activation_bytes", "latency")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted of an allocation.
+
+    Args:
+        limits: Greatest value of ``"compression"`` (bits of the weights over 32 bits each), ``"weight_bytes"``,
+            ``"bit_operations"`` a sample, ``"activation_bytes"`` a sample, ``"latency"``, or ``"loss"`` (rise over the
+            base); at least one.
+        minimise: ``"loss"`` or one of the costs, which then needs a limit on the loss.
+        latency_table: See ``latencies``; needed for ``"latency"``.
+        groups: Lists of names or patterns of layers that must take the same width.
+        agree_on_input: Whether layers that read the same tensor must.
+        agree_on_add: Whether layers whose outputs are added up must.
+        solver: See ``Solver``.
+
+    Raises:
+        ValueError: If a name is unknown, a limit is not positive, or something needed is missing.
+    """
+
+    limits: Mapping[str, float]
+    minimise: str = "loss"
+    latency_table: LatencyTable | None = None
+    groups: Sequence[Sequence[str]] = ()
+    agree_on_input: bool = False
+    agree_on_add: bool = False
+    solver: Solver = field(default_factory=Solver)
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits.items():
+            if name not in (*COSTS, "loss"):
+                raise ValueError(f"A budget must be one of {', '.join((*COSTS, 'loss'))}, got {name!r}.")
+            if not limit > 0:
+                raise ValueError(f"{name} must be above 0, got {limit}.")
+        if self.limits.get("compression", 0.0) > 1:
+            raise ValueError(f"compression must be at most 1, got {self.limits['compression']}.")
+        if self.minimise not in (*COSTS, "loss"):
+            raise ValueError(f"minimise must be one of {', '.join(('loss', *COSTS))}, got {self.minimise!r}.")
+        if self.minimise == "loss" and ("loss" in self.limits or not self.limits):
+            raise ValueError(
+                "minimise='loss' needs a budget other than the loss: compression, weight_bytes, bit_operations, "
+                "activation_bytes or latency."
+            )
+        if self.minimise != "loss" and "loss" not in self.limits:
+            raise ValueError(f"minimise={self.minimise!r} needs max_loss, or every layer would take the fewest bits.")
+        if "latency" in (*self.limits, self.minimise) and self.latency_table is None:
+            raise ValueError("latency needs a latency_table: layer -> width -> latency.")
+
+
+class Problem:
+    """The tables of one model; once it has losses, it can be solved for any limits.
+
+    Args:
+        network: Calibrated.
+        calibration: One batch is run to count operations, if the goal asks for them.
+        candidates: ``(weight_bits, activation_bits)`` pairs for the free layers.
+        goal: See ``Goal``.
+
+    Raises:
+        ValueError: If the goal names unknown layers.
+        InfeasibleBudgetError: If no choice keeps the budgets, whatever the losses.
+    """
+
+    def __init__(
+        self, network: QuantizedNetwork, calibration: CalibrationSet, candidates: Sequence[Bits], goal: Goal
+    ) -> None:
+        self.goal, self.free = goal, network.free_layers
+        self.options = open_candidates(network, candidates)
+        needed = {"compression", goal.minimise, *goal.limits}
+        self.costs: dict[str, CostTable] = {"compression": weight_ratios(network, self.options)}
+        if "weight_bytes" in needed:
+            self.costs["weight_bytes"] = weight_bytes(network, self.options)
+        if needed & {"bit_operations", "activation_bytes"}:
+            work = measure_work(network, calibration)
+            self.costs["bit_operations"] = bit_operations(work, self.options)
+            self.costs["activation_bytes"] = activation_bytes(work, self.options)
+        if goal.latency_table is not None:
+            self.costs["latency"] = latencies(goal.latency_table, self.options)
+        self.groups = named_groups(network, goal.groups)
+        if goal.agree_on_input:
+            self.groups += sharing_an_input(network)
+        if goal.agree_on_add:
+            self.groups += feeding_an_add(network)
+        self.losses: CostTable = {name: dict.fromkeys(of_layer, 0.0) for name, of_layer in self.options.items()}
+        for limits in self._alone():
+            self.solve(limits)
+
+    def _alone(self) -> Iterable[dict[str, float]]:
+        limits = {name: limit for name, limit in self.goal.limits.items() if name != "loss"}
+        return [limits] if limits else []
+
+    def set_losses(self, table: SensitivityTable) -> None:
+        """Take the losses of the free layers from a table of measurements."""
+        for name in self.free:
+            self.losses[name] = {bits: table.rise(name, bits) for bits in self.options[name]}
+
+    def solve(self, limits: Mapping[str, float] | None = None) -> Choice[Bits]:
+        """The best choice for the goal, with other limits if given.
+
+        Raises:
+            InfeasibleBudgetError: If there is none.
+        """
+        budgets = [Budget(name, self._table(name), limit) for name, limit in (limits or self.goal.limits).items()]
+        objective = self._table(self.goal.minimise)
+        return choose_candidates(objective, budgets, self.groups, self.goal.solver)
+
+    def _table(self, name: str) -> CostTable:
+        return self.losses if name == "loss" else self.costs[name]
+
+    def total(self, name: str, bits: Mapping[str, Bits]) -> float:
+        """Sum of a cost, or of the predicted ``"loss"``, over a choice for all layers."""
+        return sum(of_layer[bits[layer]] for layer, of_layer in self._table(name).items())
+
+    def fits(self, bits: Mapping[str, Bits], limits: Mapping[str, float]) -> bool:
+        """Whether a choice keeps these limits (but for that of the loss) and the groups."""
+        agree = all(len({bits[layer] for layer in group}) == 1 for group in self.groups)
+        return agree and all(
+            self.total(name, bits) <= limit * (1 + 1e-9) for name, limit in limits.items() if name != "loss"
+        )
+
+    def uniform(self, candidate: Bits) -> dict[str, Bits]:
+        """The choice that gives all free layers the same width."""
+        return {name: candidate if name in self.free else of_layer[0] for name, of_layer in self.options.items()}

@@ -1,0 +1,83 @@
+"""The loss that tells how much a quantized model has lost: of the model as it is, over the calibration set."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantization.network import QuantizedNetwork
+from .calibration_set import CalibrationSet, batch_size, output_logits
+from .logits import float_logits, sample_divergences
+
+LossFunction = Callable[[Any, Any], Any]
+METRICS = ("kl", "mse")
+
+
+def check_metric(metric: str | LossFunction) -> None:
+    """Raise ``ValueError`` unless ``metric`` is one of ``METRICS`` or a function."""
+    if not callable(metric) and metric not in METRICS:
+        raise ValueError(f"metric must be {', '.join(METRICS)} or a function metric(output, batch), got {metric!r}.")
+
+
+class Loss:
+    """Mean loss a sample of the model as it is at the time of the call.
+
+    Args:
+        network: Calibrated; its float model gives the targets of the unlabelled metrics.
+        calibration: The samples.
+        metric: ``"kl"``: KL divergence to the float logits, in nats (see ``sample_divergences``). ``"mse"``: mean
+            squared difference from the float outputs, over their mean square. Or a function ``metric(output, batch)``
+            whose mean over a batch counts, less being better: the user's labelled loss, or anything else.
+        samples: How many samples to measure on (the first whole batches that hold as many); all if None.
+
+    Raises:
+        ValueError: If ``metric`` is unknown.
+    """
+
+    def __init__(
+        self,
+        network: QuantizedNetwork,
+        calibration: CalibrationSet,
+        metric: str | LossFunction = "kl",
+        samples: int | None = None,
+    ) -> None:
+        check_metric(metric)
+        calibration.require()
+        self.metric, self.calibration = metric, CalibrationSet(calibration.forward)
+        for batch in calibration.batches:
+            if samples is None or self.calibration.samples < samples:
+                self.calibration.batches.append(batch)
+        self._targets = [] if callable(metric) else float_logits(network, self.calibration)
+
+    @property
+    def name(self) -> str:
+        """Of the metric: its word, or the function's name."""
+        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__qualname__", repr(self.metric))
+
+    @torch.no_grad()
+    def __call__(self, run: Callable[[int], Any] | None = None) -> float:
+        """Measure.
+
+        Args:
+            run: ``run(index)`` gives the output for a batch; the calibration set's own if None.
+        """
+        run = run or self.calibration.run
+        total = 0.0
+        for index, batch in enumerate(self.calibration.batches):
+            total += self._of_batch(run(index), index, batch) * batch_size(batch)
+        return total / self.calibration.samples
+
+    def _of_batch(self, output: Any, index: int, batch: Any) -> float:
+        if callable(self.metric):
+            return float(torch.as_tensor(self.metric(output, batch)).float().mean())
+        if self.metric == "kl":
+            return float(sample_divergences(output, self._targets[index]).mean())
+        pairs = zip(output_logits(output), self._targets[index], strict=True)
+        return math.fsum(_relative_squared_error(logits, wanted) for logits, wanted in pairs)
+
+
+def _relative_squared_error(output: Tensor, target: Tensor) -> float:
+    target = target.float()
+    return float((output.float() - target).square().mean() / target.square().mean().clamp_min(1e-20))

@@ -1,0 +1,129 @@
+"""What a bit allocation has to show: bits over depth, sensitivities, and the trade-off of size and loss."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..allocation.allocate import Allocation, Point
+from ..quantization.scheme import Bits
+from .exhibit import Exhibit
+
+
+def allocation_exhibits(allocation: Allocation) -> list[Exhibit]:
+    """Bits of each layer and sensitivities; the trade-off too, if several budgets were solved."""
+    exhibits = [_bits_exhibit(allocation), _sensitivity_exhibit(allocation)]
+    return [*exhibits, _trade_off_exhibit(allocation)] if allocation.uniform else exhibits
+
+
+def _bits_exhibit(allocation: Allocation) -> Exhibit:
+    bits = allocation.chosen.bits
+    rows = [[name, *widths, _rise(allocation, name, widths)] for name, widths in bits.items()]
+
+    def draw() -> Any:
+        figure, axes = _wide_figure(len(bits), 3.6)
+        places = range(len(bits))
+        weights, activations = zip(*bits.values(), strict=True)
+        axes.bar(places, weights, 0.8, label="weights")
+        if len(set(activations)) == 1:
+            axes.axhline(activations[0], color="C1", linestyle="--", label="activations, all layers")
+        else:
+            axes.plot(places, activations, "s", color="C1", label="activations", markersize=4)
+        axes.set_ylabel("width (bits)")
+        axes.set_ylim(0, max(*weights, *activations) + 1)
+        _name_layers(axes, list(bits))
+        figure.legend(loc="outside upper right", ncols=2)
+        return figure
+
+    columns = ["layer", "weight bits", "activation bits", "rise of the loss alone"]
+    return Exhibit("allocation", columns, rows, draw)
+
+
+def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
+    names = list(allocation.chosen.bits)
+    table = allocation.sensitivity
+    candidates = sorted({bits for of_layer in table.losses.values() for bits in of_layer})
+    rows = [[name, *(_rise(allocation, name, bits) for bits in candidates)] for name in names]
+
+    def draw() -> Any:
+        from matplotlib.colors import LogNorm
+
+        figure, axes = _wide_figure(len(names), 2.2 + 0.3 * len(candidates))
+        rises = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
+        known = [abs(rise) for line in rises for rise in line if rise]
+        # A rise of nothing, or a fall, takes the color of the smallest.
+        least, most = max(min(known, default=1e-3), max(known, default=1.0) * 1e-5), max(known, default=1.0)
+        values = [[float("nan") if rise is None else max(rise, least) for rise in line] for line in rises]
+        image = axes.imshow(values, aspect="auto", norm=LogNorm(least, max(most, least * 1.01)), cmap="viridis")
+        axes.set_yticks(range(len(candidates)), [_label(bits) for bits in candidates])
+        figure.colorbar(image, ax=axes, label=f"rise of the {_loss_name(allocation)}")
+        _name_layers(axes, names)
+        return figure
+
+    return Exhibit("sensitivity", ["layer", *map(_label, candidates)], rows, draw, table.write)
+
+
+def _trade_off_exhibit(allocation: Allocation) -> Exhibit:
+    points = [*((point, "mixed") for point in allocation.curve), *((point, "uniform") for point in allocation.uniform)]
+    metrics = list(allocation.chosen.metrics)
+    columns = ["model", "kind", "compression", "predicted loss", "measured loss", *metrics]
+    rows = [
+        [p.label, kind, p.compression, p.predicted_loss, p.measured_loss, *(p.metrics.get(name) for name in metrics)]
+        for p, kind in points
+    ]
+
+    def draw() -> Any:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 3.6 + 2.6 * len(metrics)), layout="constrained")
+        losses, *others = figure.subplots(1 + len(metrics), sharex=True, squeeze=False)[:, 0]
+        curve = sorted(allocation.curve, key=lambda point: point.compression)
+        sizes = [point.compression for point in curve]
+        losses.plot(sizes, [point.predicted_loss for point in curve], ":", color="C0", label="mixed, predicted")
+        losses.plot(sizes, [point.measured_loss for point in curve], "o-", color="C0", label="mixed, measured")
+        _uniform_points(losses, allocation.uniform, [point.measured_loss for point in allocation.uniform])
+        losses.plot(allocation.chosen.compression, allocation.chosen.measured_loss, "*", color="C3", markersize=12)
+        losses.set_yscale("symlog", linthresh=1e-3)
+        losses.set_ylabel(f"rise of the {_loss_name(allocation)}")
+        for axes, name in zip(others, metrics, strict=True):
+            axes.plot(sizes, [point.metrics[name] for point in curve], "o-", color="C0")
+            _uniform_points(axes, allocation.uniform, [point.metrics[name] for point in allocation.uniform])
+            axes.set_ylabel(name)
+        (others or [losses])[-1].set_xlabel("size of the weights (share of float32)")
+        figure.legend(loc="outside upper center", ncols=3)
+        return figure
+
+    return Exhibit("trade_off", columns, rows, draw)
+
+
+def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]) -> None:
+    label = "uniform widths" if not axes.get_subplotspec().rowspan.start else None
+    axes.plot([point.compression for point in points], heights, "s", color="C1", label=label)
+    for point, height in zip(points, heights, strict=True):
+        axes.annotate(point.label, (point.compression, height), (4, 4), textcoords="offset points", fontsize=7)
+
+
+def _wide_figure(layers: int, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.4, 0.2 * layers + 2), height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _name_layers(axes: Any, names: Sequence[str]) -> None:
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_xlabel("layer, in the order of execution")
+    axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def _label(bits: Bits) -> str:
+    return f"W{bits[0]}A{bits[1]}"
+
+
+def _loss_name(allocation: Allocation) -> str:
+    metric = allocation.sensitivity.conditions.metric
+    return {"kl": "KL divergence (nats a sample)", "mse": "relative squared error"}.get(metric, f"loss ({metric})")
+
+
+def _rise(allocation: Allocation, name: str, bits: Bits) -> float | None:
+    table = allocation.sensitivity
+    known = bits == table.conditions.base or bits in table.losses.get(name, {})
+    return table.rise(name, bits) if known else None

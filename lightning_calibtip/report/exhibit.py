@@ -1,0 +1,43 @@
+"""An exhibit: one subject as a table, and as a figure for those who have matplotlib."""
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .table import text_table
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What a run has to show of one subject.
+
+    Args:
+        name: For file names and loggers' keys.
+        columns: Header of the table.
+        rows: Its lines, of plain values.
+        draw: Makes the matplotlib figure.
+        write: Writes the table to a file; as plain CSV if None.
+    """
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    draw: Callable[[], Any]
+    write: Callable[[Path], None] | None = None
+
+    @property
+    def text(self) -> str:
+        """The table, for a terminal."""
+        return text_table(self.columns, self.rows)
+
+    def save(self, folder: Path) -> None:
+        """Write ``<name>.csv`` and ``<name>.png`` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.write is not None:
+            self.write(folder / f"{self.name}.csv")
+        else:
+            with (folder / f"{self.name}.csv").open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+        self.draw().savefig(folder / f"{self.name}.png", dpi=150)

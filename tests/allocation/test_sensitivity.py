@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_calibtip.allocation.sensitivity import Measurement, base_bits, measure_sensitivity
+from lightning_calibtip.allocation.table import read_table
+from lightning_calibtip.calibration.activation_store import ActivationStore
+from lightning_calibtip.calibration.losses import Loss
+from recipes.resnet_cifar10.model import ResNet
+from tests.conftest import TinyResNet
+from tests.networks import calibrated_network, calibration_set
+
+CANDIDATES = [(2, 8), (4, 6), (8, 8)]
+
+
+def prepared(model, images, batch=16, **scheme):
+    calibration = calibration_set(model, *images.split(batch))
+    network = calibrated_network(model, calibration, **{"weight_bits": 8, "activation_bits": 8, **scheme})
+    return network, calibration
+
+
+def by_whole_passes(network, loss, candidates):
+    """The table as measured without any replay."""
+    table = {}
+    for name in network.free_layers:
+        for bits in candidates:
+            if bits != base_bits(candidates):
+                network.layers[name].take(bits)
+                table[name, bits] = loss()
+                network.layers[name].take(base_bits(candidates))
+    return table
+
+
+class Branches(nn.Module):
+    """An early output that only the end reads, a layer that is used twice, and a dict for an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.twice, self.deep = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head, self.aside = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu_()
+        side = self.side(x)
+        x = self.twice(self.deep(self.twice(x)).relu())
+        return {"logits": self.head(x.mean((2, 3))), "aside": self.aside(side.mean((2, 3)))}
+
+
+@pytest.mark.parametrize("make", [TinyResNet, Branches])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_replayed_measurements_equal_those_of_whole_passes(make, budget, images):
+    network, calibration = prepared(make().eval(), images)
+    loss = Loss(network, calibration)
+    with ActivationStore(budget) as store:
+        table = measure_sensitivity(network, loss, CANDIDATES, store=store)
+    assert list(table.losses) == [name for name in network.structure.calls_of if name in network.free_layers]
+    assert all(layer.bits == (8, 8) for layer in network.layers.values())
+    for (name, bits), measured in by_whole_passes(network, loss, CANDIDATES).items():
+        assert table.losses[name][bits] == pytest.approx(measured, rel=1e-3, abs=1e-7), (name, bits)
+    assert table.base_loss == pytest.approx(loss(), rel=1e-4)
+
+
+def test_the_prefix_of_a_layer_is_not_computed_again(images):
+    """Of what whole passes cost, replay costs about half, and the deeper the network the nearer to it."""
+    shares = []
+    for depth in (2, 6):
+        network, calibration = prepared(ResNet(depth).eval(), images[:4].repeat(1, 3, 1, 1), batch=4)
+        loss = Loss(network, calibration)
+        with FlopCounterMode(display=False) as replayed:
+            measure_sensitivity(network, loss, [(2, 8), (3, 8), (4, 8)])
+        with FlopCounterMode(display=False) as whole:
+            loss()
+            by_whole_passes(network, loss, [(2, 8), (3, 8), (4, 8)])
+        shares.append(replayed.get_total_flops() / whole.get_total_flops())
+    assert shares[1] < shares[0] < 0.8 and shares[1] < 0.62
+
+
+def test_base_is_the_widest_of_both_and_not_measured(images):
+    assert base_bits([(2, 8), (8, 2)]) == (8, 8)
+    network, calibration = prepared(TinyResNet().eval(), images)
+    table = measure_sensitivity(network, Loss(network, calibration), [(2, 8), (8, 2)])
+    assert table.conditions.base == (8, 8)
+    assert all(of_layer.keys() == {(2, 8), (8, 2)} for of_layer in table.losses.values())
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(images, tmp_path, monkeypatch):
+    network, calibration = prepared(TinyResNet().eval(), images)
+    initial = {name: layer.save() for name, layer in network.layers.items()}
+    loss = Loss(network, calibration)
+    whole = measure_sensitivity(network, loss, CANDIDATES)
+    for kill_at in (0, 1, 4, 8):
+        for name, layer in network.layers.items():
+            layer.variants.clear()
+            layer.restore(initial[name])
+        path = tmp_path / f"{kill_at}.csv"
+        counted = 0
+
+        def counting(self, *args, call=Loss.__call__, stop=kill_at):
+            nonlocal counted
+            counted += 1
+            if counted == stop + 1:
+                raise KeyboardInterrupt
+            return call(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loss, "__call__", counting)
+            with pytest.raises(KeyboardInterrupt):
+                measure_sensitivity(network, loss, CANDIDATES, path)
+        for name, layer in network.layers.items():
+            layer.variants.clear()
+            layer.restore(initial[name])
+        with monkeypatch.context() as patch:
+            counted = -100
+            patch.setattr(Loss, "__call__", counting)
+            table = measure_sensitivity(network, loss, CANDIDATES, path)
+            assert counted + 100 == 1 + 4 * 2 - kill_at
+        assert table == whole == read_table(path)
+
+
+def test_a_layer_whose_loss_is_not_finite_is_named(images):
+    network, calibration = prepared(TinyResNet().eval(), images)
+    calls = iter(range(100))
+    loss = Loss(network, calibration, lambda output, batch: torch.tensor(float("nan") if next(calls) == 9 else 1.0))
+    with pytest.raises(
+        ValueError, match=r"the loss with blocks.0.conv2 at 2 bits of weight and 8 of activation is nan"
+    ):
+        measure_sensitivity(network, loss, CANDIDATES)
+
+
+@pytest.mark.parametrize(("samples", "message"), [(0, "samples must be at least 1, got 0")])
+def test_bad_settings_are_named(samples, message):
+    with pytest.raises(ValueError, match=message):
+        Measurement(samples=samples)
+    with pytest.raises(ValueError, match="metric must be kl, mse or a function"):
+        Measurement(metric="accuracy")

@@ -1,0 +1,103 @@
+import json
+import math
+
+import pytest
+
+from lightning_calibtip.allocation.table import Conditions, SensitivityFile, SensitivityTable, read_table
+
+CONDITIONS = Conditions(model="abc", states="def", metric="kl", samples=16, base=(8, 8))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "runs" / "table.csv"
+
+
+def begun(path, *rows):
+    with SensitivityFile(path, CONDITIONS) as file:
+        file.add_base(0.25)
+        for row in rows:
+            file.add(*row)
+
+
+def test_what_is_written_is_read_back(path):
+    begun(path, ("conv1", (2, 8), 0.75), ("conv1", (4, 8), 1 / 3), ("a,b", (2, 8), 1e-300))
+    table = read_table(path)
+    assert table.conditions == CONDITIONS and table.base_loss == 0.25
+    assert table.losses == {"conv1": {(2, 8): 0.75, (4, 8): 1 / 3}, "a,b": {(2, 8): 1e-300}}
+    assert table.rise("conv1", (2, 8)) == 0.5 and table.rise("conv1", (8, 8)) == 0
+    copy = path.with_name("copy.csv")
+    table.write(copy)
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_every_measurement_is_on_disk_at_once(path):
+    with SensitivityFile(path, CONDITIONS) as file:
+        file.add_base(0.25)
+        file.add("conv1", (2, 8), 0.75)
+        assert read_table(path).losses == {"conv1": {(2, 8): 0.75}}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5])
+def test_a_broken_off_file_is_gone_on_with(path, cut):
+    begun(path, ("conv1", (2, 8), 0.75), ("conv2", (2, 8), 0.5))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - cut])
+    with SensitivityFile(path, CONDITIONS) as file:
+        assert file.table.losses.keys() == ({"conv1", "conv2"} if cut == 0 else {"conv1"})
+        if cut:
+            file.add("conv2", (2, 8), 0.5)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_cut_in_its_first_lines_begins_anew(path):
+    begun(path)
+    first = path.read_bytes()
+    for length in (0, 10, first.index(b"\n") + 3):
+        path.write_bytes(first[:length])
+        with SensitivityFile(path, CONDITIONS) as file:
+            assert file.table is None
+            file.add_base(0.25)
+        assert read_table(path).base_loss == 0.25
+
+
+def test_another_run_s_file_is_refused(path):
+    begun(path)
+    other = Conditions(**{**vars(CONDITIONS), "states": "other", "samples": 32})
+    with pytest.raises(ValueError, match=r"table.csv was begun with another states, samples: repeat that run"):
+        SensitivityFile(path, other)
+    assert read_table(path).conditions == CONDITIONS
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_layer_and_choice_and_is_not_written(path, loss):
+    with pytest.raises(ValueError, match=r"the loss with conv1 at 2 bits of weight and 8 of activation is (nan|inf)"):
+        begun(path, ("conv1", (2, 8), loss))
+    assert read_table(path).losses == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("layer,bits\nconv1,4\n", "is no sensitivity table: its first line"),
+        ("# []\n", "is no sensitivity table"),
+        (f"# {json.dumps({'version': 9, **vars(CONDITIONS)})}\n", "has version 9, this is version 1"),
+        (f"# {json.dumps({'version': 1, **vars(CONDITIONS)})}\n", "has no measurement of the base"),
+        (f"# {json.dumps({'version': 1, **vars(CONDITIONS)})}\n,8,8,0.5,0\nconv1,2,8,x,0\n", "line 3: expected layer"),
+        (f"# {json.dumps({'version': 1, **vars(CONDITIONS)})}\n,8,8,0.5,0\nconv1,2,8,nan,0\n", "line 3: the loss with"),
+        (
+            f"# {json.dumps({'version': 1, **vars(CONDITIONS)})}\nconv1,2,8,0.5,0\n",
+            "line 2: the base .* must come first",
+        ),
+    ],
+)
+def test_a_file_that_is_no_table_says_where(tmp_path, content, message):
+    path = tmp_path / "table.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_rise_of_an_unmeasured_choice_is_a_key_error():
+    with pytest.raises(KeyError):
+        SensitivityTable(CONDITIONS, 0.0).rise("conv1", (2, 8))

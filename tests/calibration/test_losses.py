@@ -1,0 +1,67 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_calibtip.calibration.calibration_set import CalibrationSet
+from lightning_calibtip.calibration.losses import Loss
+from tests.networks import calibrated_network, calibration_set
+
+
+@pytest.fixture
+def quantized(tiny_resnet, images):
+    calibration = calibration_set(tiny_resnet, *images.split(13))
+    return calibrated_network(tiny_resnet, calibration), calibration
+
+
+def outputs(network, images):
+    with torch.no_grad():
+        wide = network.model(images)
+        with network.quantized(False):
+            return wide, network.model(images)
+
+
+def test_kl_is_the_mean_divergence_over_samples(quantized, images):
+    network, calibration = quantized
+    output, target = outputs(network, images)
+    wanted = F.kl_div(output.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
+    assert Loss(network, calibration)() == pytest.approx(float(wanted), rel=1e-3)
+    with network.quantized(False):
+        assert Loss(network, calibration)() == 0
+
+
+def test_mse_is_relative_to_the_float_output(quantized, images):
+    network, calibration = quantized
+    first = images[:13]
+    output, target = outputs(network, first)
+    wanted = float((output - target).square().mean() / target.square().mean())
+    assert Loss(network, calibration, "mse", samples=10)() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_function_of_the_user_s_is_averaged_over_samples(tiny_resnet, images):
+    labels = torch.arange(len(images)) % 4
+    calibration = CalibrationSet(lambda batch, index: tiny_resnet(batch[0]))
+    for batch in zip(images.split(13), labels.split(13), strict=True):
+        calibration.append(batch)
+    network = calibrated_network(tiny_resnet, calibration)
+
+    def labelled(output, batch):
+        return F.cross_entropy(output, batch[1])
+
+    loss = Loss(network, calibration, labelled)
+    wanted = F.cross_entropy(outputs(network, images)[0], labels)
+    assert loss() == pytest.approx(float(wanted), rel=1e-4)
+    assert loss.name.endswith("labelled")
+    whole = Loss(network, calibration, lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"))
+    assert whole() == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_samples_are_whole_batches(quantized):
+    network, calibration = quantized
+    assert Loss(network, calibration, samples=14).calibration.samples == 26
+    assert Loss(network, calibration, samples=13).calibration.samples == 13
+    assert Loss(network, calibration).calibration.samples == calibration.samples
+
+
+def test_an_unknown_metric_is_named(quantized):
+    with pytest.raises(ValueError, match=r"metric must be kl, mse or a function metric.*, got 'top1'"):
+        Loss(*quantized, metric="top1")
