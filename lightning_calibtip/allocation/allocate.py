@@ -159,6 +159,13 @@ def allocate(
         table = measure_sensitivity(network, loss, candidates, measurement.path, store)
     else:
         table = _take_again(measurement.again, network, loss, problem, base_bits(candidates))
+        if table.conditions != describe_conditions(network, loss, base_bits(candidates)):
+            log.warning(
+                "%s was measured with other states of the layers, or on other samples: the solution is not checked by "
+                "its true loss, which is that of the present states.",
+                measurement.again,
+            )
+            checks = 0
     problem.set_losses(table)
 
     def apply(bits: Assignment) -> None:
@@ -237,6 +244,4 @@ def _take_again(
     }
     if lacking := {name: bits for name, bits in missing.items() if bits}:
         raise ValueError(f"{path} lacks measurements: {lacking}. Measure it anew, or leave those candidates out.")
-    if table.conditions.states != wanted.states:
-        log.warning("%s was measured with other states of the layers, or on other samples.", path)
     return table

@@ -46,7 +46,7 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
     def draw() -> Any:
         from matplotlib.colors import LogNorm
 
-        figure, axes = _wide_figure(len(names), 2.2 + 0.3 * len(candidates))
+        figure, axes = _wide_figure(len(names), 2.8 + 0.3 * len(candidates))
         rises = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
         known = [abs(rise) for line in rises for rise in line if rise]
         # A rise of nothing, or a fall, takes the color of the smallest.
@@ -54,7 +54,9 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
         values = [[float("nan") if rise is None else max(rise, least) for rise in line] for line in rises]
         image = axes.imshow(values, aspect="auto", norm=LogNorm(least, max(most, least * 1.01)), cmap="viridis")
         axes.set_yticks(range(len(candidates)), [_label(bits) for bits in candidates])
-        figure.colorbar(image, ax=axes, label=f"rise of the {_loss_name(allocation)}")
+        figure.colorbar(image, ax=axes)
+        axes.set_title(f"Rise of the {_loss_name(allocation)}", fontsize=10)
+        axes.set_ylabel("width of this layer alone")
         _name_layers(axes, names)
         return figure
 

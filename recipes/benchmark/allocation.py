@@ -97,13 +97,15 @@ def _by_whole_passes(network: QuantizedNetwork, loss: Loss, candidates: list[Bit
     return measured
 
 
-def measure_correlation(checkpoint: Path, data: str, allocations: int = 30, iterations: int = 100) -> dict[str, Any]:
+def measure_correlation(
+    checkpoint: Path, data: str, samples: int = 1024, allocations: int = 30, iterations: int = 100
+) -> dict[str, Any]:
     """Predicted and measured loss of random allocations of ResNet-20, and their Spearman correlation.
 
     Each layer's weights have 2, 3, 4 or 8 bits, drawn by itself, its activations 8; layers were reconstructed at each
     width.
     """
-    images = CifarData(data, 1024, split="train")
+    images = CifarData(data, samples, split="train")
     images.setup()
     candidates = [(bits, 8) for bits in (2, 3, 4, 8)]
     batches = [batch[0] for batch in images.train_dataloader()]

@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from recipes.benchmark import __main__ as benchmark
 from recipes.benchmark.accuracy import fine_tune, measure_samples
+from recipes.benchmark.allocation import measure_correlation, measure_replay
 from recipes.benchmark.figure import benchmark_figure
 from recipes.benchmark.growth import count_passes
 from recipes.benchmark.step import SHAPES, measure_step
@@ -45,6 +47,21 @@ def test_peak_memory_stays_within_the_budget_plus_a_fifth():
     print(row)
     assert row["captured_bytes"] >= 5 * budget
     assert row["peak_bytes"] <= 1.2 * budget
+
+
+def test_bit_allocation_is_measured(tmp_path, monkeypatch, tiny_cifar, cifar_checkpoint):
+    monkeypatch.setattr(benchmark, "measure_replay", lambda: measure_replay("resnet20", samples=4))
+    short = partial(measure_correlation, samples=16, allocations=3, iterations=1)
+    monkeypatch.setattr(benchmark, "measure_correlation", short)
+    benchmark.allocation(tmp_path, data=str(tiny_cifar), checkpoint=cifar_checkpoint)
+    results = json.loads((tmp_path / "allocation.json").read_text())
+    assert {row["solver"] for row in results["solver"]} >= {"cbc"}
+    assert all(row["proved"] and row["layers"] == 1000 and row["candidates"] == 12 for row in results["solver"])
+    best = min(row["objective"] for row in results["solver"])
+    assert all(row["objective"] <= best * 1.011 for row in results["solver"])
+    assert results["sensitivity"]["measurements"] == 1 + 18 * 2
+    assert len(results["correlation"]["predicted"]) == len(results["correlation"]["measured"]) == 3
+    assert -1 <= results["correlation"]["spearman"] <= 1
 
 
 def test_a_part_writes_its_rows_and_leaves_the_others_empty(tmp_path, monkeypatch):

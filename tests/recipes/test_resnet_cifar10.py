@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_calibtip import QuantizationModule
+from lightning_calibtip.allocation.table import read_table
 from recipes.output import make_logger
 from recipes.resnet_cifar10.__main__ import main
 from recipes.resnet_cifar10.data import CifarData, load_images
@@ -23,7 +24,7 @@ def test_networks_have_as_many_layers_as_they_say(name, layers):
     assert {"conv1.weight", "layer1.0.conv1.weight", "layer3.0.bn2.bias", "linear.bias"} <= net.state_dict().keys()
 
 
-@pytest.mark.parametrize("pipeline", ["sequential", "advanced"])
+@pytest.mark.parametrize("pipeline", ["sequential", "advanced", "mixed"])
 def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpoint, tmp_path):
     output = tmp_path / "out"
     main(
@@ -31,7 +32,10 @@ def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpo
         data=str(tiny_cifar),
         pipeline=pipeline,
         calibration_samples=32,
+        candidates=[[2, 8], [4, 8], [8, 8]],
         adaquant={"iterations": 2},
+        preparation={"iterations": 2},
+        allocation={"checks": 2},
         bias_tuning={"epochs": 1},
         accelerator="cpu",
         logger="csv",
@@ -43,6 +47,11 @@ def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpo
     assert record["size"]["ratio"] < 0.2
     bits = {layer["name"]: layer["weight_bits"] for layer in record["layers"]}
     assert bits["net.conv1"] == bits["net.linear"] == 8 and 4 in bits.values()
+    pictures = {"allocation.png", "sensitivity.png"} if pipeline != "sequential" else set()
+    assert {path.name for path in output.glob("*.png")} == pictures
+    if pictures:
+        assert len(read_table(output / "sensitivity.csv").losses) == 18
+    assert not (output / "unfinished").exists()
     assert "Calibration/top1" in (output / "log" / "metrics.csv").read_text()
     loaded = QuantizationModule.load_from_checkpoint(output / "quantized.ckpt", model=CifarClassifier("resnet20"))
     images = load_images(str(tiny_cifar), "test")[:][0]
