@@ -26,7 +26,9 @@ class QuietTrainer(pl.Trainer):
 
 
 @pytest.mark.parametrize(
-    "code", BLOCKS, ids=["callback on the Trainer", "stages on a finished model", "options of AdaQuant"]
+    "code",
+    BLOCKS,
+    ids=["callback on the Trainer", "stages on a finished model", "options of AdaQuant", "options of BitAllocation"],
 )
 def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -47,6 +49,11 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
     printed = capsys.readouterr().out
     if "quantizer" in names:
         assert "val_acc" in printed and names["quantizer"].checkpoint_path.exists()
+    elif "cheapest" in names:
+        for stage in (names["stage"], names["cheapest"]):
+            QuietTrainer(callbacks=[Calibration(), stage]).fit(QuantizationModule(tiny_classifier), loader)
+        assert len(names["stage"].allocation.curve) == 3 and names["stage"].figures["compression"] <= 0.16
+        assert names["cheapest"].figures["measured_loss"] <= 0.02
     elif "stage" in names:
         settings = names["stage"].reconstruction.settings
         names["stage"].reconstruction.settings = replace(settings, iterations=2)
