@@ -34,7 +34,7 @@ _CANDIDATE_ITERATIONS = 100
 
 def make_stages(
     pipeline: str,
-    compression: float | Sequence[float] | None = 0.13,
+    compression: float | Sequence[float] | None = None,
     candidates: Sequence[int | Sequence[int]] = (4, 8),
     observer: str = "mse",
     adaquant: Mapping[str, Any] | None = None,
@@ -93,24 +93,24 @@ def make_stages(
     stages: list[Stage] = [Calibration(observer, observer)]
     storage: dict[str, Any] = {"activation_budget": activation_budget, "scratch_folder": scratch_folder}
     options = {"seed": seed, "state_folder": state_folder, **storage, **options}
-    table = None if state_folder is None else Path(state_folder) / "sensitivity.csv"
-    allocating: dict[str, Any] = {"compression": compression, "candidates": candidates, "table": table, **storage}
-    allocating |= allocation or {}
+    allocating: dict[str, Any] = {"compression": compression, "candidates": candidates, "state_folder": state_folder}
+    allocating |= {**storage, **(allocation or {})}
+    widths = allocating["candidates"]
     if pipeline == "mixed":
-        if "sensitivity" not in allocating:
+        if allocating.get("sensitivity") is None:
             folder = None if state_folder is None else Path(state_folder) / "candidates"
             preparing = {"iterations": _CANDIDATE_ITERATIONS, "state_folder": folder, "seed": seed, **storage}
             stages.append(
-                AdaQuant("parallel", "layer", candidates=candidates, **{**preparing, **(preparation or {})})
+                AdaQuant(
+                    "parallel", "layer", candidates=allocating["candidates"], **{**preparing, **(preparation or {})}
+                )
             )
         stages.append(BitAllocation(**{"start_over": True, **allocating}))
     if pipeline in ("sequential", "mixed"):
         stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
         stages.append(make_adaquant(**{"mode": "sequential", **options}))
     if pipeline == "advanced":
-        stages.append(
-            make_adaquant(**{"mode": "parallel", "granularity": "layer", "candidates": candidates, **options})
-        )
+        stages.append(make_adaquant(**{"mode": "parallel", "granularity": "layer", "candidates": widths, **options}))
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(**allocating))
         stages.append(BatchNormTuning(activation_budget=activation_budget, scratch_folder=scratch_folder))
@@ -258,7 +258,7 @@ def run_stages(
         float_metrics = evaluate("float", 0)
         for step, stage in enumerate(stages, start=1):
             stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
-            if isinstance(stage, BitAllocation) and validation is not None:
+            if isinstance(stage, BitAllocation) and stage.evaluate is None and validation is not None:
                 stage.evaluate = evaluate_meanwhile
             _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
             before = sum(other.name.split(" ")[0] == stage.name for other in done)

@@ -1,6 +1,7 @@
 """Bit allocation over a whole model: measure, solve, check by the true loss, apply."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..calibration.losses import Loss
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 from .check import Assignment, improve
+from .integer_program import InfeasibleBudgetError
+from .outcome import Allocation, Point, Sweep
 from .problem import Goal, Problem
 from .sensitivity import Measurement, base_bits, describe_conditions, keep_states, measure_sensitivity
 from .table import SensitivityTable, read_table
@@ -21,93 +24,6 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 # By which factor the limit of the predicted loss is lowered when the measured one is above the user's.
 _TIGHTER = 0.8
-
-
-@dataclass(frozen=True)
-class Point:
-    """One model of the trade-off.
-
-    Args:
-        label: ``"0.13"`` for the budget it was solved for, ``"W4A8"`` for a uniform width.
-        bits: Width of each free layer.
-        compression: Bits of the weights over 32 bits each.
-        predicted_loss: Sum of the single-layer losses.
-        measured_loss: True rise of the loss over the base.
-        costs: All costs that the goal names.
-        metrics: What the user's own evaluation gave, if there is one.
-    """
-
-    label: str
-    bits: dict[str, Bits]
-    compression: float
-    predicted_loss: float
-    measured_loss: float
-    costs: dict[str, float]
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Outcome of a bit allocation.
-
-    Args:
-        chosen: The model as it now is.
-        curve: All solved points, in the order of the budgets; one without a sweep.
-        uniform: Every candidate in all free layers, for comparison (with a sweep only).
-        sensitivity: The table that was solved.
-    """
-
-    chosen: Point
-    curve: list[Point]
-    uniform: list[Point]
-    sensitivity: SensitivityTable
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Several budgets solved from one table, and the rule by which one of the points is taken.
-
-    Args:
-        compression: The budgets, each above 0 and at most 1; none for no sweep.
-        under: Only points of at most this compression are taken; None for all.
-        max_degradation: Take the smallest point whose measured loss lies at most this much above the base; None for the
-            one of least loss.
-
-    Raises:
-        ValueError: If a budget is out of its range, or there is a rule but no sweep.
-    """
-
-    compression: Sequence[float] = ()
-    under: float | None = None
-    max_degradation: float | None = None
-
-    def __post_init__(self) -> None:
-        for value in self.compression:
-            if not 0 < value <= 1:
-                raise ValueError(f"compression must be above 0 and at most 1, got {value}.")
-        if not self.compression and (self.under, self.max_degradation) != (None, None):
-            raise ValueError("pick_under and max_degradation pick a point of a sweep: give compression as a list.")
-
-    def pick(self, curve: Sequence[Point]) -> Point:
-        """Apply the rule.
-
-        Raises:
-            ValueError: If no point meets it; states what there is.
-        """
-        points = sorted(curve, key=lambda point: point.compression)
-        meeting = [
-            point
-            for point in points
-            if (self.under is None or point.compression <= self.under * (1 + 1e-9))
-            and (self.max_degradation is None or point.measured_loss <= self.max_degradation)
-        ]
-        if not meeting:
-            there = ", ".join(f"{point.compression:.4f}: {point.measured_loss:.4g}" for point in points)
-            raise ValueError(
-                f"No point of the sweep has a compression of at most {self.under} and a degradation of at most "
-                f"{self.max_degradation}. Measured (compression: degradation): {there}."
-            )
-        return meeting[0] if self.max_degradation is not None else min(meeting, key=lambda point: point.measured_loss)
 
 
 def allocate(
@@ -121,7 +37,7 @@ def allocate(
     store: ActivationStore | None = None,
     evaluate: Evaluate | None = None,
 ) -> Allocation:
-    """Give each free layer its own width, in place.
+    """Give each free layer its own width, in place; where that fails, the layers are as they were.
 
     Layers whose width is fixed (first, last, overrides) keep it and count against the budgets, and so do quantizable
     layers that were left float, with 32 bits.
@@ -153,81 +69,134 @@ def allocate(
     budgets = [{**goal.limits, "compression": value} for value in sweep.compression] or [dict(goal.limits)]
     for limits in budgets:
         # What cannot be solved must show before hours of measuring.
-        problem.solve({name: limit for name, limit in limits.items() if name != "loss"} or None)
-    loss = Loss(network, calibration, measurement.metric, measurement.samples)
-    if measurement.again is None:
-        table = measure_sensitivity(network, loss, candidates, measurement.path, store)
-    else:
-        table = _take_again(measurement.again, network, loss, problem, base_bits(candidates))
-        if table.conditions != describe_conditions(network, loss, base_bits(candidates)):
-            log.warning(
-                "%s was measured with other states of the layers, or on other samples: the solution is not checked by "
-                "its true loss, which is that of the present states.",
-                measurement.again,
-            )
-            checks = 0
-    problem.set_losses(table)
-
-    def apply(bits: Assignment) -> None:
-        for name in network.free_layers:
-            if network.layers[name].bits != bits[name]:
-                network.layers[name].take(bits[name])
-
-    def measure(bits: Assignment) -> float:
-        apply(bits)
-        return loss() - table.base_loss
-
-    def point(label: str, bits: Assignment, measured: float) -> Point:
-        apply(bits)
-        costs = {name: problem.total(name, bits) for name in problem.costs}
-        free = {name: bits[name] for name in problem.free}
-        metrics = dict(evaluate()) if evaluate is not None and sweep.compression else {}
-        return Point(label, free, costs["compression"], problem.total("loss", bits), measured, costs, metrics)
-
-    curve = []
-    for limits in budgets:
-        bits, measured = _best(problem, limits, measure, checks)
-        curve.append(point(f"{limits.get('compression', goal.minimise)}", bits, measured))
-    uniform = []
-    for candidate in candidates if sweep.compression else ():
-        bits = problem.uniform(candidate)
-        uniform.append(point("W{}A{}".format(*candidate), bits, measure(bits)))
-    chosen = sweep.pick(curve) if sweep.compression else curve[0]
-    apply({**problem.uniform(candidates[0]), **chosen.bits})
+        problem.solve({name: limit for name, limit in limits.items() if name != "loss"}, "compression")
+    initial = {name: network.layers[name].bits for name in network.free_layers}
+    keep_states(network)
+    try:
+        loss = Loss(network, calibration, measurement.metric, measurement.samples)
+        if measurement.again is None:
+            table = measure_sensitivity(network, loss, candidates, measurement.path, store)
+            model = Model(network, loss, table.base_loss)
+        else:
+            table = _take_again(measurement.again, network, loss, problem)
+            model = Model(network, loss, table.base_loss)
+            if table.conditions != describe_conditions(network, loss, base_bits(candidates)):
+                log.warning(
+                    "%s was measured with other states of the layers, or on other samples: the solution is not checked "
+                    "by its true loss, which is that of the present states.",
+                    measurement.again,
+                )
+                checks, model = 0, Model(network, loss, _base_loss(network, loss, base_bits(candidates)))
+        problem.set_losses(table)
+        curve, uniform = [], []
+        for limits in budgets:
+            bits, measured, proved = _best(problem, limits, model.measure, checks)
+            label = f"{limits.get('compression', goal.minimise)}"
+            curve.append(_point(problem, model, label, bits, measured, proved, evaluate if sweep.compression else None))
+        for candidate in candidates if sweep.compression else ():
+            bits = problem.uniform(candidate)
+            label = "W{}A{}".format(*candidate)
+            uniform.append(_point(problem, model, label, bits, model.measure(bits), True, evaluate))
+        chosen = sweep.pick(curve) if sweep.compression else curve[0]
+        model.apply(chosen.bits)
+    except BaseException:
+        for name, widths in initial.items():
+            network.layers[name].take(widths)
+        raise
     return Allocation(chosen, curve, uniform, table)
+
+
+@dataclass
+class Model:
+    """The model whose widths are being chosen, and its true losses, each measured once.
+
+    Args:
+        network: Its layers are put into the states for each choice.
+        loss: What is measured.
+        base_loss: With all free layers at the base.
+    """
+
+    network: QuantizedNetwork
+    loss: Loss
+    base_loss: float
+    _measured: dict[tuple[Bits, ...], float] = field(default_factory=dict)
+
+    def apply(self, bits: Assignment) -> None:
+        """Give the free layers these widths."""
+        for name in self.network.free_layers:
+            if self.network.layers[name].bits != bits[name]:
+                self.network.layers[name].take(bits[name])
+
+    def measure(self, bits: Assignment) -> float:
+        """Rise of the true loss over the base; infinite where it is not a number."""
+        key = tuple(bits[name] for name in self.network.free_layers)
+        if key not in self._measured:
+            self.apply(bits)
+            rise = self.loss() - self.base_loss
+            self._measured[key] = math.inf if math.isnan(rise) else rise
+        return self._measured[key]
+
+
+def _base_loss(network: QuantizedNetwork, loss: Loss, base: Bits) -> float:
+    """Loss of the present states at the base."""
+    for name in network.free_layers:
+        network.layers[name].take(base)
+    return loss()
+
+
+def _point(
+    problem: Problem,
+    model: Model,
+    label: str,
+    bits: Assignment,
+    measured: float,
+    proved: bool,
+    evaluate: Evaluate | None,
+) -> Point:
+    metrics: dict[str, float] = {}
+    if evaluate is not None:
+        model.apply(bits)
+        metrics = dict(evaluate())
+    costs = {name: problem.total(name, bits) for name in problem.costs}
+    free = {name: bits[name] for name in problem.free}
+    return Point(label, free, costs["compression"], problem.total("loss", bits), measured, costs, metrics, proved)
 
 
 def _best(
     problem: Problem, limits: Mapping[str, float], measure: Callable[[Assignment], float], checks: int
-) -> tuple[Assignment, float]:
-    """The program's solution, checked by its true loss."""
-    chosen = problem.solve(limits).candidates
+) -> tuple[Assignment, float, bool]:
+    """The program's solution, checked by its true loss; and whether the solver had proved it."""
+    choice = problem.solve(limits)
+    if not choice.proved:
+        log.warning("time_limit ended the search: a better choice may exist.")
     if problem.goal.minimise == "loss":
-        return improve(problem, chosen, limits, measure, checks)
+        return *improve(problem, choice.candidates, limits, measure, checks), choice.proved
     # The cheapest model is wanted: only its loss has to be right.
-    wanted, measured = limits["loss"], measure(chosen)
-    tried = [(chosen, measured)]
+    wanted = limits["loss"]
     limit = wanted
-    while measured > wanted and len(tried) <= checks:
-        limit *= _TIGHTER
+    for _ in range(checks):
+        if (measured := measure(choice.candidates)) <= wanted:
+            return choice.candidates, measured, choice.proved
+        limit = min(_TIGHTER * limit, problem.total("loss", choice.candidates) * (1 - 1e-6))
         try:
-            chosen = problem.solve({**limits, "loss": limit}).candidates
-        except ValueError:
+            choice = problem.solve({**limits, "loss": limit})
+        except InfeasibleBudgetError:
             break
-        measured = measure(chosen)
-        tried.append((chosen, measured))
-    if measured > wanted:
-        chosen, measured = min(tried, key=lambda choice: choice[1])
-        log.warning("The measured loss stays at %.4g, above max_loss=%.4g: allow more bits.", measured, wanted)
-    return chosen, measured
+    # What is left is the model of least loss that the other budgets allow.
+    others = {name: value for name, value in limits.items() if name != "loss"}
+    last = choice if checks == 0 else problem.solve(others, "loss")
+    measured = measure(last.candidates)
+    if checks and measured > wanted:
+        raise InfeasibleBudgetError(
+            f"max_loss={wanted:.6g} is out of reach: the model of least predicted loss measures {measured:.6g} above "
+            "the base. Raise it, allow wider candidates, or loosen the other budgets."
+        )
+    return last.candidates, measured, last.proved
 
 
-def _take_again(
-    path: str | Path, network: QuantizedNetwork, loss: Loss, problem: Problem, base: Bits
-) -> SensitivityTable:
+def _take_again(path: Path, network: QuantizedNetwork, loss: Loss, problem: Problem) -> SensitivityTable:
     """A table from a file, if it fits the model and the candidates."""
-    table = read_table(path)
-    keep_states(network)
+    table, base = read_table(path), base_bits(problem.candidates)
     wanted = describe_conditions(network, loss, base)
     if table.conditions.model != wanted.model or table.losses.keys() - network.layers.keys():
         raise ValueError(

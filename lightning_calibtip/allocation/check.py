@@ -1,15 +1,16 @@
 """Checking an allocation by its true loss: the sum of single-layer losses is a prediction, not a measurement."""
 
-import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 
 from ..quantization.scheme import Bits
 from .problem import Problem
 
-log = logging.getLogger(__name__)
-
 Assignment = Mapping[str, Bits]
+
+# How many uniform widths are measured, the most promising first.
+_UNIFORM = 2
 
 # Of each kind, how many changes of one layer or group are combined.
 _MOVES = 24
@@ -24,9 +25,9 @@ def improve(
 ) -> tuple[Assignment, float]:
     """Measure the choice and up to ``checks`` alternatives within the same limits; the best so far is kept.
 
-    First come the uniform widths that fit, which no mix should lose to; then the neighbours of the best choice that
-    promise most by the predicted losses: one layer (or group) raised, or one raised and another lowered. A neighbour
-    that measures better becomes the new best choice.
+    First come the best uniform widths that fit, which no mix should lose to; then the neighbours of the best choice
+    that promise most by the predicted losses: one layer (or group) raised, or one raised and another lowered. A
+    neighbour that measures better becomes the new best choice.
 
     Args:
         problem: With its losses.
@@ -37,18 +38,20 @@ def improve(
 
     Returns:
         The best choice and its measured loss.
+
+    Raises:
+        ValueError: If none of the measured losses is finite.
     """
     best, least = dict(chosen), measure(chosen)
     tried = {_key(chosen)}
     left = checks
-    for candidate in {bits for name in problem.free for bits in problem.options[name]}:
-        uniform = problem.uniform(candidate)
-        if left and _key(uniform) not in tried and problem.fits(uniform, limits):
-            left -= 1
-            tried.add(_key(uniform))
-            if (loss := measure(uniform)) < least:
-                log.info("All layers at W%dA%d measure better than the chosen mix.", *candidate)
-                best, least = uniform, loss
+    uniform = [problem.uniform(candidate) for candidate in problem.candidates]
+    fitting = [choice for choice in uniform if problem.fits(choice, limits) and _key(choice) not in tried]
+    for choice in sorted(fitting, key=lambda choice: problem.total("loss", choice))[: min(_UNIFORM, left)]:
+        left -= 1
+        tried.add(_key(choice))
+        if (loss := measure(choice)) < least:
+            best, least = choice, loss
     found = True
     while left and found:
         found = False
@@ -62,6 +65,11 @@ def improve(
             if (loss := measure(neighbour)) < least:
                 best, least, found = dict(neighbour), loss, True
                 break
+    if least == math.inf:
+        raise ValueError(
+            f"The loss of the chosen model, and of {checks - left} alternatives, is not finite: look at the model's "
+            "outputs, or leave the narrowest candidates out."
+        )
     return best, least
 
 
@@ -87,8 +95,7 @@ def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float])
 
 def _moves(problem: Problem, bits: Assignment) -> Iterator[dict[str, Bits]]:
     """Changes of one slot to another of its candidates."""
-    grouped = {name for group in problem.groups for name in group}
-    for slot in [*problem.groups, *([name] for name in problem.free if name not in grouped)]:
+    for slot in problem.groups:
         for candidate in problem.options[slot[0]]:
             if candidate != bits[slot[0]] and all(candidate in problem.options[name] for name in slot):
                 yield dict.fromkeys(slot, candidate)

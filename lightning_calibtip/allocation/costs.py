@@ -1,6 +1,7 @@
 """What each layer costs at each candidate width: tables for the integer program."""
 
 import csv
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..calibration.calibration_set import CalibrationSet, batch_size
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits, check_pair
+
+log = logging.getLogger(__name__)
 
 CostTable = dict[str, dict[Bits, float]]
 LatencyTable = Mapping[str, Mapping[Any, float]]
@@ -73,7 +76,7 @@ def latencies(table: LatencyTable, options: Mapping[str, Sequence[Bits]]) -> Cos
 
     Args:
         table: Layer -> width, or pair ``(weight_bits, activation_bits)`` -> latency, in any unit. Layers that are left
-            float may be missing and then count nothing.
+            float have the width 32, or are missing and then count nothing.
         options: Widths of each layer.
 
     Raises:
@@ -86,13 +89,20 @@ def latencies(table: LatencyTable, options: Mapping[str, Sequence[Bits]]) -> Cos
     costs: CostTable = {}
     for name, of_layer in options.items():
         what = f"latency_table[{name!r}]"
-        known = {check_pair(bits, what): float(value) for bits, value in table.get(name, {}).items()}
-        if of_layer == [FLOAT]:
-            known.setdefault(FLOAT, 0.0)
+        known = {_width(bits, what): float(value) for bits, value in table.get(name, {}).items()}
+        if of_layer == [FLOAT] and name not in table:
+            known[FLOAT] = 0.0
         if missing := [bits for bits in of_layer if bits not in known]:
             raise ValueError(f"latency_table lacks {name!r} at (weight_bits, activation_bits) {missing}.")
         costs[name] = {bits: known[bits] for bits in of_layer}
     return costs
+
+
+def _width(key: Any, what: str) -> Bits:
+    """A key of a latency table as a pair of widths; one width may be given as text, as in JSON."""
+    if isinstance(key, str) and key.isdecimal():
+        key = int(key)
+    return FLOAT if key in (32, FLOAT) else check_pair(key, what)
 
 
 def read_latencies(path: str | Path) -> dict[str, dict[Bits, float]]:
@@ -149,6 +159,8 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
     finally:
         for handle in handles:
             handle.remove()
+    if idle := [name for name in names if operations[name] == 0 and elements[name] > 0]:
+        log.warning("%s: no multiply-accumulates can be counted; they cost no bit operations.", ", ".join(idle))
     samples = batch_size(calibration.batches[0])
     return {name: Work(operations[name] / 2 / samples, elements[name] / samples) for name in names}
 

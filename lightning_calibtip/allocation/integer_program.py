@@ -19,6 +19,9 @@ _ROUNDING = 1e-9
 # CBC's tolerances are absolute, about 1e-6: tables are scaled to sums of this order.
 _SCALE = 1e4
 
+# What is left out must make the scale finer by this factor to be worth another solution.
+_FINER = 10
+
 
 @dataclass(frozen=True)
 class Budget(Generic[Candidate]):
@@ -178,20 +181,31 @@ def _check(objective: Table[Candidate], budgets: Sequence[Budget[Candidate]]) ->
             raise ValueError(f"The limit of {budget.name} is not a number.")
 
 
+def merge_groups(layers: Iterable[str], groups: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """All layers in groups that have none in common, in the order of names; a layer in no group is one by itself.
+
+    Raises:
+        ValueError: If a group is empty or names an unknown layer.
+    """
+    slot_of = {layer: {layer} for layer in layers}
+    for group in groups:
+        if not group:
+            raise ValueError("groups: a group is empty; name the layers that must agree.")
+        for layer in group:
+            if layer not in slot_of:
+                raise ValueError(f"groups: {layer!r} is no layer of the table; these are: {', '.join(slot_of)}.")
+        together = set().union(*(slot_of[layer] for layer in group))
+        for layer in together:
+            slot_of[layer] = together
+    return sorted({tuple(sorted(slot)) for slot in slot_of.values()})
+
+
 def _merge(
     objective: Table[Candidate], budgets: Sequence[Budget[Candidate]], groups: Iterable[Sequence[str]]
 ) -> list[_Slot[Candidate]]:
     """A slot for each group and each single layer, in the order of names; tables are summed over a slot's layers."""
-    slot_of = {layer: {layer} for layer in objective}
-    for group in groups:
-        for layer in group:
-            if layer not in objective:
-                raise ValueError(f"groups: {layer!r} is no layer of the table; these are: {', '.join(objective)}.")
-        together = set().union(*(slot_of[layer] for layer in group))
-        for layer in together:
-            slot_of[layer] = together
     slots = []
-    for layers in sorted({tuple(sorted(slot)) for slot in slot_of.values()}):
+    for layers in merge_groups(objective, groups):
         common = [c for c in objective[layers[0]] if all(c in objective[layer] for layer in layers)]
         if not common:
             raise ValueError(f"groups: {', '.join(layers)} must agree, but have no candidate in common.")
@@ -241,10 +255,38 @@ def _undominated(options: Mapping[Candidate, tuple[float, ...]]) -> dict[Candida
 def _solve(
     slots: Sequence[_Slot[Candidate]], limits: Sequence[float], solver: Solver
 ) -> tuple[list[Candidate] | None, bool]:
-    """The candidate of each slot, or None if there is no choice within the limits; and whether that is proved."""
+    """The candidate of each slot, or None if there is no choice within the limits; and whether that is proved.
+
+    A solver's tolerances hide differences that are small beside the greatest value. So what is worse by itself than a
+    whole solution is left out, and the rest is solved again on its own, finer scale.
+    """
     slots = [_Slot(slot.layers, _undominated(_affordable(slot, slots, limits))) for slot in slots]
     if not all(slot.options for slot in slots):
         return None, True
+    while True:
+        picked, proved = _solve_once(slots, limits, solver)
+        if picked is None or not proved:
+            return picked, proved
+        least = _least(slots, 0)
+        excess = math.fsum(s.options[c][0] - low for s, c, low in zip(slots, picked, least, strict=True))
+        finer = [
+            _Slot(s.layers, {c: values for c, values in s.options.items() if values[0] - low <= excess})
+            for s, low in zip(slots, least, strict=True)
+        ]
+        if _span(finer) >= _span(slots) / _FINER:
+            return picked, proved
+        slots = finer
+
+
+def _span(slots: Sequence[_Slot[Candidate]]) -> float:
+    """How far apart the least and the greatest objective are."""
+    return math.fsum(max(v[0] for v in slot.options.values()) for slot in slots) - math.fsum(_least(slots, 0))
+
+
+def _solve_once(
+    slots: Sequence[_Slot[Candidate]], limits: Sequence[float], solver: Solver
+) -> tuple[list[Candidate] | None, bool]:
+    """Solve the program as it is."""
     spare = [limit - sum(_least(slots, column)) for column, limit in enumerate(limits, start=1)]
     if any(room < -_ROUNDING * abs(limit) for room, limit in zip(spare, limits, strict=True)):
         return None, True
@@ -264,8 +306,7 @@ def _solve(
             ]
         )
 
-    spans = [max(values[0] for values in slot.options.values()) for slot in slots]
-    program += weighted(0, (sum(spans) - sum(_least(slots, 0)) or 1.0) / _SCALE)
+    program += weighted(0, (_span(slots) or 1.0) / _SCALE)
     for column, (room, limit) in enumerate(zip(spare, limits, strict=True), start=1):
         unit = (max(room, _ROUNDING * abs(limit)) or 1.0) / _SCALE
         program += weighted(column, unit) <= _SCALE
@@ -278,8 +319,8 @@ def _solve(
         return None, True
     if program.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
         raise RuntimeError(
-            f"{solver.name} found no choice ({pulp.LpStatus[status]}) within time_limit={solver.time_limit} seconds; "
-            "raise it."
+            f"{solver.name} found no choice ({pulp.LpStatus[status]}) within time_limit={solver.time_limit} seconds: "
+            "raise it, or try another solver."
         )
     # Binary variables come back as floats: the greatest of a slot is the pick.
     chosen = [max(of_slot, key=lambda candidate: of_slot[candidate].value() or 0.0) for of_slot in picks]
@@ -300,7 +341,8 @@ def _explain(
         picked, _ = _solve(turned, [limits[i - 1] for i in others], solver)
         if picked is not None:
             least = sum(slot.options[candidate][0] for slot, candidate in zip(turned, picked, strict=True))
-            reachable.append(f"{budget.name} down to {least:.6g} if the others are kept")
+            greatest = sum(max(values[column] for values in slot.options.values()) for slot in slots)
+            reachable.append(f"{budget.name} from {least:.6g}, if the others are kept, to {greatest:.6g}")
     wanted = ", ".join(f"{budget.name}={budget.limit:.6g}" for budget in budgets)
     detail = "; ".join(reachable) or "no budget can be kept together with the others"
     return f"No choice of candidates keeps all budgets ({wanted}). Reachable: {detail}."

@@ -1,6 +1,6 @@
 """The allocation problem of one model: its tables, what is minimised, and what is limited."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..calibration.calibration_set import CalibrationSet
@@ -18,8 +18,11 @@ from .costs import (
     weight_ratios,
 )
 from .groups import feeding_an_add, named_groups, sharing_an_input
-from .integer_program import Budget, Choice, Solver, choose_candidates
+from .integer_program import Budget, Choice, Solver, choose_candidates, merge_groups
 from .table import SensitivityTable
+
+# Under which name the user knows a limit.
+_NAMES = {"loss": "max_loss"}
 
 COSTS = ("compression", "weight_bytes", "bit_operations", "activation_bytes", "latency")
 
@@ -63,8 +66,8 @@ class Goal:
             raise ValueError(f"minimise must be one of {', '.join(('loss', *COSTS))}, got {self.minimise!r}.")
         if self.minimise == "loss" and ("loss" in self.limits or not self.limits):
             raise ValueError(
-                "minimise='loss' needs a budget other than the loss: compression, weight_bytes, bit_operations, "
-                "activation_bytes or latency."
+                "minimise='loss' needs a budget of compression, weight_bytes, bit_operations, activation_bytes or "
+                "latency, and none of the loss: max_loss goes with another minimise."
             )
         if self.minimise != "loss" and "loss" not in self.limits:
             raise ValueError(f"minimise={self.minimise!r} needs max_loss, or every layer would take the fewest bits.")
@@ -82,14 +85,13 @@ class Problem:
         goal: See ``Goal``.
 
     Raises:
-        ValueError: If the goal names unknown layers.
-        InfeasibleBudgetError: If no choice keeps the budgets, whatever the losses.
+        ValueError: If the goal names unknown layers, or layers that must agree cannot.
     """
 
     def __init__(
         self, network: QuantizedNetwork, calibration: CalibrationSet, candidates: Sequence[Bits], goal: Goal
     ) -> None:
-        self.goal, self.free = goal, network.free_layers
+        self.goal, self.free, self.candidates = goal, network.free_layers, list(candidates)
         self.options = open_candidates(network, candidates)
         needed = {"compression", goal.minimise, *goal.limits}
         self.costs: dict[str, CostTable] = {"compression": weight_ratios(network, self.options)}
@@ -101,32 +103,28 @@ class Problem:
             self.costs["activation_bytes"] = activation_bytes(work, self.options)
         if goal.latency_table is not None:
             self.costs["latency"] = latencies(goal.latency_table, self.options)
-        self.groups = named_groups(network, goal.groups)
-        if goal.agree_on_input:
-            self.groups += sharing_an_input(network)
-        if goal.agree_on_add:
-            self.groups += feeding_an_add(network)
+        groups = named_groups(network, goal.groups)
+        observed = sharing_an_input(network) if goal.agree_on_input else []
+        observed += feeding_an_add(network) if goal.agree_on_add else []
+        # Layers whose width is fixed do not bind those that they happen to meet.
+        free = [[name for name in group if name in self.free] for group in observed]
+        self.groups = merge_groups(self.options, [*groups, *filter(None, free)])
         self.losses: CostTable = {name: dict.fromkeys(of_layer, 0.0) for name, of_layer in self.options.items()}
-        for limits in self._alone():
-            self.solve(limits)
-
-    def _alone(self) -> Iterable[dict[str, float]]:
-        limits = {name: limit for name, limit in self.goal.limits.items() if name != "loss"}
-        return [limits] if limits else []
 
     def set_losses(self, table: SensitivityTable) -> None:
         """Take the losses of the free layers from a table of measurements."""
         for name in self.free:
             self.losses[name] = {bits: table.rise(name, bits) for bits in self.options[name]}
 
-    def solve(self, limits: Mapping[str, float] | None = None) -> Choice[Bits]:
-        """The best choice for the goal, with other limits if given.
+    def solve(self, limits: Mapping[str, float] | None = None, minimise: str | None = None) -> Choice[Bits]:
+        """The best choice for the goal, with other limits or another objective if given.
 
         Raises:
             InfeasibleBudgetError: If there is none.
         """
-        budgets = [Budget(name, self._table(name), limit) for name, limit in (limits or self.goal.limits).items()]
-        objective = self._table(self.goal.minimise)
+        chosen = self.goal.limits if limits is None else limits
+        budgets = [Budget(_NAMES.get(name, name), self._table(name), limit) for name, limit in chosen.items()]
+        objective = self._table(minimise or self.goal.minimise)
         return choose_candidates(objective, budgets, self.groups, self.goal.solver)
 
     def _table(self, name: str) -> CostTable:
@@ -138,8 +136,7 @@ class Problem:
 
     def fits(self, bits: Mapping[str, Bits], limits: Mapping[str, float]) -> bool:
         """Whether a choice keeps these limits (but for that of the loss) and the groups."""
-        agree = all(len({bits[layer] for layer in group}) == 1 for group in self.groups)
-        return agree and all(
+        return all(len({bits[layer] for layer in group}) == 1 for group in self.groups) and all(
             self.total(name, bits) <= limit * (1 + 1e-9) for name, limit in limits.items() if name != "loss"
         )
 

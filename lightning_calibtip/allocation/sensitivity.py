@@ -1,24 +1,30 @@
 """Sensitivity: the loss when one layer takes a candidate width and all others stay at the base."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calibration.activation_store import ActivationStore
+from ..calibration.calibration_set import output_logits
 from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..calibration.losses import Loss, LossFunction, check_metric
 from ..calibration.recording import Recording
-from ..calibration.replay import Replay
+from ..calibration.replay import CalledAgainError, Replay
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 from .table import Conditions, SensitivityFile, SensitivityTable
 
 log = logging.getLogger(__name__)
+
+# Relative difference of outputs that other memory layouts may make.
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,10 @@ def measure_sensitivity(
     """Measure the loss for every free layer and candidate.
 
     Layers are measured in the order of execution. What comes before the measured layer is replayed from the
-    activations of the base, so that a measurement costs the layer and what follows it.
+    activations of the base, so that a measurement costs the layer and what follows it. Whether the replayed model
+    still gives the base's output is tried on one batch for each layer; where a model does not allow it (values that
+    leave the graph, side effects), a warning says so and the rest is measured by whole passes. So are layers inside
+    other layers, and those that the first batch does not reach.
 
     A layer keeps its present state for its present width (whatever stages have done to it before); it takes another
     width with the parameters that AdaQuant found for it there, if it has (``variants``), else with ranges alone.
@@ -77,28 +86,69 @@ def measure_sensitivity(
         ValueError: If a loss is not finite (names layer and candidate), or the file at ``path`` is of another run.
     """
     base = base_bits(candidates)
-    assert network.structure is not None
-    names = [name for name in network.structure.calls_of if name in network.free_layers]
     keep_states(network)
     conditions = describe_conditions(network, loss, base)
-    for name in names:
+    for name in network.free_layers:
         network.layers[name].take(base)
     with TemporaryDirectory() as folder, SensitivityFile(path or Path(folder) / "table.csv", conditions) as file:
         table = file.table or file.add_base(loss())
-        stream = Replay(network.model, network.structure, loss.calibration, names, store or ActivationStore(), True)
-        for name in names:
-            layer = network.layers[name]
-            outputs = _outputs(stream, layer)
-            for bits in candidates:
-                if bits == base or bits in table.losses.get(name, {}):
-                    continue
-                layer.take(bits)
-                file.add(name, bits, loss(stream.run))
-                log.info("%s at W%dA%d: loss %+.4g", name, *bits, table.rise(name, bits))
-            layer.take(base)
-            stream.finish(name, outputs)
-        stream.forget()
+
+        def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
+            try:
+                for bits in candidates:
+                    if bits != base and bits not in table.losses.get(layer.name, {}):
+                        layer.take(bits)
+                        file.add(layer.name, bits, loss(run))
+                        log.info("%s at W%dA%d: loss %+.4g", layer.name, *bits, table.rise(layer.name, bits))
+            finally:
+                layer.take(base)
+
+        done = _measure_by_replay(network, loss, store or ActivationStore(), measure)
+        for name in network.free_layers:
+            if name not in done:
+                measure(network.layers[name], loss.calibration.run)
     return table
+
+
+def _measure_by_replay(
+    network: QuantizedNetwork,
+    loss: Loss,
+    store: ActivationStore,
+    measure: Callable[[QuantizedLayer, Callable[[int], Any]], None],
+) -> set[str]:
+    """Measure as many layers as replay serves, all others being at the base; returns their names."""
+    assert network.structure is not None
+    running = [name for name in network.structure.calls_of if name in network.free_layers]
+    names = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
+    stream = Replay(network.model, network.structure, loss.calibration, names, store, to_end=True)
+    wanted = _output(loss, loss.calibration.run)
+    done = set()
+    for name in names:
+        try:
+            outputs = _outputs(stream, network.layers[name])
+            if right := _is_close(_output(loss, stream.run), wanted):
+                measure(network.layers[name], stream.run)
+        except CalledAgainError:
+            right = False
+        if not right:
+            log.warning("%s: the model cannot be replayed from here on; the rest is measured by whole passes.", name)
+            break
+        done.add(name)
+        stream.finish(name, outputs)
+    stream.forget()
+    return done
+
+
+@torch.no_grad()
+def _output(loss: Loss, run: Callable[[int], Any]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in output_logits(run(0))]
+
+
+def _is_close(output: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(
+        found.shape == right.shape and float((found - right).norm()) <= _TOLERANCE * float(right.norm())
+        for found, right in zip(output, wanted, strict=True)
+    )
 
 
 @torch.no_grad()

@@ -140,8 +140,8 @@ class SensitivityFile:
         self.path, self.conditions = Path(path), conditions
         self.table: SensitivityTable | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and "\n" in (text := self.path.read_text()):
-            self._take_up(text)
+        if self.path.exists() and b"\n" in (content := self.path.read_bytes()):
+            self._take_up(content)
             self._file = self.path.open("a", newline="")
         else:
             self._file = self.path.open("w", newline="")
@@ -172,7 +172,7 @@ class SensitivityFile:
         self.table.losses.setdefault(layer, {})[bits] = loss
         self._write([layer, *bits, repr(loss), repr(loss - self.table.base_loss)])
 
-    def _take_up(self, text: str) -> None:
+    def _take_up(self, content: bytes) -> None:
         """Read what is there, without a last line that was cut off."""
         with self.path.open(newline="") as file:
             begun = _read_conditions(self.path, file.readline())
@@ -182,7 +182,7 @@ class SensitivityFile:
                     "remove the file to measure anew."
                 )
             self.table = _read_lines(self.path, file, begun)
-        os.truncate(self.path, len(text[: text.rindex("\n") + 1].encode()))
+        os.truncate(self.path, content.rindex(b"\n") + 1)
 
     def _write(self, row: Sequence[object]) -> None:
         csv.writer(self._file, lineterminator="\n").writerow(row)

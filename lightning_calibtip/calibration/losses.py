@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..quantization.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, batch_size, output_logits
+from .fingerprint import digest
 from .logits import float_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
@@ -53,8 +54,15 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """Of the metric: its word, or the function's name."""
-        return self.metric if isinstance(self.metric, str) else getattr(self.metric, "__qualname__", repr(self.metric))
+        """Of the metric: its word; or the function's name with a digest of its code, so that lambdas differ."""
+        if isinstance(self.metric, str):
+            return self.metric
+        function = getattr(self.metric, "func", self.metric)
+        code = getattr(function, "__code__", None)
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        if code is None:
+            return name
+        return f"{name}#{digest([code.co_code, code.co_names, *map(str, filter(_is_plain, code.co_consts))])[:8]}"
 
     @torch.no_grad()
     def __call__(self, run: Callable[[int], Any] | None = None) -> float:
@@ -76,6 +84,11 @@ class Loss:
             return float(sample_divergences(output, self._targets[index]).mean())
         pairs = zip(output_logits(output), self._targets[index], strict=True)
         return math.fsum(_relative_squared_error(logits, wanted) for logits, wanted in pairs)
+
+
+def _is_plain(constant: Any) -> bool:
+    """Whether a constant of a function's code reads the same in every process."""
+    return isinstance(constant, int | float | complex | str | bytes | None)
 
 
 def _relative_squared_error(output: Tensor, target: Tensor) -> float:

@@ -28,6 +28,10 @@ class UnitCall:
     kwargs: dict[str, Any]
 
 
+class CalledAgainError(RuntimeError):
+    """A batch calls a module more often than the first batch did, so that stored outputs cannot answer for it."""
+
+
 class _ReachedUnit(BaseException):
     """Ends a pass; not an ``Exception``, so that no ``except`` clause of the user's model holds it back."""
 
@@ -242,7 +246,19 @@ def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[No
     quantizer = getattr(module, "input_quantizer", None)
     was_enabled = quantizer is not None and quantizer.enabled
     had = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: outputs[index]
+    answered = False
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal answered
+        if answered:
+            raise CalledAgainError(
+                f"Calibration batch {index} calls a {type(module).__name__} more often than the first batch did; leave "
+                "it float with overrides={...: None}."
+            )
+        answered = True
+        return outputs[index]
+
+    module.forward = answer
     if quantizer is not None:
         quantizer.enabled = False
     try:

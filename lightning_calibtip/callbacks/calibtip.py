@@ -14,6 +14,7 @@ from ..module import QuantizationModule
 from ..pipeline import QuantizationRun, StageOutcome, make_stages, run_stages
 from ..quantization.layers import quantizable_layers
 from ..quantization.scheme import QuantizationScheme
+from .exhibits import log_exhibits
 from .stage import check_precision
 
 
@@ -60,7 +61,7 @@ class CalibTIP(pl.Callback):
         symmetric: bool = False,
         per_channel: bool = True,
         activation_symmetric: bool = False,
-        compression: float | Sequence[float] | None = 0.13,
+        compression: float | Sequence[float] | None = None,
         candidates: Sequence[int | Sequence[int]] = (4, 8),
         calibration_samples: int = 1024,
         calibration_dataloader: Iterable[Any] | None = None,
@@ -141,6 +142,8 @@ class CalibTIP(pl.Callback):
                 values = {**stage_outcome.figures, **stage_outcome.metrics, "seconds": stage_outcome.seconds}
                 figures = {f"calibtip/{stage_outcome.name}/{key}": value for key, value in values.items()}
                 logger.log_metrics(figures, step=trainer.global_step)
+        for stage_outcome in stages:
+            log_exhibits(trainer.loggers, f"calibtip/{stage_outcome.name}", stage_outcome.exhibits, trainer.global_step)
         checkpoints = trainer.checkpoint_callback
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"

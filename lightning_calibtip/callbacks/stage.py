@@ -85,5 +85,5 @@ class Stage(pl.Callback, ABC):
             logger.log_metrics(figures, step=trainer.global_step)
         log_exhibits(trainer.loggers, self.name, self.exhibits, trainer.global_step)
         for exhibit in self.exhibits:
-            log.info("\n%s: %s\n%s\n", self.name, exhibit.name, exhibit.text)
+            pl_module.print(f"\n{self.name}: {exhibit.name}\n{exhibit.text}\n")
         log.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))

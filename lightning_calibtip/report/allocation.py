@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..allocation.allocate import Allocation, Point
+from ..allocation.outcome import Allocation, Point
 from ..quantization.scheme import Bits
 from .exhibit import Exhibit
+
+# Inches; beyond it matplotlib would refuse the picture.
+_WIDEST = 200.0
 
 
 def allocation_exhibits(allocation: Allocation) -> list[Exhibit]:
@@ -106,7 +109,7 @@ def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]
 def _wide_figure(layers: int, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.4, 0.2 * layers + 2), height), layout="constrained")
+    figure = Figure(figsize=(min(max(6.4, 0.2 * layers + 2), _WIDEST), height), layout="constrained")
     return figure, figure.subplots()
 
 

@@ -21,7 +21,7 @@ def main(
     weight_bits: int = 4,
     activation_bits: int = 4,
     edge_bits: int | None = 8,
-    compression: float | list[float] | None = 0.13,
+    compression: float | list[float] | None = None,
     candidates: list[int | list[int]] | None = None,
     observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
     calibration_samples: int = 1024,
@@ -48,7 +48,8 @@ def main(
         weight_bits: Width of weights.
         activation_bits: Width of activations.
         edge_bits: Width of the first and last layer; null to treat them like the rest.
-        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight; a list for a sweep.
+        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
+            if not given; a list for a sweep.
         candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
             given.
         observer: How ranges are chosen.

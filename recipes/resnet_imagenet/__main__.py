@@ -20,7 +20,7 @@ def main(
     weight_bits: int = 4,
     activation_bits: int = 8,
     edge_bits: int | None = 8,
-    compression: float | list[float] | None = 0.13,
+    compression: float | list[float] | None = None,
     candidates: list[int | list[int]] | None = None,
     calibration_samples: int | None = None,
     split: Literal["validation", "train"] = "validation",
@@ -44,7 +44,8 @@ def main(
         weight_bits: Width of weights.
         activation_bits: Width of activations.
         edge_bits: Width of the first and last layer; null to treat them like the rest.
-        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight; a list for a sweep.
+        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
+            if not given; a list for a sweep.
         candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
             given.
         calibration_samples: Number of images to calibrate on; all if not given.

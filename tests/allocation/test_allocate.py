@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from lightning_calibtip.allocation.allocate import Point, Sweep, allocate
+from lightning_calibtip.allocation.allocate import allocate
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
+from lightning_calibtip.allocation.outcome import Point, Sweep
 from lightning_calibtip.allocation.problem import Goal
 from lightning_calibtip.allocation.sensitivity import Measurement
 from lightning_calibtip.calibration.losses import Loss

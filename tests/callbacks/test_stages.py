@@ -129,7 +129,13 @@ def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, 
         (lambda: BitAllocation(compression=1.5), "compression must be at most 1, got 1.5"),
         (lambda: BitAllocation(compression=[0.1, 1.5]), "compression must be above 0 and at most 1, got 1.5"),
         (lambda: BitAllocation(compression=[]), "a list with at least one, got an empty list"),
-        (lambda: BitAllocation(compression=None), "minimise='loss' needs a budget"),
+        (lambda: BitAllocation(max_loss=0.1), "and none of the loss: max_loss goes with another minimise"),
+        (lambda: BitAllocation(bit_operations="many"), "bit_operations must be a number, got 'many'"),
+        (lambda: BitAllocation([0.1], pick_under=-1), "pick_under must be above 0 and at most 1, got -1"),
+        (
+            lambda: BitAllocation([0.1], max_degradation=float("nan")),
+            "max_degradation must be a finite number, got nan",
+        ),
         (lambda: BitAllocation(candidates=[]), "at least two different widths"),
         (lambda: BitAllocation(candidates=[4, 17]), "candidates must be an integer from 2 to 16, got 17"),
         (lambda: BitAllocation(weight_bytes="lots"), "weight_bytes must be a positive number of bytes"),
@@ -163,6 +169,7 @@ def test_every_option_of_bit_allocation_reaches_the_program(
     def metric(output, batch):
         return 0.0
 
+    (tmp_path / "again.csv").touch()
     stage = BitAllocation(
         compression=[0.1, 0.2],
         candidates=[[2, 8], 4],
@@ -183,6 +190,7 @@ def test_every_option_of_bit_allocation_reaches_the_program(
         max_degradation=0.25,
         sensitivity=tmp_path / "again.csv",
         table=tmp_path / "table.csv",
+        output_folder=tmp_path / "out",
         solver="cbc",
         time_limit=9.0,
         gap=0.01,
@@ -234,18 +242,18 @@ class Board(Logger):
 
 
 def test_loggers_get_the_tables_and_pictures_that_they_can_take(
-    tiny_classifier, loader, make_trainer, tmp_path, caplog
+    tiny_classifier, loader, make_trainer, tmp_path, capsys
 ):
     board, wandb = Board(), WandbLogger(save_dir=tmp_path, project="test")
     stage = BitAllocation([0.1, 0.2], candidates=[2, 4, 8], checks=0)
     trainer = make_trainer(Calibration(), stage, logger=[board, wandb, CSVLogger(tmp_path / "csv")])
-    with caplog.at_level("INFO", "lightning_calibtip"):
-        trainer.fit(QuantizationModule(tiny_classifier), loader)
+    trainer.fit(QuantizationModule(tiny_classifier), loader)
     wandb.experiment.finish()
     names = {"allocation", "sensitivity", "trade_off"}
     assert {exhibit.name for exhibit in stage.exhibits} == names
     assert board.figures.keys() == {f"BitAllocation/{name}" for name in names}
-    assert "net.blocks.0.conv1" in caplog.text and "rise of the loss alone" in caplog.text
+    printed = capsys.readouterr().out
+    assert "net.blocks.0.conv1" in printed and "rise of the loss alone" in printed
     media = next((tmp_path / "wandb").glob("offline-run-*")) / "files" / "media"
     assert len(list(media.rglob("*.png"))) == len(list(media.rglob("*.table.json"))) == 3
 

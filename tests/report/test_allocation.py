@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from lightning_calibtip.allocation.allocate import Allocation, Point
+from lightning_calibtip.allocation.outcome import Allocation, Point
 from lightning_calibtip.allocation.table import Conditions, SensitivityTable, read_table
 from lightning_calibtip.report.allocation import allocation_exhibits
 
