@@ -133,6 +133,15 @@ def test_mixed_takes_a_table_again_without_preparing_candidates(tiny_classifier,
     assert run.stages[1].figures["predicted_loss"] == first.stages[2].figures["predicted_loss"]
 
 
+def test_a_table_of_the_user_s_stays_and_a_state_folder_goes(tiny_classifier, loader, tmp_path):
+    options = {**QUICK, "state_folder": tmp_path / "state", "allocation": {"output_folder": tmp_path / "shown"}}
+    quantize(tiny_classifier, loader, pipeline="light", stage_options=dict(options))
+    assert not (tmp_path / "state").exists() and (tmp_path / "shown" / "allocation.png").exists()
+    options["allocation"] = {"table": tmp_path / "mine" / "table.csv"}
+    quantize(tiny_classifier, loader, pipeline="light", stage_options=options)
+    assert (tmp_path / "mine" / "table.csv").exists()
+
+
 def test_a_sweep_evaluates_each_point_with_the_user_s_validation(tiny_classifier, loader):
     options = {"compression": [0.1, 0.2], "candidates": [2, 4, 8], "allocation": {"checks": 2}}
     run = quantize(tiny_classifier, loader, loader, "light", stage_options=options)

@@ -70,7 +70,6 @@ class BitAllocation(Stage):
 
     Raises:
         ValueError: If a setting is out of its range.
-        FileNotFoundError: If there is no file at ``sensitivity``.
     """
 
     def __init__(
@@ -134,8 +133,6 @@ class BitAllocation(Stage):
             raise ValueError(f"checks must be at least 0, got {checks}.")
         self.checks, self.start_over = checks, start_over
         self.state = None if state_folder is None or table is not None else Path(state_folder) / "sensitivity.csv"
-        if sensitivity is not None and not Path(sensitivity).is_file():
-            raise FileNotFoundError(f"sensitivity: there is no file {sensitivity}; write one with table=.")
         path, again = (None if file is None else Path(file) for file in (table or self.state, sensitivity))
         self.measurement = Measurement(metric, samples, path, again)
         self.output_folder = None if output_folder is None else Path(output_folder)

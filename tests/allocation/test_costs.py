@@ -78,6 +78,14 @@ def test_latency_tables_may_name_widths_or_pairs(prepared, tmp_path):
     assert read_latencies(path) == costs
 
 
+def test_a_float_layer_s_latency_counts(prepared):
+    options = open_candidates(prepared[0], [(4, 4), (8, 8)])
+    table = {name: {"4": 1.0, 8: 2.0} for name in ("first", "grouped", "twice")}
+    assert latencies({**table, "last": {32: 7.0}}, options)["last"] == {(32, 32): 7.0}
+    with pytest.raises(ValueError, match=r"latency_table lacks 'last' at .* \[\(32, 32\)\]"):
+        latencies({**table, "last": {8: 7.0}}, options)
+
+
 def test_an_unknown_or_missing_layer_of_a_latency_table_is_named(prepared, tmp_path):
     options = open_candidates(prepared[0], [(2, 2), (4, 8)])
     with pytest.raises(ValueError, match="'conv9' is no quantizable layer; these are: first, grouped"):

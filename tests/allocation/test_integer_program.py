@@ -82,6 +82,18 @@ LOSSES = {"a": {4: 0.5, 8: 0.0}, "b": {4: 0.1, 8: 0.0}}
 SIZES = {"a": {4: 40, 8: 80}, "b": {4: 40, 8: 80}}
 
 
+def test_one_layer_that_collapses_does_not_hide_the_differences_of_the_others():
+    generator = random.Random(5)
+    for _ in range(20):
+        losses = {
+            f"l{i}": {c: generator.random() * 10 ** generator.uniform(-8, -4) for c in (3, 4, 8)} for i in range(5)
+        }
+        losses["l0"][2] = 1e4
+        costs = {name: {c: generator.randint(1, 50) * c for c in of_layer} for name, of_layer in losses.items()}
+        budgets = [Budget("size", costs, sum(reachable_range(costs)) / 2)]
+        assert choose_candidates(losses, budgets).objective == pytest.approx(exhaustive(losses, budgets), rel=1e-6)
+
+
 def test_least_cost_under_a_loss_budget():
     assert choose_candidates(SIZES, [Budget("loss", LOSSES, 0.1)]).candidates == {"a": 8, "b": 4}
     assert choose_candidates(SIZES, [Budget("loss", LOSSES, 0.05)]).candidates == {"a": 8, "b": 8}

@@ -66,7 +66,7 @@ def test_the_prefix_of_a_layer_is_not_computed_again(images):
     """Of what whole passes cost, replay costs about half, and the deeper the network the nearer to it."""
     shares = []
     for depth in (2, 6):
-        network, calibration = prepared(ResNet(depth).eval(), images[:4].repeat(1, 3, 1, 1), batch=4)
+        network, calibration = prepared(ResNet(depth).eval(), images[:16].repeat(1, 3, 1, 1), batch=2)
         loss = Loss(network, calibration)
         with FlopCounterMode(display=False) as replayed:
             measure_sensitivity(network, loss, [(2, 8), (3, 8), (4, 8)])
@@ -75,6 +75,88 @@ def test_the_prefix_of_a_layer_is_not_computed_again(images):
             by_whole_passes(network, loss, [(2, 8), (3, 8), (4, 8)])
         shares.append(replayed.get_total_flops() / whole.get_total_flops())
     assert shares[1] < shares[0] < 0.8 and shares[1] < 0.62
+
+
+class Saved(nn.Module):
+    """What the model returns beside its logits was left in an attribute by a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.b = nn.Sequential(nn.Conv2d(1, 4, 3)), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 3)
+        self.part.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.saved = output.mean((2, 3)) + 1
+
+    def forward(self, x):
+        x = self.b(self.part(x))
+        return self.head(x.mean((2, 3))), self.saved
+
+
+class LeavesTheGraph(nn.Module):
+    """A number is taken out of a layer's output, by which a later one is scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        size = x.norm().item()
+        return self.head(self.c(self.b(x) * size / 100).mean((2, 3)))
+
+
+class Aliased(nn.Module):
+    """An in-place activation on what a dropout returned changes the shortcut too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.relu = nn.Conv2d(1, 4, 3), nn.Dropout(), nn.ReLU(inplace=True)
+        self.b, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.b(self.relu(self.drop(x)))
+        return self.head((x + y).mean((2, 3)))
+
+
+class Nested(nn.Linear):
+    """A layer with layers inside."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    "make", [Saved, LeavesTheGraph, Aliased, lambda: nn.Sequential(nn.Linear(8, 8), Nested(), nn.Linear(8, 3))]
+)
+def test_models_that_replay_does_not_serve_are_measured_by_whole_passes(make, images):
+    torch.manual_seed(0)
+    model = make().eval()
+    inputs = images if not isinstance(model, nn.Sequential) else torch.randn(32, 8)
+    network, calibration = prepared(model, inputs, edge_bits=None)
+    loss = Loss(network, calibration)
+    table = measure_sensitivity(network, loss, CANDIDATES)
+    assert table.losses.keys() == set(network.free_layers)
+    for (name, bits), measured in by_whole_passes(network, loss, CANDIDATES).items():
+        assert table.losses[name][bits] == pytest.approx(measured, rel=1e-2, abs=1e-7), (name, bits)
+
+
+def test_a_layer_that_the_first_batch_does_not_reach_is_measured(images):
+    class Sometimes(TinyResNet):
+        def forward(self, x):
+            x = self.relu(self.norm(self.stem(x)))
+            return self.head(self.blocks(x).mean((2, 3)) if len(x) < 16 else self.blocks[0](x).mean((2, 3)))
+
+    network, calibration = prepared(Sometimes().eval(), images[:40], batch=16)
+    table = measure_sensitivity(network, Loss(network, calibration), CANDIDATES)
+    assert "blocks.1.conv1" in table.losses and table.losses.keys() == set(network.free_layers)
 
 
 def test_base_is_the_widest_of_both_and_not_measured(images):

@@ -50,6 +50,14 @@ def test_a_broken_off_file_is_gone_on_with(path, cut):
     assert path.read_bytes() == whole
 
 
+def test_a_table_with_other_line_ends_is_gone_on_with(path):
+    begun(path, ("conv1", (2, 8), 0.75))
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with SensitivityFile(path, CONDITIONS) as file:
+        file.add("conv2", (2, 8), 0.5)
+    assert read_table(path).losses == {"conv1": {(2, 8): 0.75}, "conv2": {(2, 8): 0.5}}
+
+
 def test_a_file_cut_in_its_first_lines_begins_anew(path):
     begun(path)
     first = path.read_bytes()

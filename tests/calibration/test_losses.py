@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,13 @@ def test_a_function_of_the_user_s_is_averaged_over_samples(tiny_resnet, images):
     assert "labelled#" in loss.name
     whole = Loss(network, calibration, lambda output, batch: F.cross_entropy(output, batch[1], reduction="none"))
     assert whole() == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_metrics_are_told_apart_by_their_code_and_not_by_their_address(quantized):
+    one, other = (Loss(*quantized, metric=m).name for m in (lambda o, b: o.sum(), lambda o, b: o.mean()))
+    assert one != other
+    metrics = [partial(F.mse_loss, reduction="mean") for _ in range(2)]
+    assert len({Loss(*quantized, metric=metric).name for metric in metrics}) == 1
 
 
 def test_samples_are_whole_batches(quantized):
