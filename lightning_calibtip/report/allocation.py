@@ -85,15 +85,18 @@ def _trade_off_exhibit(allocation: Allocation) -> Exhibit:
         losses.plot(sizes, [point.predicted_loss for point in curve], ":", color="C0", label="mixed, predicted")
         losses.plot(sizes, [point.measured_loss for point in curve], "o-", color="C0", label="mixed, measured")
         _uniform_points(losses, allocation.uniform, [point.measured_loss for point in allocation.uniform])
-        losses.plot(allocation.chosen.compression, allocation.chosen.measured_loss, "*", color="C3", markersize=12)
+        chosen = allocation.chosen
+        losses.plot(chosen.compression, chosen.measured_loss, "*", color="C3", markersize=12, label="chosen")
         losses.set_yscale("symlog", linthresh=1e-3)
+        losses.margins(x=0.1, y=0.1)
         losses.set_ylabel(f"rise of the {_loss_name(allocation)}")
         for axes, name in zip(others, metrics, strict=True):
             axes.plot(sizes, [point.metrics[name] for point in curve], "o-", color="C0")
             _uniform_points(axes, allocation.uniform, [point.metrics[name] for point in allocation.uniform])
             axes.set_ylabel(name)
+            axes.margins(y=0.1)
         (others or [losses])[-1].set_xlabel("size of the weights (share of float32)")
-        figure.legend(loc="outside upper center", ncols=3)
+        figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return figure
 
     return Exhibit("trade_off", columns, rows, draw)
@@ -125,7 +128,7 @@ def _label(bits: Bits) -> str:
 
 def _loss_name(allocation: Allocation) -> str:
     metric = allocation.sensitivity.conditions.metric
-    return {"kl": "KL divergence (nats a sample)", "mse": "relative squared error"}.get(metric, f"loss ({metric})")
+    return {"kl": "KL divergence (nats)", "mse": "relative squared error"}.get(metric, f"loss ({metric})")
 
 
 def _rise(allocation: Allocation, name: str, bits: Bits) -> float | None:
