@@ -261,7 +261,7 @@ def run_stages(
             if isinstance(stage, BitAllocation) and stage.evaluate is None and validation is not None:
                 stage.evaluate = evaluate_meanwhile
             _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
-            before = sum(other.name.split(" ")[0] == stage.name for other in done)
+            before = sum(other.name == stage.name for other in stages[: step - 1])
             name = f"{stage.name} {before + 1}" if before else stage.name
             done.append(StageOutcome(name, stage.seconds, evaluate(name, step), stage.figures, stage.exhibits))
     for stage in stages:

@@ -16,7 +16,7 @@ from .integer_program import InfeasibleBudgetError
 from .outcome import Allocation, Point, Sweep
 from .problem import Goal, Problem
 from .sensitivity import Measurement, base_bits, describe_conditions, keep_states, measure_sensitivity
-from .table import SensitivityTable, read_table
+from .table import Conditions, SensitivityTable, read_table
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +78,10 @@ def allocate(
             table = measure_sensitivity(network, loss, candidates, measurement.path, store)
             model = Model(network, loss, table.base_loss)
         else:
-            table = _take_again(measurement.again, network, loss, problem)
+            present = describe_conditions(network, loss, base_bits(candidates))
+            table = _take_again(measurement.again, present, problem)
             model = Model(network, loss, table.base_loss)
-            if table.conditions != describe_conditions(network, loss, base_bits(candidates)):
+            if table.conditions != present:
                 log.warning(
                     "%s was measured with other states of the layers, or on other samples: the solution is not checked "
                     "by its true loss, which is that of the present states.",
@@ -194,11 +195,10 @@ def _best(
     return last.candidates, measured, last.proved
 
 
-def _take_again(path: Path, network: QuantizedNetwork, loss: Loss, problem: Problem) -> SensitivityTable:
+def _take_again(path: Path, wanted: Conditions, problem: Problem) -> SensitivityTable:
     """A table from a file, if it fits the model and the candidates."""
-    table, base = read_table(path), base_bits(problem.candidates)
-    wanted = describe_conditions(network, loss, base)
-    if table.conditions.model != wanted.model or table.losses.keys() - network.layers.keys():
+    table = read_table(path)
+    if table.conditions.model != wanted.model or table.losses.keys() - problem.options.keys():
         raise ValueError(
             f"{path} was measured on another model (digest {table.conditions.model}, this one's is {wanted.model}): "
             "measure this one, without sensitivity=."
@@ -208,7 +208,7 @@ def _take_again(path: Path, network: QuantizedNetwork, loss: Loss, problem: Prob
         if there != here:
             raise ValueError(f"{path} was measured with {what} {there}, this run has {here}: measure it anew.")
     missing = {
-        name: [bits for bits in problem.options[name] if bits != base and bits not in table.losses.get(name, {})]
+        name: [bits for bits in problem.options[name] if bits != wanted.base and bits not in table.losses.get(name, {})]
         for name in problem.free
     }
     if lacking := {name: bits for name, bits in missing.items() if bits}:

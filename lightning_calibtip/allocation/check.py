@@ -79,12 +79,15 @@ def _key(bits: Assignment) -> tuple[tuple[str, Bits], ...]:
 
 def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float]) -> Iterator[dict[str, Bits]]:
     """Choices that differ in one or two slots and keep the limits, the most promising first."""
-    predicted = problem.total("loss", bits)
-    moves = [(problem.total("loss", {**bits, **move}) - predicted, move) for move in _moves(problem, bits)]
+    losses = problem.losses
+    moves = [
+        (sum(losses[name][to] - losses[name][bits[name]] for name, to in move.items()), move)
+        for move in _moves(problem, bits)
+    ]
     moves.sort(key=lambda move: (move[0], _key(move[1])))
     raised = [move for move in moves if move[0] < 0][:_MOVES]
     lowered = [move for move in moves if move[0] >= 0][:_MOVES]
-    changes = [(gain, change) for gain, change in raised]
+    changes = [*raised]
     changes += [(up + down, {**b, **a}) for (up, a), (down, b) in product(raised, lowered) if not a.keys() & b.keys()]
     changes += lowered
     for _, change in sorted(changes, key=lambda change: (change[0], _key(change[1]))):

@@ -154,12 +154,6 @@ def choose_candidates(
     return Choice(candidates, total, costs, proved)
 
 
-def reachable_range(table: Table[Candidate]) -> tuple[float, float]:
-    """Least and greatest sum of a table over one candidate a layer."""
-    least, greatest = (sum(pick(of_layer.values()) for of_layer in table.values()) for pick in (min, max))
-    return least, greatest
-
-
 def _check(objective: Table[Candidate], budgets: Sequence[Budget[Candidate]]) -> None:
     if not objective:
         raise ValueError("There is no layer to choose bits for.")
@@ -230,16 +224,17 @@ def _check_reachable(slots: Sequence[_Slot[Candidate]], budgets: Sequence[Budget
             )
 
 
-def _affordable(
-    slot: _Slot[Candidate], slots: Sequence[_Slot[Candidate]], limits: Sequence[float]
-) -> dict[Candidate, tuple[float, ...]]:
-    """Candidates that fit if all other slots take their cheapest."""
-    kept = dict(slot.options)
+def _affordable(slots: Sequence[_Slot[Candidate]], limits: Sequence[float]) -> list[_Slot[Candidate]]:
+    """The slots with the candidates that fit if all other slots take their cheapest."""
+    kept = [dict(slot.options) for slot in slots]
     for column, limit in enumerate(limits, start=1):
-        spare = limit - sum(_least(slots, column)) + min(values[column] for values in slot.options.values())
-        spare += _ROUNDING * abs(limit)
-        kept = {candidate: values for candidate, values in kept.items() if values[column] <= spare}
-    return kept
+        least = _least(slots, column)
+        room = limit + _ROUNDING * abs(limit) - sum(least)
+        kept = [
+            {candidate: values for candidate, values in options.items() if values[column] <= room + low}
+            for options, low in zip(kept, least, strict=True)
+        ]
+    return [_Slot(slot.layers, options) for slot, options in zip(slots, kept, strict=True)]
 
 
 def _undominated(options: Mapping[Candidate, tuple[float, ...]]) -> dict[Candidate, tuple[float, ...]]:
@@ -260,7 +255,7 @@ def _solve(
     A solver's tolerances hide differences that are small beside the greatest value. So what is worse by itself than a
     whole solution is left out, and the rest is solved again on its own, finer scale.
     """
-    slots = [_Slot(slot.layers, _undominated(_affordable(slot, slots, limits))) for slot in slots]
+    slots = [_Slot(slot.layers, _undominated(slot.options)) for slot in _affordable(slots, limits)]
     if not all(slot.options for slot in slots):
         return None, True
     while True:

@@ -12,11 +12,15 @@ from lightning_calibtip.allocation.integer_program import (
     InfeasibleBudgetError,
     Solver,
     choose_candidates,
-    reachable_range,
 )
 
 values = st.floats(-1, 10, allow_nan=False)
 needs_highs = pytest.mark.skipif(not pulp.HiGHS().available(), reason="highspy is not installed")
+
+
+def reachable_range(table):
+    """Least and greatest sum of a table over one candidate a layer."""
+    return [sum(pick(of_layer.values()) for of_layer in table.values()) for pick in (min, max)]
 
 
 @st.composite
