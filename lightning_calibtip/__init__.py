@@ -9,7 +9,7 @@ from .callbacks.calibtip import CalibTIP
 from .callbacks.stage import Stage
 from .module import QuantizationModule
 from .pipeline import make_stages, quantize, run_stages
-from .quantization.layers import register_layer
+from .quantization.kinds import register_layer
 
 __version__ = "0.1.0"
 

@@ -10,13 +10,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from .calibration.calibration_set import CalibrationSet
+from .calibration.calibration_set import CalibrationSet, attention_mask
 from .export.checkpoint import pack_network, unpack_network
-from .quantization.network import LayerSummary, QuantizedNetwork
+from .quantization.network import QuantizedNetwork
 from .quantization.scheme import QuantizationScheme
+from .quantization.summary import LayerSummary
 from .report.table import layer_table
 
 ValidationStep = Callable[["QuantizationModule", Any, int], Any]
@@ -47,8 +48,9 @@ def _delegated(name: str) -> Callable[..., Any]:
 class QuantizationModule(pl.LightningModule):
     """Wraps a trained model so that Lightning's Trainer calibrates, reconstructs and evaluates it quantized.
 
-    The model is copied; the original stays as it is. Every Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear, subclasses
-    included, is quantized once a ``Calibration`` callback has run. ``fit`` with the stage callbacks is the calibration:
+    The model is copied; the original stays as it is. Every Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear and Embedding,
+    subclasses included, and in models of transformers both matrix products of attention, is quantized once a
+    ``Calibration`` callback has run. ``fit`` with the stage callbacks is the calibration:
     one epoch over the calibration data, without an optimizer, the model in eval mode throughout. ``validation_step``,
     ``test_step``, ``predict_step`` and ``forward`` are the wrapped module's own.
 
@@ -62,6 +64,9 @@ class QuantizationModule(pl.LightningModule):
         symmetric: Whether weights are signed with a zero point of 0.
         per_channel: Whether weights have a scale for each output channel.
         activation_symmetric: The same as ``symmetric`` for the layers' inputs.
+        per_token: Whether each token of a layer's input (each sample of a convolution's) gets the range of its own
+            values when it comes, in place of one calibrated range. The values of attention keep one range, since they
+            are summed over tokens.
         validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where
             ``module`` is this one (for ``module(x)`` and ``module.log``), for validation and test.
 
@@ -87,18 +92,26 @@ class QuantizationModule(pl.LightningModule):
         symmetric: bool = False,
         per_channel: bool = True,
         activation_symmetric: bool = False,
+        per_token: bool = False,
         validation_step: ValidationStep | None = None,
     ) -> None:
         super().__init__()
         scheme = QuantizationScheme(
-            weight_bits, activation_bits, edge_bits, overrides, symmetric, per_channel, activation_symmetric
+            weight_bits,
+            activation_bits,
+            edge_bits,
+            overrides,
+            symmetric,
+            per_channel,
+            activation_symmetric,
+            per_token,
         )
         self.save_hyperparameters(scheme.to_dict())
         if isinstance(model, QuantizationModule):
             raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
         self.model = _copy_of(model).eval()
         self.network = QuantizedNetwork(self.model, scheme)
-        self.calibration = CalibrationSet(self.calibration_step)
+        self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
         self.automatic_optimization = False
         self._validation_step = validation_step
@@ -123,6 +136,16 @@ class QuantizationModule(pl.LightningModule):
         """
         inputs = self._inputs_of(batch)
         return self.model(**inputs) if isinstance(batch, Mapping) else self.model(inputs)
+
+    def token_mask(self, batch: Any) -> Tensor | None:
+        """Which tokens of a calibration batch count: those of padding do not. Override it for other batches.
+
+        By default the ``attention_mask`` of a mapping, if it has one of shape (batch, positions).
+
+        Returns:
+            Bool, shape (batch, positions), or None if there is no padding.
+        """
+        return attention_mask(batch)
 
     def _inputs_of(self, batch: Any) -> Any:
         """The part of a calibration batch that the default ``calibration_step`` passes on."""

@@ -107,7 +107,7 @@ def test_calibration_batches_of_each_kind_become_a_forward_call(kind, images, ma
     }[kind]
     module = QuantizationModule(Named())
     make_trainer(Calibration("minmax")).fit(module, as_loader(*batches))
-    on_input = module.network.layers["stem"].input_quantizer
+    on_input = module.network.layers["stem"].inputs[0]
     reach = float(on_input.scale) * 255
     assert reach == pytest.approx(float(images.max() - images.min()), rel=1e-3)
 
@@ -124,7 +124,7 @@ def test_calibration_step_can_be_overridden(images, make_trainer):
 
     module = Halved(TinyResNet())
     make_trainer(Calibration("minmax")).fit(module, as_loader({"deep": {"pixels": images}}))
-    reach = float(module.network.layers["stem"].input_quantizer.scale) * 255
+    reach = float(module.network.layers["stem"].inputs[0].scale) * 255
     assert reach == pytest.approx(float(images.max() - images.min()) / 2, rel=1e-3)
 
 
@@ -134,7 +134,7 @@ def test_only_calibration_batches_move_observers(tiny_classifier, loader, images
     for options in ({"val_dataloaders": far}, {}):
         module = QuantizationModule(tiny_classifier)
         make_trainer(Calibration(), num_sanity_val_steps=2).fit(module, loader, **options)
-        scales.append(torch.stack([layer.input_quantizer.scale for layer in module.network.layers.values()]))
+        scales.append(torch.stack([layer.inputs[0].scale for layer in module.network.layers.values()]))
     assert torch.equal(scales[0], scales[1])
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..calibration.calibration_set import CalibrationSet, batch_size
+from ..quantization.kinds import layer_kind
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits, check_pair
 
@@ -56,10 +57,17 @@ def weight_bytes(network: QuantizedNetwork, options: Mapping[str, Sequence[Bits]
     }
 
 
-def bit_operations(work: Mapping[str, Work], options: Mapping[str, Sequence[Bits]]) -> CostTable:
-    """Bit operations (BOPs) a sample: multiply-accumulates times bits of the weight times bits of the input."""
+def bit_operations(
+    work: Mapping[str, Work], options: Mapping[str, Sequence[Bits]], products: Collection[str] = ()
+) -> CostTable:
+    """Bit operations (BOPs) a sample: multiply-accumulates times bits of the weight times bits of the input.
+
+    In ``products``, which have no weight, both factors have the bits of the input.
+    """
     return {
-        name: {bits: work[name].multiply_accumulates * bits[0] * bits[1] for bits in of_layer}
+        name: {
+            bits: work[name].multiply_accumulates * bits[1 if name in products else 0] * bits[1] for bits in of_layer
+        }
         for name, of_layer in options.items()
     }
 
@@ -126,7 +134,7 @@ def read_latencies(path: str | Path) -> dict[str, dict[Bits, float]]:
 
 @torch.no_grad()
 def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict[str, Work]:
-    """Work of every quantizable layer, from one batch; layers that do not run have none.
+    """Work of every quantizable layer, from one batch; layers that do not run, and embeddings, have none.
 
     Multiply-accumulates are half of what torch's ``FlopCounterMode`` counts while the layer runs.
     """
@@ -136,8 +144,10 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            elements[name] += 0 if first is None else first.numel()
+            kind = layer_kind(module)
+            leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            real = [leaf for leaf in leaves if leaf.is_floating_point()]
+            elements[name] += sum(leaf.numel() for leaf in real[: len(kind.operands) if kind else 1])
             operations[name] -= counter.get_total_flops()
 
         return hook
@@ -168,5 +178,5 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
 def _weights(network: QuantizedNetwork, name: str) -> int:
     if name in network.layers:
         return network.layers[name].weight.numel()
-    weight = network.model.get_submodule(name).weight
+    weight = getattr(network.model.get_submodule(name), "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0

@@ -99,7 +99,8 @@ class Problem:
             self.costs["weight_bytes"] = weight_bytes(network, self.options)
         if needed & {"bit_operations", "activation_bytes"}:
             work = measure_work(network, calibration)
-            self.costs["bit_operations"] = bit_operations(work, self.options)
+            products = [name for name, layer in network.layers.items() if layer.kind.channel_axis is None]
+            self.costs["bit_operations"] = bit_operations(work, self.options, products)
             self.costs["activation_bytes"] = activation_bytes(work, self.options)
         if goal.latency_table is not None:
             self.costs["latency"] = latencies(goal.latency_table, self.options)

@@ -95,10 +95,14 @@ def measure_sensitivity(
 
         def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
             try:
+                # Widths that differ only in a part that does not act on the layer have the same loss.
+                known = {layer.acting(base): table.base_loss}
                 for bits in candidates:
                     if bits != base and bits not in table.losses.get(layer.name, {}):
-                        layer.take(bits)
-                        file.add(layer.name, bits, loss(run))
+                        if (acting := layer.acting(bits)) not in known:
+                            layer.take(bits)
+                            known[acting] = loss(run)
+                        file.add(layer.name, bits, known[acting])
                         log.info("%s at W%dA%d: loss %+.4g", layer.name, *bits, table.rise(layer.name, bits))
             finally:
                 layer.take(base)

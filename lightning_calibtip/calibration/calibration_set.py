@@ -9,6 +9,17 @@ from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 Forward = Callable[[Any, int], Any]
+TokenMask = Callable[[Any], Tensor | None]
+
+# Endings of names in a transformers output.
+_NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions")
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The ``attention_mask`` of a mapping as bool of shape (batch, positions); None if there is none of two
+    dimensions."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class CalibrationSet:
@@ -16,10 +27,12 @@ class CalibrationSet:
 
     Args:
         forward: ``forward(batch, batch_idx)`` passes a batch through the model and returns the model's output.
+        token_mask: ``token_mask(batch)`` says which tokens of a batch count: bool, shape (batch, positions), or None if
+            all do.
     """
 
-    def __init__(self, forward: Forward) -> None:
-        self.forward = forward
+    def __init__(self, forward: Forward, token_mask: TokenMask = attention_mask) -> None:
+        self.forward, self.token_mask = forward, token_mask
         self.batches: list[Any] = []
 
     def __len__(self) -> int:
@@ -50,6 +63,16 @@ class CalibrationSet:
         """Pass batch ``index`` through the model and return the output."""
         return self.forward(self.batches[index], index)
 
+    def tokens(self, index: int) -> Tensor | None:
+        """Which tokens of batch ``index`` count, bool, shape (batch, positions); None if all do."""
+        return self.token_mask(self.batches[index])
+
+    @property
+    def padded(self) -> bool:
+        """Whether any token of any batch does not count."""
+        masks = (self.tokens(index) for index in range(len(self)))
+        return any(mask is not None and not bool(mask.all()) for mask in masks)
+
     def require(self) -> None:
         """Raise ``RuntimeError`` if there is no batch."""
         if not self.batches:
@@ -73,13 +96,13 @@ def plain(batch: Any) -> Any:
 
 def output_logits(output: Any) -> list[Tensor]:
     """The floating-point tensors of a model's output: of a mapping (such as a transformers output) all values but the
-    loss.
+    loss, a cache, and what was computed on the way (hidden states, attention).
 
     Raises:
         TypeError: If there is none.
     """
     if isinstance(output, Mapping):
-        output = {key: value for key, value in output.items() if key != "loss"}
+        output = {key: value for key, value in output.items() if not str(key).endswith(_NOT_LOGITS)}
         leaves = [leaf for value in output.values() for leaf in tree_leaves(value)]
     else:
         leaves = tree_leaves(output)

@@ -27,7 +27,9 @@ def digest(values: Iterable[Any]) -> str:
 
 def digest_states(states: Iterable[LayerState]) -> str:
     """Digest of everything in these states."""
-    return digest(getattr(state, field.name) for state in states for field in fields(LayerState))
+    return digest(
+        leaf for state in states for field in fields(LayerState) for leaf in tree_leaves(getattr(state, field.name))
+    )
 
 
 def digest_data(calibration: CalibrationSet) -> str:

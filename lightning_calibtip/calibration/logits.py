@@ -17,7 +17,7 @@ def float_logits(network: QuantizedNetwork, calibration: CalibrationSet) -> list
         return [[logits.detach() for logits in output_logits(calibration.run(i))] for i in range(len(calibration))]
 
 
-def sample_divergences(output: Any, target: list[Tensor]) -> Tensor:
+def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
     """Divergence of each sample's quantized outputs from its float ones, in nats, summed over output tensors.
 
     Where an output holds logits of classes, the Kullback-Leibler divergence KL(float || quantized), averaged over
@@ -25,38 +25,49 @@ def sample_divergences(output: Any, target: list[Tensor]) -> Tensor:
     Where it has one value a sample (regression, a single logit), the squared error over twice the float output's mean
     square, which is the divergence of two Gaussians of that variance.
 
+    Tokens that do not count are left out: of the positions that are averaged over, and of the classes where these are
+    the positions themselves (start and end of an answer).
+
     Args:
         output: What the quantized model returned.
         target: Float output tensors of the same batch, the samples along the first dimension.
+        tokens: Which tokens count, bool, shape (samples, positions); all if None.
 
     Returns:
         Shape (samples,).
     """
     return sum(
         (
-            _divergences(logits.float(), wanted.float())
+            _divergences(logits.float(), wanted.float(), tokens)
             for logits, wanted in zip(output_logits(output), target, strict=True)
         ),
         torch.zeros((), device=target[0].device),
     )
 
 
-def _divergences(logits: Tensor, wanted: Tensor) -> Tensor:
+def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None) -> Tensor:
+    if tokens is not None and logits.shape == tokens.shape:
+        lowest = torch.finfo(torch.float32).min
+        logits, wanted = logits.masked_fill(~tokens, lowest), wanted.masked_fill(~tokens, lowest)
     axis = 1 if logits.dim() >= 4 else -1
     if logits.dim() == 1 or logits.shape[axis] == 1:
         lost = (logits - wanted).square() / (2 * wanted.square().mean().clamp_min(1e-12))
     else:
         student, teacher = F.log_softmax(logits, axis), F.log_softmax(wanted, axis)
         lost = F.kl_div(student, teacher, reduction="none", log_target=True).sum(axis)
+    if tokens is not None and lost.shape == tokens.shape:
+        return (lost * tokens).sum(1) / tokens.sum(1).clamp_min(1)
     return lost.flatten(1).mean(1) if lost.dim() > 1 else lost
 
 
-def kl_divergence(output: Any, target: list[Tensor]) -> Tensor:
+def kl_divergence(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
     """Mean of ``sample_divergences`` over the samples."""
-    return sample_divergences(output, target).mean()
+    return sample_divergences(output, target, tokens).mean()
 
 
 @torch.no_grad()
 def measure_divergences(calibration: CalibrationSet, targets: list[list[Tensor]], indices: list[int]) -> Tensor:
     """Divergences of the model as it is from ``targets``, of all samples of the batches ``indices``."""
-    return torch.cat([sample_divergences(calibration.run(index), targets[index]) for index in indices])
+    return torch.cat(
+        [sample_divergences(calibration.run(index), targets[index], calibration.tokens(index)) for index in indices]
+    )

@@ -46,7 +46,7 @@ class Loss:
     ) -> None:
         check_metric(metric)
         calibration.require()
-        self.metric, self.calibration = metric, CalibrationSet(calibration.forward)
+        self.metric, self.calibration = metric, CalibrationSet(calibration.forward, calibration.token_mask)
         for batch in calibration.batches:
             if samples is None or self.calibration.samples < samples:
                 self.calibration.batches.append(batch)
@@ -80,10 +80,11 @@ class Loss:
     def _of_batch(self, output: Any, index: int, batch: Any) -> float:
         if callable(self.metric):
             return float(torch.as_tensor(self.metric(output, batch)).float().mean())
+        tokens = self.calibration.tokens(index)
         if self.metric == "kl":
-            return float(sample_divergences(output, self._targets[index]).mean())
+            return float(sample_divergences(output, self._targets[index], tokens).mean())
         pairs = zip(output_logits(output), self._targets[index], strict=True)
-        return math.fsum(_relative_squared_error(logits, wanted) for logits, wanted in pairs)
+        return math.fsum(_relative_squared_error(logits, wanted, tokens) for logits, wanted in pairs)
 
 
 def _is_plain(constant: Any) -> bool:
@@ -91,6 +92,8 @@ def _is_plain(constant: Any) -> bool:
     return isinstance(constant, int | float | complex | str | bytes | None)
 
 
-def _relative_squared_error(output: Tensor, target: Tensor) -> float:
-    target = target.float()
-    return float((output.float() - target).square().mean() / target.square().mean().clamp_min(1e-20))
+def _relative_squared_error(output: Tensor, target: Tensor, tokens: Tensor | None) -> float:
+    output, target = output.float(), target.float()
+    if tokens is not None and target.shape[:2] == tokens.shape:
+        output, target = output[tokens], target[tokens]
+    return float((output - target).square().mean() / target.square().mean().clamp_min(1e-20))

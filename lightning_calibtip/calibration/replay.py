@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..quantization.layers import INPUT_QUANTIZERS
 from ..quantization.structure import Structure
 from .activation_store import ActivationStore
 from .calibration_set import CalibrationSet
@@ -243,8 +244,8 @@ def _keep_in(outputs: Recording) -> Callable[..., None]:
 @contextmanager
 def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[None]:
     """Inside, calling ``module`` gives the output of batch ``index`` and computes nothing."""
-    quantizer = getattr(module, "input_quantizer", None)
-    was_enabled = quantizer is not None and quantizer.enabled
+    quantizers = [getattr(module, name) for name in INPUT_QUANTIZERS if hasattr(module, name)]
+    enabled = [quantizer.enabled for quantizer in quantizers]
     had = module.__dict__.get("forward")
     answered = False
 
@@ -259,7 +260,7 @@ def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[No
         return outputs[index]
 
     module.forward = answer
-    if quantizer is not None:
+    for quantizer in quantizers:
         quantizer.enabled = False
     try:
         yield
@@ -268,5 +269,5 @@ def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[No
             del module.forward
         else:
             module.forward = had
-        if quantizer is not None:
-            quantizer.enabled = was_enabled
+        for quantizer, was in zip(quantizers, enabled, strict=True):
+            quantizer.enabled = was

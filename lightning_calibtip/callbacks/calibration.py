@@ -55,7 +55,8 @@ class Calibration(Stage):
         assert isinstance(pl_module, QuantizationModule)
         if batch_idx == 0:
             pl_module.network.watch(self.observer, self.weight_observer, self.momentum, self.percentile, self.p)
-        with pl_module.network.observing(), torch.no_grad(), trainer.precision_plugin.forward_context():
+        tokens = pl_module.calibration.tokens(batch_idx)
+        with pl_module.network.observing(tokens), torch.no_grad(), trainer.precision_plugin.forward_context():
             pl_module.calibration.run(batch_idx)
 
     @override

@@ -12,7 +12,8 @@ from typing_extensions import override
 from ..calibration.calibration_set import FirstSamples
 from ..module import QuantizationModule
 from ..pipeline import QuantizationRun, StageOutcome, make_stages, run_stages
-from ..quantization.layers import quantizable_layers
+from ..quantization.attention import possible_products
+from ..quantization.kinds import quantizable_layers
 from ..quantization.scheme import QuantizationScheme
 from .exhibits import log_exhibits
 from .stage import check_precision
@@ -35,6 +36,7 @@ class CalibTIP(pl.Callback):
         symmetric: Whether weights are signed with a zero point of 0.
         per_channel: Whether weights have a scale for each output channel.
         activation_symmetric: The same as ``symmetric`` for the layers' inputs.
+        per_token: Whether each token gets a range of its own when it comes, see ``QuantizationModule``.
         compression: Budget of ``"light"``, ``"advanced"`` and ``"mixed"``, see ``BitAllocation``.
         candidates: Their candidate widths.
         calibration_samples: How many samples to calibrate on.
@@ -61,6 +63,7 @@ class CalibTIP(pl.Callback):
         symmetric: bool = False,
         per_channel: bool = True,
         activation_symmetric: bool = False,
+        per_token: bool = False,
         compression: float | Sequence[float] | None = None,
         candidates: Sequence[int | Sequence[int]] = (4, 8),
         calibration_samples: int = 1024,
@@ -78,6 +81,7 @@ class CalibTIP(pl.Callback):
             "symmetric": symmetric,
             "per_channel": per_channel,
             "activation_symmetric": activation_symmetric,
+            "per_token": per_token,
         }
         self.stage_options = {
             "compression": compression,
@@ -111,7 +115,9 @@ class CalibTIP(pl.Callback):
             raise MisconfigurationException(
                 f"Two CalibTIP callbacks would write {self.filename}.ckpt: give each a filename of its own."
             )
-        QuantizationScheme(**self.module_options).check_overrides(list(quantizable_layers(pl_module)))
+        QuantizationScheme(**self.module_options).check_overrides(
+            [*quantizable_layers(pl_module), *possible_products(pl_module)]
+        )
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

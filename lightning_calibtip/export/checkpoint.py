@@ -8,7 +8,8 @@ from ..quantization.affine import dequantize, integer_range
 from ..quantization.network import QuantizedNetwork
 from .packing import pack_integers, unpack_integers
 
-_LATENT = "parametrizations.weight.original"
+_PARAMETRIZATION = "parametrizations.weight."
+_LATENT = f"{_PARAMETRIZATION}original"
 
 
 def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefix: str) -> dict[str, Any]:
@@ -16,7 +17,8 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
 
     Args:
         network: Prepared.
-        state_dict: Changed in place: loses the layers' latent weights.
+        state_dict: Changed in place: loses the layers' latent weights, and what layers share with the one that they are
+            tied to.
         prefix: Of the model's names in ``state_dict``.
 
     Returns:
@@ -26,6 +28,10 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
     weights = {}
     for name, layer in network.layers.items():
         quantizer = layer.weight_quantizer
+        if quantizer is None:
+            for key in _shared_keys(state_dict, f"{prefix}{name}"):
+                del state_dict[key]
+            continue
         del state_dict[f"{prefix}{name}.{_LATENT}"]
         packed = pack_integers(layer.integer_weight(), quantizer.bits, quantizer.qmin)
         weights[name] = {"packed": packed, "shape": list(layer.weight.shape)}
@@ -50,6 +56,7 @@ def unpack_network(
     network.load_config(packed["config"])
     for name, entry in packed["weights"].items():
         quantizer = network.layers[name].weight_quantizer
+        assert quantizer is not None
         bits = packed["config"]["layers"][name][0]
         qmin, _ = integer_range(bits, quantizer.symmetric)
         integers = unpack_integers(entry["packed"], tuple(entry["shape"]), bits, qmin)
@@ -58,3 +65,10 @@ def unpack_network(
             for key in ("scale", "zero_point")
         )
         state_dict[f"{prefix}{name}.{_LATENT}"] = dequantize(integers, scale, zero_point, quantizer.axis)
+    for name, owner in packed["config"]["tied"].items():
+        for key in _shared_keys(state_dict, f"{prefix}{owner}"):
+            state_dict[key.replace(f"{prefix}{owner}", f"{prefix}{name}", 1)] = state_dict[key]
+
+
+def _shared_keys(state_dict: dict[str, Tensor], layer: str) -> list[str]:
+    return [key for key in state_dict if key.startswith(f"{layer}.{_PARAMETRIZATION}")]

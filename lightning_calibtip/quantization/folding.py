@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import layer_kind
+from .kinds import layer_kind
 from .structure import Structure
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -93,7 +93,8 @@ def _why_not(layer: nn.Module, normalization: nn.Module) -> str:
     kind = layer_kind(layer)
     weight = layer._parameters["weight"]
     assert weight is not None
-    if kind is None or weight.shape[kind.channel_axis] * groups != normalization.num_features:
+    axis = None if kind is None else kind.channel_axis
+    if axis is None or weight.shape[axis] * groups != normalization.num_features:
         return "it normalizes another dimension than the layer's output channels"
     return ""
 

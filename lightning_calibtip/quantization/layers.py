@@ -1,142 +1,66 @@
-"""Which layers can be quantized, and how a layer of the user's becomes a quantized one without changing its class."""
+"""How a layer of the user's becomes a quantized one without changing its class."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .kinds import LayerKind, layer_kind
 from .quantizer import Quantizer
 from .ranges import weight_range
+from .scheme import Bits, QuantizationScheme
+from .tying import remove_parametrization, share_parametrization, stop_sharing_parametrization
+
+# Names of the quantizers below a layer, by operand.
+INPUT_QUANTIZERS = ("input_quantizer", "second_input_quantizer")
 
 
-@dataclass(frozen=True)
-class LayerKind:
-    """What the engine must know of a layer type.
+def _quantize_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: the first floating-point tensors that the layer is given go through its quantizers."""
+    waiting = [getattr(layer, name) for name in INPUT_QUANTIZERS if hasattr(layer, name)]
 
-    Args:
-        channel_axis: Output-channel dimension of ``weight``.
-    """
+    def through(value: Any) -> Any:
+        quantized = waiting and isinstance(value, Tensor) and value.is_floating_point()
+        return waiting.pop(0)(value) if quantized else value
 
-    channel_axis: int
-
-
-_KINDS: dict[type[nn.Module], LayerKind] = {}
-
-
-def register_layer(layer_type: type[nn.Module], channel_axis: int = 0) -> None:
-    """Make a layer type, and its subclasses, quantizable.
-
-    The type must compute its output from its first input and a parameter named ``weight``.
-
-    Args:
-        layer_type: Class of the layer.
-        channel_axis: Output-channel dimension of its ``weight``.
-
-    Example:
-        >>> class Scale(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.weight = nn.Parameter(torch.ones(4, 1))
-        ...     def forward(self, x):
-        ...         return x * self.weight[:, 0]
-        >>> register_layer(Scale, channel_axis=0)
-        >>> layer_kind(Scale())
-        LayerKind(channel_axis=0)
-    """
-    _KINDS[layer_type] = LayerKind(channel_axis)
-
-
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register_layer(_conv, channel_axis=0)
-for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register_layer(_transposed, channel_axis=1)
-register_layer(nn.Linear, channel_axis=0)
-
-
-def layer_kind(module: nn.Module) -> LayerKind | None:
-    """Kind of the nearest registered class that ``module`` is an instance of, or None."""
-    return next((_KINDS[cls] for cls in type(module).__mro__ if cls in _KINDS), None)
-
-
-def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a registered type by their full names, in the order of registration."""
-    return {name: module for name, module in model.named_modules() if layer_kind(module) is not None}
-
-
-def bake_parametrizations(layer: nn.Module) -> None:
-    """Make parametrized tensors (weight norm, spectral norm) plain parameters of their present value."""
-    for tensor in list(getattr(layer, "parametrizations", {})):
-        _remove_parametrization(layer, tensor, keep_value=True)
-        value = getattr(layer, tensor)
-        delattr(layer, tensor)
-        layer.register_parameter(tensor, nn.Parameter(value.detach().clone(), requires_grad=False))
-
-
-def _remove_parametrization(layer: nn.Module, tensor: str, keep_value: bool) -> None:
-    # A deep copy shares its class with the original, and removing changes the class.
-    cls = type(layer)
-    layer.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
-    parametrize.remove_parametrizations(layer, tensor, leave_parametrized=keep_value)
-
-
-def untie(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give layers that share a parameter with another module a copy of their own, and return these layers."""
-    owners: dict[int, int] = defaultdict(int)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] += parameter is not None
-    untied = []
-    for layer in layers:
-        for name, parameter in layer._parameters.items():
-            if parameter is not None and owners[id(parameter)] > 1:
-                owners[id(parameter)] -= 1
-                layer._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-                untied.append(layer)
-    return untied
-
-
-def _quantize_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Forward pre-hook: the first tensor that the layer is given goes through its quantizer."""
-    quantizer = cast(Quantizer, layer.input_quantizer)
-    for index, value in enumerate(args):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return (*args[:index], quantizer(value), *args[index + 1 :]), kwargs
-    for key, value in kwargs.items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return args, {**kwargs, key: quantizer(value)}
-    return args, kwargs
+    return tuple(map(through, args)), {key: through(value) for key, value in kwargs.items()}
 
 
 @dataclass
 class LayerState:
-    """Values of everything that quantizing or reconstructing a layer can change: enough to put it back exactly."""
+    """Values of everything that quantizing or reconstructing a layer can change: enough to put it back exactly.
 
-    bits: tuple[int, int]
+    ``qparams`` holds scale and zero point of each quantizer, in their order.
+    """
+
+    bits: Bits
     errors: tuple[float, float] | None
     weight: Tensor
     bias: Tensor | None
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-    input_scale: Tensor
-    input_zero_point: Tensor
+    qparams: list[Tensor]
 
 
 @dataclass
 class QuantizedLayer:
-    """A layer of the user's model with a quantizer on its weight and one on its input.
+    """A layer of the user's model with quantizers on its weight and its inputs.
 
-    The layer keeps its class and its ``forward``: the weight is under ``torch.nn.utils.parametrize``, the input under a
-    forward pre-hook. Make one by ``attach``.
+    The layer keeps its class and its ``forward``: the weight is under ``torch.nn.utils.parametrize``, the inputs under
+    a forward pre-hook. Make one by ``attach``. An embedding has no quantized input; a matrix product, and a layer whose
+    weight is tied to an embedding's, have no weight of their own: ``weight`` is then empty.
 
     Args:
         name: Full name in the model.
         module: The layer.
-        channel_axis: Output-channel dimension of the weight.
+        kind: Of its type.
+        bits: ``(weight_bits, activation_bits)``; without a weight, or without a quantized input, that part of it does
+            not act.
+        weight_quantizer: Of the weight, if it is its own.
+        inputs: Quantizers of the inputs.
+        tied_to: The layer that owns the weight, if that is another one.
         variants: Reconstructed states at other widths, by ``(weight_bits, activation_bits)``.
         range_methods: How ranges are chosen when the width changes; set by calibration.
         errors: Relative output error of its unit before and after reconstruction, if it was reconstructed.
@@ -144,8 +68,12 @@ class QuantizedLayer:
 
     name: str
     module: nn.Module
-    channel_axis: int
-    variants: dict[tuple[int, int], LayerState] = field(default_factory=dict)
+    kind: LayerKind
+    bits: Bits
+    weight_quantizer: Quantizer | None
+    inputs: tuple[Quantizer, ...]
+    tied_to: "QuantizedLayer | None" = None
+    variants: dict[Bits, LayerState] = field(default_factory=dict)
     range_methods: dict[str, Any] = field(default_factory=dict)
     errors: tuple[float, float] | None = None
     float_weight: Tensor = field(init=False)
@@ -157,12 +85,20 @@ class QuantizedLayer:
         cls,
         name: str,
         module: nn.Module,
-        bits: tuple[int, int],
-        weight_symmetric: bool,
-        per_channel: bool,
-        activation_symmetric: bool,
+        bits: Bits,
+        scheme: QuantizationScheme,
+        device: torch.device | None = None,
+        tied_to: "QuantizedLayer | None" = None,
     ) -> "QuantizedLayer":
         """Put (disabled) quantizers on a layer, whose weights and bias as they are now become its float reference.
+
+        Args:
+            name: Full name in the model.
+            module: The layer.
+            bits: ``(weight_bits, activation_bits)``.
+            scheme: Formats of weight and inputs.
+            device: Of the quantizers; that of the weight if None.
+            tied_to: The layer that owns the weight and is attached already; None if the weight is the layer's own.
 
         Raises:
             TypeError: If the layer's type is not registered.
@@ -170,24 +106,48 @@ class QuantizedLayer:
         kind = layer_kind(module)
         if kind is None:
             raise TypeError(f"{name}: {type(module).__name__} is not quantizable; register it with register_layer().")
-        layer = cls(name, module, kind.channel_axis)
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        axis = kind.channel_axis if per_channel else None
-        channels = weight.shape[axis] if axis is not None else 1
-        on_weight = Quantizer(f"{name} weight", bits[0], weight_symmetric, axis, channels).to(weight.device)
-        on_input = Quantizer(f"{name} input", bits[1], activation_symmetric, one_sided=True).to(weight.device)
+        on_weight = None
+        if kind.channel_axis is not None:
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            device = device or weight.device
+            if tied_to is None:
+                axis = kind.channel_axis if scheme.per_channel else None
+                channels = weight.shape[axis] if axis is not None else 1
+                on_weight = Quantizer(f"{name} weight", bits[0], scheme.symmetric, axis, channels).to(device)
+        inputs = tuple(
+            Quantizer(
+                f"{name} {what}",
+                bits[1],
+                scheme.activation_symmetric and not operand.unsigned,
+                one_sided=True,
+                operand=operand,
+                dynamic=scheme.per_token and bool(operand.contracted),
+            ).to(device)
+            for what, operand in zip(("input", "second input"), kind.operands, strict=False)
+        )
+        layer = cls(name, module, kind, bits, on_weight, inputs, tied_to)
         layer.keep_float_reference()
-        parametrize.register_parametrization(module, "weight", on_weight, unsafe=True)
-        module.input_quantizer = on_input
-        layer._hook = module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+        if on_weight is not None:
+            parametrize.register_parametrization(module, "weight", on_weight, unsafe=True)
+        elif tied_to is not None:
+            share_parametrization(module, tied_to.module)
+        for key, quantizer in zip(INPUT_QUANTIZERS, inputs, strict=False):
+            module.add_module(key, quantizer)
+        if inputs:
+            layer._hook = module.register_forward_pre_hook(_quantize_inputs, with_kwargs=True)
         return layer
 
     def detach(self) -> None:
         """Take the quantizers off again; the layer is as it was before ``attach``."""
         self.set_enabled(False)
-        _remove_parametrization(self.module, "weight", keep_value=False)
-        self._hook.remove()
-        del self.module.input_quantizer
+        if self.weight_quantizer is not None:
+            remove_parametrization(self.module, "weight", keep_value=False)
+        elif self.tied_to is not None:
+            stop_sharing_parametrization(self.module)
+        if self._hook is not None:
+            self._hook.remove()
+        for key, _ in zip(INPUT_QUANTIZERS, self.inputs, strict=False):
+            delattr(self.module, key)
 
     def keep_float_reference(self) -> None:
         """Take the present weight and bias as what ``as_float`` goes back to."""
@@ -196,7 +156,10 @@ class QuantizedLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The latent weight, which the weight quantizer rounds (``module.weight`` is the rounded one)."""
+        """The latent weight, which the weight quantizer rounds (``module.weight`` is the rounded one); empty if there
+        is none of its own."""
+        if self.weight_quantizer is None:
+            return torch.empty(0, device=self.device)
         if parametrize.is_parametrized(self.module, "weight"):
             original: Tensor = self.module.parametrizations.weight.original  # type: ignore[union-attr, assignment]
             return original
@@ -210,47 +173,66 @@ class QuantizedLayer:
         return bias if isinstance(bias, Tensor) else None
 
     @property
-    def weight_quantizer(self) -> Quantizer:
-        """Quantizer of the weight."""
-        return self.module.parametrizations.weight[0]  # type: ignore[union-attr, index, return-value]
+    def channel_axis(self) -> int:
+        """Output-channel dimension of the weight."""
+        return self.kind.channel_axis or 0
 
     @property
-    def input_quantizer(self) -> Quantizer:
-        """Quantizer of the input."""
-        return self.module.input_quantizer  # type: ignore[return-value]
+    def device(self) -> torch.device:
+        """Where its quantizers are."""
+        return self.quantizers[0].scale.device
 
     @property
-    def quantizers(self) -> tuple[Quantizer, Quantizer]:
-        """Quantizers of weight and input."""
-        return self.weight_quantizer, self.input_quantizer
+    def quantizers(self) -> tuple[Quantizer, ...]:
+        """Quantizers of the weight, if it is its own, and of the inputs."""
+        return (*(() if self.weight_quantizer is None else (self.weight_quantizer,)), *self.inputs)
 
     @property
-    def bits(self) -> tuple[int, int]:
-        """``(weight_bits, activation_bits)``."""
-        return self.weight_quantizer.bits, self.input_quantizer.bits
+    def enabled(self) -> bool:
+        """Whether its quantizers are at work."""
+        return self.quantizers[0].enabled
+
+    @property
+    def observed(self) -> bool:
+        """Whether calibration batches have passed all its inputs."""
+        return all(quantizer.observer is not None and quantizer.observer.seen for quantizer in self.inputs)
+
+    def acting(self, bits: Bits) -> tuple[int | None, int | None]:
+        """The parts of a width that act on this layer: None for the weight's if it is not its own, and for the
+        activation's if no input is quantized."""
+        return (bits[0] if self.weight_quantizer is not None else None), (bits[1] if self.inputs else None)
+
+    def set_bits(self, bits: Bits) -> None:
+        """Set the widths and leave the ranges as they are."""
+        self.bits = bits
+        if self.weight_quantizer is not None:
+            self.weight_quantizer.bits = bits[0]
+        for quantizer in self.inputs:
+            quantizer.bits = bits[1]
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switch both quantizers."""
+        """Switch all quantizers."""
         for quantizer in self.quantizers:
             quantizer.enabled = enabled
 
-    def fit_ranges(self, bits: tuple[int, int]) -> None:
-        """Set the width and choose both ranges for it: the weight's from the weight, the input's from what was
-        observed.
+    def fit_ranges(self, bits: Bits) -> None:
+        """Set the width and choose all ranges for it: the weight's from the weight, the inputs' from what was observed.
 
         Raises:
             RuntimeError: If no calibration batch has reached the layer.
         """
-        self.weight_quantizer.bits, self.input_quantizer.bits = bits
-        on_weight, on_input = self.quantizers
+        self.set_bits(bits)
         methods = {"method": "mse", **self.range_methods}
-        on_weight.set_range(*weight_range(self.weight, bits[0], on_weight.symmetric, on_weight.axis, **methods))
-        if on_input.observer is None or not on_input.observer.seen:
+        if (on := self.weight_quantizer) is not None:
+            on.set_range(*weight_range(self.weight, bits[0], on.symmetric, on.axis, **methods))
+        if not self.observed:
             raise RuntimeError(f"{self.name}: no calibration batch has reached this layer; run Calibration first.")
-        on_input.set_range(*on_input.observer.compute_range(bits[1], on_input.symmetric))
+        for quantizer in self.inputs:
+            assert quantizer.observer is not None
+            quantizer.set_range(*quantizer.observer.compute_range(bits[1], quantizer.symmetric))
 
     @torch.no_grad()
-    def take(self, bits: tuple[int, int]) -> None:
+    def take(self, bits: Bits) -> None:
         """Go to another width: to the state that reconstruction found for it, if it has, else to the float weights with
         new ranges.
 
@@ -286,28 +268,27 @@ class QuantizedLayer:
 
     def save(self) -> LayerState:
         """Copy of everything that can change."""
-        on_weight, on_input = self.quantizers
-        tensors = [self.weight, on_weight.scale, on_weight.zero_point, on_input.scale, on_input.zero_point]
-        weight, *qparams = (tensor.detach().clone() for tensor in tensors)
+        qparams = [tensor.detach().clone() for tensor in self._qparams()]
         bias = None if self.bias is None else self.bias.detach().clone()
-        return LayerState(self.bits, self.errors, weight, bias, *qparams)
+        return LayerState(self.bits, self.errors, self.weight.detach().clone(), bias, qparams)
 
     @torch.no_grad()
     def restore(self, state: LayerState) -> None:
         """Put a saved state back."""
-        on_weight, on_input = self.quantizers
-        on_weight.bits, on_input.bits = state.bits
+        self.set_bits(state.bits)
         self.errors = state.errors
         self.weight.copy_(state.weight)
         if self.bias is not None and state.bias is not None:
             self.bias.copy_(state.bias)
-        on_weight.scale.copy_(state.weight_scale)
-        on_weight.zero_point.copy_(state.weight_zero_point)
-        on_input.scale.copy_(state.input_scale)
-        on_input.zero_point.copy_(state.input_zero_point)
+        for place, value in zip(self._qparams(), state.qparams, strict=True):
+            place.copy_(value)
+
+    def _qparams(self) -> list[Tensor]:
+        return [tensor for quantizer in self.quantizers for tensor in (quantizer.scale, quantizer.zero_point)]
 
     def integer_weight(self) -> Tensor:
-        """Weight as the integers (int32) that a checkpoint holds."""
+        """Weight, which must be the layer's own, as the integers (int32) that a checkpoint holds."""
+        assert self.weight_quantizer is not None
         return self.weight_quantizer.integers(self.weight.detach())
 
 

@@ -2,41 +2,28 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from .attention import PRODUCTS, add_products, possible_products, route_attention
+from .float_products import float_products
 from .folding import Fold, apply_fold, fold_batch_norm
-from .layers import QuantizedLayer, bake_parametrizations, quantizable_layers, untie
+from .kinds import quantizable_layers
+from .layers import INPUT_QUANTIZERS, QuantizedLayer
 from .observers import make_observer
 from .ranges import check_range_method
 from .scheme import Bits, QuantizationScheme
 from .structure import Structure, observe_structure
+from .summary import LayerSummary, summarize
+from .tying import bake_parametrizations, own_parameter, untie
 
 log = logging.getLogger(__name__)
 
-CONFIG_VERSION = 1
-
-# What quantization itself adds to a layer.
-_OWN_MODULES = (".input_quantizer", ".parametrizations.weight", ".parametrizations.weight.0")
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One line of ``QuantizedNetwork.summary``: ``kind`` is ``"quantized"``, ``"folded"`` or ``"float"``."""
-
-    name: str
-    type: str
-    kind: str
-    weight_bits: int | None
-    activation_bits: int | None
-    parameters: int
-    note: str
+CONFIG_VERSION = 2
 
 
 class QuantizedNetwork:
@@ -55,23 +42,25 @@ class QuantizedNetwork:
     def __init__(self, model: nn.Module, scheme: QuantizationScheme) -> None:
         self.model, self.scheme = model, scheme
         for name, module in model.named_modules():
-            if hasattr(module, "input_quantizer"):
+            if hasattr(module, INPUT_QUANTIZERS[0]):
                 raise ValueError(f"The model is already quantized (layer {name!r}); quantize the float model instead.")
-        candidates = quantizable_layers(model)
-        if not candidates:
+        self.has_attention = route_attention(model)
+        self.candidates = list(quantizable_layers(model))
+        if not self.candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
-        scheme.check_overrides(list(candidates))
+        scheme.check_overrides([*self.candidates, *possible_products(model)])
         self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         self.layers: dict[str, QuantizedLayer] = {}
         self.folds: list[Fold] = []
         self.floats: dict[str, str] = {}
         self.left: dict[str, str] = {}
+        self.float_products: dict[str, str] = {}
         self.fixed: set[str] = set()
         self.notes: dict[str, str] = {}
         self.fingerprint = _fingerprint(model)
         self.knows_float = True
         self.structure: Structure | None = None
-        self._candidates = list(candidates)
+        self._tied: dict[str, str] = {}
 
     @property
     def prepared(self) -> bool:
@@ -86,48 +75,72 @@ class QuantizedNetwork:
         """
         if not self.prepared:
             self._make_plain()
+            if self.has_attention:
+                # The products of attention appear when it first runs.
+                with torch.no_grad():
+                    run()
+                self.candidates = list(quantizable_layers(self.model))
             structure = observe_structure(self.model, run)
             self.folds, self.left = fold_batch_norm(self.model, structure, run)
             self._attach(list(structure.calls_of))
             for name, reason in self.left.items():
                 log.warning("BatchNorm %s is not folded: %s.", name, reason)
+            self.float_products = float_products(structure, [*self.layers, *self.floats])
+            for name, reason in self.float_products.items():
+                log.warning("%s %s: that stays float.", name or "The model itself", reason)
         with self._as_float():
             self.structure = observe_structure(self.model, run)
 
     def _make_plain(self) -> None:
-        """Give each candidate plain parameters of its own: no parametrizations, nothing shared."""
-        layers = {self.model.get_submodule(name): name for name in self._candidates}
+        """Give each candidate plain parameters: no parametrizations, and nothing shared but embeddings' weights."""
+        layers = {self.model.get_submodule(name): name for name in self.candidates}
         for layer in layers:
             bake_parametrizations(layer)
-        self.notes = {
-            layers[layer]: "with a copy of its own of a shared parameter" for layer in untie(self.model, layers)
-        }
+        copied, tied = untie(self.model, layers)
+        self.notes = {layers[layer]: "with a copy of its own of a shared parameter" for layer in copied}
+        self._tied = {layers[layer]: layers[owner] for layer, owner in tied.items()}
 
     def _attach(self, order: list[str]) -> None:
-        running = [name for name in order if name in self._candidates]
+        running = [name for name in order if name in self.candidates]
         edges = {running[0], running[-1]} if running else set()
-        for name in sorted(self._candidates, key=lambda n: running.index(n) if n in running else len(running)):
-            module = self.model.get_submodule(name)
-            bits = self.scheme.bits_for(name, name in edges)
+        widths = {name: self.scheme.bits_for(name, name in edges) for name in self.candidates}
+        for name, owner in list(self._tied.items()):
+            if widths[name] is None or widths[owner] is None:
+                own_parameter(self.model.get_submodule(name), "weight")
+                del self._tied[name]
+        # Owners of tied weights first.
+        for name in sorted(
+            self.candidates, key=lambda n: (n in self._tied, running.index(n) if n in running else len(running))
+        ):
+            module, bits = self.model.get_submodule(name), widths[name]
             if bits is None:
                 self.floats[name] = "left float by an override"
-            elif not isinstance(module._parameters.get("weight"), nn.Parameter):
+            elif hasattr(module, "weight") and not isinstance(module._parameters.get("weight"), nn.Parameter):
                 self.leave_float(name, "its weight is not a plain parameter")
             else:
                 self._attach_layer(name, bits)
                 if self.scheme.override_for(name)[0] or (name in edges and self.scheme.edge_bits is not None):
                     self.fixed.add(name)
+        self._sort(running)
+
+    def _sort(self, order: list[str]) -> None:
+        """Put the layers in the order of execution, those that do not run last."""
+        position = {name: index for index, name in enumerate(order)}
+        self.layers = dict(sorted(self.layers.items(), key=lambda item: position.get(item[0], len(order))))
 
     def _attach_layer(self, name: str, bits: Bits) -> None:
-        scheme = self.scheme
         module = self.model.get_submodule(name)
-        self.layers[name] = QuantizedLayer.attach(
-            name, module, bits, scheme.symmetric, scheme.per_channel, scheme.activation_symmetric
-        )
+        owner = self._tied.get(name)
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        device = next((parameter.device for parameter in [*parent.parameters(), *self.model.parameters()]), None)
+        tied_to = None if owner is None else self.layers[owner]
+        self.layers[name] = QuantizedLayer.attach(name, module, bits, self.scheme, device, tied_to)
 
     def leave_float(self, name: str, reason: str) -> None:
         """Take a layer out of quantization, for a reason that the summary gives; warns, for it was meant to be
         quantized."""
+        for other in [key for key, layer in self.layers.items() if layer.tied_to and layer.tied_to.name == name]:
+            self.leave_float(other, f"its weight is that of {name}, which stays float")
         if name in self.layers:
             self.layers.pop(name).detach()
         self.floats[name] = reason
@@ -142,7 +155,7 @@ class QuantizedNetwork:
     def quantizable_parameters(self) -> int:
         """Weights of all layers that could be quantized, whether they are or not."""
         floats = [self.model.get_submodule(name) for name in self.floats]
-        left = sum(layer.weight.numel() for layer in floats if isinstance(layer.weight, Tensor))
+        left = sum(weight.numel() for weight in map(_weight, floats))
         return left + sum(layer.weight.numel() for layer in self.layers.values())
 
     @property
@@ -155,26 +168,32 @@ class QuantizedNetwork:
     @property
     def calibrated(self) -> bool:
         """Whether the quantizers are at work."""
-        return self.prepared and any(layer.input_quantizer.enabled for layer in self.layers.values())
+        return self.prepared and any(layer.enabled for layer in self.layers.values())
 
     def watch(self, observer: str, weight_observer: str, momentum: float, percentile: float, p: float) -> None:
-        """Give each layer a fresh observer of its input, and the way its weight's range is chosen."""
+        """Give each layer fresh observers of its inputs, and the way its weight's range is chosen."""
         check_range_method(weight_observer, "weight_observer")
         for layer in self.layers.values():
-            layer.input_quantizer.observer = make_observer(observer, momentum, percentile, p).to(layer.weight.device)
+            for quantizer in layer.inputs:
+                quantizer.observer = make_observer(observer, momentum, percentile, p).to(layer.device)
             layer.range_methods = {"method": weight_observer, "percentile": percentile, "p": p}
 
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Inside, observers watch what passes, and the model computes in float."""
+    def observing(self, tokens: Tensor | None = None) -> Iterator[None]:
+        """Inside, observers watch what passes, and the model computes in float.
+
+        Args:
+            tokens: Which tokens of the batch count, bool, shape (batch, positions); all if None.
+        """
+        watching = [quantizer for layer in self.layers.values() for quantizer in layer.inputs]
         with self._as_float():
-            for layer in self.layers.values():
-                layer.input_quantizer.observing = True
+            for quantizer in watching:
+                quantizer.observing, quantizer.tokens = True, tokens
             try:
                 yield
             finally:
-                for layer in self.layers.values():
-                    layer.input_quantizer.observing = False
+                for quantizer in watching:
+                    quantizer.observing, quantizer.tokens = False, None
 
     def fit_ranges(self) -> None:
         """Choose all ranges from what was observed and switch quantization on; layers that never ran stay float, with a
@@ -183,15 +202,15 @@ class QuantizedNetwork:
         Raises:
             RuntimeError: If no layer was reached at all.
         """
-        unreached = []
-        for name, layer in self.layers.items():
-            observer = layer.input_quantizer.observer
-            if observer is None or not observer.seen:
-                unreached.append(name)
-        if len(unreached) == len(self.layers):
+        runs = self.structure.calls_of if self.structure else {}
+        unreached = [
+            name for name, layer in self.layers.items() if not (layer.observed if layer.inputs else name in runs)
+        ]
+        if not any(layer.inputs and layer.observed for layer in self.layers.values()):
             raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
         for name in unreached:
-            self.leave_float(name, "no calibration batch has reached it")
+            if name in self.layers:
+                self.leave_float(name, "no calibration batch has reached it")
         for layer in self.layers.values():
             layer.variants.clear()
             layer.errors = None
@@ -223,7 +242,7 @@ class QuantizedNetwork:
             return
         if not self.calibrated:
             raise RuntimeError("The model has no ranges yet, so it cannot compute quantized: run Calibration first.")
-        was = {name: layer.input_quantizer.enabled for name, layer in self.layers.items()}
+        was = {name: layer.enabled for name, layer in self.layers.items()}
         try:
             for layer in self.layers.values():
                 layer.set_enabled(True)
@@ -240,30 +259,8 @@ class QuantizedNetwork:
             yield
 
     def summary(self) -> list[LayerSummary]:
-        """What has become of each layer and each BatchNorm, in the order of execution."""
-        order = list(self.structure.calls_of) if self.structure else []
-        folded = {fold.normalization: f"into {fold.layer}" for fold in self.folds}
-        lines = []
-        for name, module in self.model.named_modules():
-            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            if name in self.layers:
-                layer = self.layers[name]
-                lines.append(self._line(name, "quantized", layer.weight.numel(), self.notes.get(name, ""), layer.bits))
-            elif name in folded:
-                lines.append(self._line(name, "folded", 0, folded[name]))
-            elif name in self.floats or name in self.left:
-                lines.append(self._line(name, "float", own, self.floats.get(name) or self.left[name]))
-            elif own and not name.endswith(_OWN_MODULES):
-                waiting = name in self._candidates and not self.prepared
-                note = "not calibrated yet" if waiting else "not a quantizable type of layer"
-                lines.append(self._line(name, "float", own, note))
-        return sorted(lines, key=lambda line: order.index(line.name) if line.name in order else len(order))
-
-    def _line(self, name: str, kind: str, parameters: int, note: str, bits: Bits | None = None) -> LayerSummary:
-        module = self.model.get_submodule(name)
-        cls = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
-        weight_bits, activation_bits = bits or (None, None)
-        return LayerSummary(name, cls.__name__, kind, weight_bits, activation_bits, parameters, note)
+        """What has become of each layer, see ``summarize``."""
+        return summarize(self)
 
     def to_config(self) -> dict[str, Any]:
         """Plain values from which ``load_config`` makes the same quantized structure on another copy of the float
@@ -276,6 +273,8 @@ class QuantizedNetwork:
             "fixed": sorted(self.fixed),
             "floats": dict(self.floats),
             "left": dict(self.left),
+            "float_products": dict(self.float_products),
+            "tied": {name: layer.tied_to.name for name, layer in self.layers.items() if layer.tied_to},
             "notes": dict(self.notes),
             "calibrated": self.calibrated,
             "fingerprint": self.fingerprint,
@@ -301,7 +300,7 @@ class QuantizedNetwork:
                 "QuantizationModule made anew from the float model."
             )
         wanted = QuantizationScheme(**config["scheme"])
-        for name in ("symmetric", "per_channel", "activation_symmetric"):
+        for name in ("symmetric", "per_channel", "activation_symmetric", "per_token"):
             if getattr(wanted, name) != getattr(self.scheme, name):
                 raise ValueError(
                     f"The checkpoint has {name}={getattr(wanted, name)}, this quantized model "
@@ -311,24 +310,47 @@ class QuantizedNetwork:
         self.knows_float = config["fingerprint"] == self.fingerprint
         self.notes = dict(config["notes"])
         for name, (weight_bits, activation_bits) in config["layers"].items():
-            on_weight, on_input = self.layers[name].quantizers
-            on_weight.bits, on_input.bits = weight_bits, activation_bits
+            self.layers[name].set_bits((weight_bits, activation_bits))
             self.layers[name].set_enabled(config["calibrated"])
         self.fixed = set(config["fixed"])
         self.floats, self.left = dict(config["floats"]), dict(config["left"])
+        self.float_products = dict(config["float_products"])
 
     def _rebuild(self, config: dict[str, Any]) -> None:
+        self._add_products(config["layers"])
         names = {name for name, _ in self.model.named_modules()}
         wanted = {*config["layers"], *(name for pair in config["folds"] for name in pair)}
         if missing := sorted(wanted - names):
             raise ValueError(f"The checkpoint is of another model: this one has no module {', '.join(missing[:5])}.")
         self._make_plain()
+        for name in self._tied.keys() - config["tied"].keys():
+            own_parameter(self.model.get_submodule(name), "weight")
+        if untied := sorted(name for name, owner in config["tied"].items() if self._tied.get(name) != owner):
+            raise ValueError(
+                f"The checkpoint has the weight of {', '.join(untied)} tied to an embedding's, this model has not: tie "
+                "it (tie_word_embeddings) before loading."
+            )
+        self._tied = dict(config["tied"])
         self.scheme = QuantizationScheme(**config["scheme"])
         self.folds = [Fold(*pair) for pair in config["folds"]]
         for fold in self.folds:
             apply_fold(self.model, fold)
-        for name, (weight_bits, activation_bits) in config["layers"].items():
+        for name in sorted(config["layers"], key=lambda name: name in self._tied):
+            weight_bits, activation_bits = config["layers"][name]
             self._attach_layer(name, (weight_bits, activation_bits))
+        self._sort(list(config["layers"]))
+
+    def _add_products(self, layers: Iterable[str]) -> None:
+        """Give attention modules the products among ``layers``, as running would."""
+        modules = dict(self.model.named_modules())
+        for parent, _, child in (name.rpartition(".") for name in layers):
+            if child in PRODUCTS and parent in modules:
+                add_products(modules[parent])
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else torch.empty(0)
 
 
 def _fingerprint(model: nn.Module) -> str:

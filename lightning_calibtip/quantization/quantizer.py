@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .affine import check_bits, choose_qparams, fake_quantize, integer_range, quantize
+from .kinds import Operand
 from .observers import Observer
+from .tokens import token_mask
 
 
 class Quantizer(nn.Module):
@@ -20,22 +22,36 @@ class Quantizer(nn.Module):
         axis: Channel dimension, or None for one range for the whole tensor.
         channels: Length of that dimension; 1 without ``axis``.
         one_sided: Whether a symmetric range without negative values may have its zero point at ``qmin``.
+        operand: What is known of the layer's input, if it is one.
+        dynamic: Whether each token gets the range of its own values whenever it comes; scale and zero point then do not
+            act.
     """
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(
-        self, name: str, bits: int, symmetric: bool, axis: int | None = None, channels: int = 1, one_sided: bool = False
+        self,
+        name: str,
+        bits: int,
+        symmetric: bool,
+        axis: int | None = None,
+        channels: int = 1,
+        one_sided: bool = False,
+        operand: Operand | None = None,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.symmetric, self.axis, self.one_sided = name, symmetric, axis, one_sided
+        self.operand, self.dynamic = operand or Operand(), dynamic
         self.bits = check_bits(bits, f"bits of {name}")
         self.scale = nn.Parameter(torch.ones(channels), requires_grad=False)
         self.zero_point = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.enabled = False
         self.observer: Observer | None = None
         self.observing = False
+        # Which tokens of the batch that is being observed count.
+        self.tokens: Tensor | None = None
 
     @property
     def qmin(self) -> int:
@@ -46,6 +62,11 @@ class Quantizer(nn.Module):
     def qmax(self) -> int:
         """Greatest integer."""
         return integer_range(self.bits, self.symmetric)[1]
+
+    @property
+    def learns_zero_point(self) -> bool:
+        """Whether the zero point may move from where it is."""
+        return not (self.symmetric or self.operand.unsigned)
 
     @torch.no_grad()
     def set_range(self, minimum: Tensor, maximum: Tensor) -> None:
@@ -75,11 +96,22 @@ class Quantizer(nn.Module):
             self._observe(x)
         if not self.enabled:
             return x
+        if self.dynamic:
+            return self._quantize_tokens(x)
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.axis)
+
+    def _quantize_tokens(self, x: Tensor) -> Tensor:
+        along = self.operand.contracted
+        low, high = x.detach().amin(along, keepdim=True), x.detach().amax(along, keepdim=True)
+        scale, zero_point = choose_qparams(low, high, self.bits, self.symmetric, self.one_sided)
+        return fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
 
     def _observe(self, x: Tensor) -> None:
         if x.numel() == 0:
             return
+        mask = token_mask(x.shape, self.tokens, self.operand.token_axes)
+        if mask is not None:
+            x = x[mask.expand(x.shape)]
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"{self.name}: NaN or infinity in the activations of a calibration batch; check the model in float."
@@ -91,4 +123,5 @@ class Quantizer(nn.Module):
         """What ``print(model)`` shows."""
         kind = "symmetric" if self.symmetric else "affine"
         where = "per tensor" if self.axis is None else f"per channel of axis {self.axis}"
+        where = "per token" if self.dynamic else where
         return f"{self.bits} bits, {kind}, {where}, {'enabled' if self.enabled else 'disabled'}"

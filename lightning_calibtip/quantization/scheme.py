@@ -24,6 +24,8 @@ class QuantizationScheme:
         symmetric: Whether weights use signed integers with a zero point of 0.
         per_channel: Whether weights have a scale for each output channel.
         activation_symmetric: The same as ``symmetric`` for the layers' inputs.
+        per_token: Whether each token of a layer's input (each sample of a convolution's) gets the range of its own
+            values when it comes, in place of one calibrated range.
 
     Raises:
         ValueError: If a width is out of its range.
@@ -36,6 +38,7 @@ class QuantizationScheme:
     symmetric: bool = False
     per_channel: bool = True
     activation_symmetric: bool = False
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.weight_bits, "weight_bits")

@@ -25,6 +25,7 @@ _ACTIVATIONS = {
     "hardsigmoid", "sigmoid", "tanh", "softplus", "log_sigmoid", "threshold", "clamp", "clamp_min",
 }  # fmt: skip
 _JOINS = {"add", "sub", "cat", "mul", "maximum", "bmm", "matmul", "baddbmm"}
+_PRODUCTS = {"bmm", "matmul", "baddbmm"}
 # The fused kernels of attention have names of their own (``scaled_dot_product_flash_attention_for_cpu``).
 _ATTENTION = "scaled_dot_product"
 
@@ -160,21 +161,27 @@ class Structure:
     def blocks(self, contains: Callable[[str], bool]) -> list[str]:
         """Names of the deepest modules in which paths fork and join again (residual connections, attention).
 
+        Attention is not left alone: of the modules around it in which paths join, the outermost that holds no other
+        attention is the block, which is a layer of a transformer.
+
         Args:
             contains: Whether a module holds anything worth a block of its own.
 
         Returns:
             Names that do not contain each other, in the order of execution; never the whole model.
         """
-        owners = {owner for operator in self.operators if (owner := self._owner_of_join(operator))}
-        owners = {name for name in owners if contains(name)}
-        deepest = [name for name in owners if not any(other.startswith(f"{name}.") for other in owners)]
-        order = list(self.calls_of)
-        return sorted(deepest, key=order.index)
+        joins = [(self._owner_of_join(operator), operator) for operator in self.operators]
+        owners = {name for name, _ in joins if name and contains(name)}
+        attentions = {name for name, join in joins if name in owners and (join.name in _PRODUCTS or _is_fused(join))}
+        around = {_outermost_around(name, owners, attentions) for name in attentions}
+        layers = {name for name in around if not any(_is_below(name, other) for other in around)}
+        deepest = {name for name in owners if not any(_is_below(other, name) for other in owners)}
+        deepest = {name for name in deepest if not any(name == layer or _is_below(name, layer) for layer in layers)}
+        return sorted(layers | deepest, key=list(self.calls_of).index)
 
     def _owner_of_join(self, operator: Operator) -> str | None:
         """Innermost module inside which the inputs of a joining operator have a common ancestor."""
-        if operator.name not in _JOINS and not operator.name.startswith(_ATTENTION):
+        if operator.name not in _JOINS and not _is_fused(operator):
             return None
         inputs = [value for value in dict.fromkeys(operator.reads) if not self.is_fixed(value)]
         if len(inputs) < 2:
@@ -209,6 +216,21 @@ class Structure:
                     elif read.storage in entered:
                         found.add(read.storage)
         return found
+
+
+def _is_below(name: str, parent: str) -> bool:
+    return name.startswith(f"{parent}.")
+
+
+def _outermost_around(attention: str, owners: set[str], attentions: set[str]) -> str:
+    """The outermost of the ``owners`` around an attention in which there is no other."""
+    around = [
+        name
+        for name in owners
+        if (name == attention or _is_below(attention, name))
+        and not any(_is_below(other, name) for other in attentions - {attention})
+    ]
+    return min(around, key=len, default=attention)
 
 
 class _Recorder(TorchDispatchMode):
@@ -251,6 +273,11 @@ class _Recorder(TorchDispatchMode):
         replay = _replay(func, args, kwargs) if name in _ACTIVATIONS else None
         self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay))
         return output
+
+
+def _is_fused(operator: Operator) -> bool:
+    """Whether an operator is attention as a whole."""
+    return operator.name.startswith(_ATTENTION)
 
 
 def _has_storage(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay, UnitCall
 from ..quantization.network import QuantizedNetwork
-from .importance import Loss, measure_importance
+from .importance import Loss, measure_importance, token_weights
 from .optimize import UnitResult, optimize_unit, output_tensors
 from .progress import Progress, describe_run
 from .samples import UnitSamples
@@ -108,6 +108,8 @@ def adaquant(
         keeps = result is None and (how.mode == "parallel" or how.settings.drop_probability > 0)
         with network.quantized(False):
             float_inputs, targets = _run_float(unit, float_stream, keeps)
+            if calibration.padded:
+                importance[unit.name] = _weigh_tokens(unit, targets, float_stream, importance.get(unit.name))
         inputs = float_inputs
         if how.mode == "sequential":
             inputs = quantized_stream.recording(unit.name, unit.prefers_channels_last)
@@ -163,6 +165,18 @@ def _run_float(unit: Unit, stream: Replay, keep_inputs: bool) -> tuple[Recording
                 inputs.append((call.args, call.kwargs))
             outputs.append(unit(call))
     return inputs if keep_inputs else None, outputs
+
+
+def _weigh_tokens(unit: Unit, targets: Recording, stream: Replay, importance: Recording | None) -> Recording:
+    """Importance that leaves out what belongs to padding."""
+    weights = stream.recording(unit.name)
+    for position in range(len(targets)):
+        tokens = stream.calibration.tokens(position // stream.calls(unit.name))
+        given = None if importance is None else importance[position]
+        weights.append(token_weights(unit, targets[position], tokens, given))
+    if importance is not None:
+        importance.forget()
+    return weights
 
 
 @torch.no_grad()

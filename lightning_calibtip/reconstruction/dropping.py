@@ -54,6 +54,6 @@ def dropping(layers: Sequence[QuantizedLayer], drops: Dropping) -> Iterator[None
         return drops.choose(args[0], output)
 
     with ExitStack() as stack:
-        for layer in layers if drops.probability else ():
-            stack.callback(layer.input_quantizer.register_forward_hook(hook).remove)
+        for quantizer in [q for layer in layers for q in layer.inputs] if drops.probability else ():
+            stack.callback(quantizer.register_forward_hook(hook).remove)
         yield

@@ -1,4 +1,5 @@
-"""Fisher weighting (BRECQ: Li et al. 2021): how much each element of a unit's output matters to the loss."""
+"""How much each element of a unit's output matters: by the loss's gradient (Fisher weighting; BRECQ: Li et al. 2021),
+and not at all where it belongs to padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay
 from ..quantization.network import QuantizedNetwork
+from ..quantization.tokens import token_mask
 from .units import Unit
 
 Loss = Callable[[Any, Any], Tensor]
@@ -59,6 +61,30 @@ def measure_importance(
                 for gradients in calls:
                     found[name].append(_weights(gradients))
     return found
+
+
+def token_weights(unit: Unit, output: Any, tokens: Tensor | None, importance: Sequence[Tensor] | None) -> list[Tensor]:
+    """Weights of the floating-point tensors of a unit's output: 0 for tokens that do not count, else 1.
+
+    Args:
+        unit: The unit.
+        output: Of one call.
+        tokens: Of its batch, bool, shape (batch, positions); None if all count.
+        importance: Weights that these are multiplied by; None for 1.
+
+    Returns:
+        One for each such tensor, broadcastable to it, with as many rows.
+    """
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    weights = []
+    for leaf in leaves:
+        mask = token_mask(leaf.shape, tokens, unit.output_token_axes)
+        weights.append(
+            leaf.new_ones([*leaf.shape[:1], *[1] * (leaf.dim() - 1)]) if mask is None else mask.to(leaf.dtype)
+        )
+    if importance is None:
+        return weights
+    return [weight * given.to(weight.device) for weight, given in zip(weights, importance, strict=True)]
 
 
 def _weights(gradients: Sequence[Tensor]) -> list[Tensor]:

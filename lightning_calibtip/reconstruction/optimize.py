@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import cycle, zip_longest
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -127,23 +127,26 @@ def _rates(
         settings: The rates.
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
     """
-    on_weight, on_input = layer.quantizers if rounding is None else (rounding.quantizer, layer.input_quantizer)
     relative = settings.relative
-    # The scale of a dead channel is 1, whatever the others are: hence medians.
-    weight_step = float(on_weight.scale.median()) if relative else 1.0
-    rates = (
-        [] if layer.bias is None else [_Rate(layer.bias, settings.bias_rate * (output_error if relative else 1), False)]
-    )
-    if rounding is None:
-        rates.append(_Rate(layer.weight, settings.weight_rate * weight_step, False))
-    else:
+    rates = []
+    if layer.bias is not None:
+        rates.append(_Rate(layer.bias, settings.bias_rate * (output_error if relative else 1), False))
+    on_weight = layer.weight_quantizer
+    if rounding is not None:
         rates.append(_Rate(rounding.variable, settings.rounding_rate, False))
-    for quantizer, value in ((on_weight, settings.weight_range_rate), (on_input, settings.input_range_rate)):
+    elif on_weight is not None:
+        # The scale of a dead channel is 1, whatever the others are: hence medians.
+        step = float(on_weight.scale.median()) if relative else 1.0
+        rates.append(_Rate(layer.weight, settings.weight_rate * step, False))
+    for quantizer in layer.quantizers:
+        if quantizer.dynamic:
+            continue
+        sparse = quantizer is not on_weight
         # This moves the end of the range by one step.
         step = float(quantizer.scale.median()) / (quantizer.qmax - quantizer.qmin) if relative else 1.0
-        sparse = quantizer is on_input
-        rates.append(_Rate(quantizer.scale, value * step, sparse))
-        if not quantizer.symmetric and (sparse or rounding is None):
+        rate = settings.input_range_rate if sparse else settings.weight_range_rate
+        rates.append(_Rate(quantizer.scale, rate * step, sparse))
+        if quantizer.learns_zero_point and (sparse or rounding is None):
             rates.append(_Rate(quantizer.zero_point, settings.zero_point_rate, sparse))
     return [rate for rate in rates if rate.value > 0]
 
@@ -207,12 +210,16 @@ def _descend(
     with ExitStack() as stack:
         stack.enter_context(dropping(unit.layers, drops))
         roundings: Sequence[LearnedRounding] = ()
+        owning = [layer for layer in unit.layers if layer.weight_quantizer is not None]
         if settings.rounding == "learned":
-            roundings = stack.enter_context(learned_rounding(unit.layers))
+            roundings = stack.enter_context(learned_rounding(owning))
+        rounding_of = {layer.name: rounding for layer, rounding in zip(owning, roundings, strict=False)}
         rates = [
             rate
-            for layer, rounding in zip_longest(unit.layers, roundings)
-            for rate in _rates(layer, rounding, settings, magnitudes.get(layer.name, 0.0) * error_before**0.5)
+            for layer in unit.layers
+            for rate in _rates(
+                layer, rounding_of.get(layer.name), settings, magnitudes.get(layer.name, 0.0) * error_before**0.5
+            )
         ]
         if not rates:
             return ""

@@ -59,8 +59,10 @@ class LearnedRounding(nn.Module):
 
 @contextmanager
 def learned_rounding(layers: Sequence[QuantizedLayer]) -> Iterator[list[LearnedRounding]]:
-    """Inside, the layers' weights are rounded by variables, which are given; afterwards as these have decided."""
-    roundings = [LearnedRounding(layer.weight_quantizer, layer.weight) for layer in layers]
+    """Inside, the layers' weights, all their own, are rounded by variables, which are given; afterwards as these have
+    decided."""
+    owned = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
+    roundings = [LearnedRounding(on, layer.weight) for on, layer in zip(owned, layers, strict=True)]
     places: list[nn.ModuleList] = [layer.module.parametrizations.weight for layer in layers]  # type: ignore[union-attr, misc]
     for place, rounding in zip(places, roundings, strict=True):
         place[0] = rounding

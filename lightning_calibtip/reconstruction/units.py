@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration.replay import UnitCall
+from ..quantization.kinds import LayerKind
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.structure import Activation
@@ -25,7 +26,8 @@ class Unit:
     Args:
         name: Of the module in the model.
         module: A quantized layer, or a block that holds some.
-        layers: The quantized layers, in the order of execution.
+        layers: The quantized layers, in the order of execution; embeddings, whose rows nothing makes better than
+            rounding to nearest does, are not among them.
         activation: The activation function that follows, through which the error is measured.
     """
 
@@ -33,6 +35,12 @@ class Unit:
     module: nn.Module
     layers: tuple[QuantizedLayer, ...]
     activation: Activation | None
+
+    @property
+    def output_token_axes(self) -> tuple[int, ...]:
+        """Dimensions of the output that run over tokens."""
+        is_layer = len(self.layers) == 1 and self.layers[0].module is self.module
+        return self.layers[0].kind.output_token_axes if is_layer else LayerKind.output_token_axes
 
     @property
     def prefers_channels_last(self) -> bool:
@@ -45,12 +53,13 @@ class Unit:
 
 
 def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str] = ()) -> list[Unit]:
-    """Units in the order of execution: every quantized layer is in exactly one.
+    """Units in the order of execution: every quantized layer but embeddings is in exactly one.
 
     Args:
         network: Prepared and calibrated.
         granularity: One of ``GRANULARITIES``: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork
-            and join again (BRECQ, Li et al. 2021); layers outside of these stay units of their own.
+            and join again (BRECQ, Li et al. 2021), and whole layers of transformers; layers outside of these stay units
+            of their own.
         blocks: Names or patterns (``fnmatch``) of modules that are to be units whatever ``granularity`` finds in them.
 
     Raises:
@@ -59,8 +68,9 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
     """
     structure = network.structure
     assert structure is not None
-    running = [name for name in structure.calls_of if name in network.layers]
-    for name in network.layers.keys() - set(running):
+    layers = {name for name, layer in network.layers.items() if layer.inputs}
+    running = [name for name in structure.calls_of if name in layers]
+    for name in layers - set(running):
         log.warning("%s does not run in the first calibration batch: it is not reconstructed.", name)
 
     def inside(parent: str) -> list[str]:

@@ -39,6 +39,8 @@ def model_size(network: QuantizedNetwork) -> ModelSize:
     for layer in network.layers.values():
         total += (layer.weight.numel() * layer.bits[0] + 7) // 8 - layer.weight.nbytes
         for quantizer in layer.quantizers:
-            if quantizer.symmetric and not quantizer.one_sided:
+            if quantizer.dynamic or (quantizer.symmetric and not quantizer.one_sided) or quantizer.operand.unsigned:
                 total -= quantizer.zero_point.nbytes
+            if quantizer.dynamic:
+                total -= quantizer.scale.nbytes
     return ModelSize(network.float_bytes, total)

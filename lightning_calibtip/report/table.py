@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..quantization.network import LayerSummary
+from ..quantization.summary import LayerSummary
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

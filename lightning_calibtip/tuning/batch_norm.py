@@ -137,6 +137,7 @@ def _refold(layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple
     mean, deviation = present
     wanted_mean, wanted_deviation = wanted
     stretch = torch.ones_like(mean)
+    assert layer.weight_quantizer is not None
     scale = layer.weight_quantizer.scale
     if layer.weight_quantizer.axis is not None and scale.shape == mean.shape:
         alive = (wanted_deviation > 0) & (deviation > 0)

@@ -97,7 +97,7 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
             index = training[shuffled[step % len(training)]]
             optimizer.zero_grad(set_to_none=True)
-            kl_divergence(calibration.run(index), targets[index]).backward()
+            kl_divergence(calibration.run(index), targets[index], calibration.tokens(index)).backward()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.step()

@@ -187,7 +187,7 @@ def test_an_error_leaves_the_layers_as_they_were(calibrated):
         allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}), sweep=sweep)
     for name, layer in network.layers.items():
         assert layer.bits == before[name].bits and torch.equal(layer.weight, before[name].weight)
-        assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
+        assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
 
 
 def test_reconstructed_states_are_used_where_there_are_some(calibrated):

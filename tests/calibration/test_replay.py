@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_calibtip.calibration.replay import Replay
-from lightning_calibtip.quantization.layers import layer_kind
+from lightning_calibtip.quantization.kinds import layer_kind
 from lightning_calibtip.quantization.structure import observe_structure
 from tests.conftest import TinyResNet
 from tests.networks import calibration_set

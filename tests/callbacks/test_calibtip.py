@@ -44,7 +44,7 @@ def test_checkpoint_lies_beside_the_trainers_own(tiny_classifier, loader, make_t
 def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):
     callback = CalibTIP("calibrate", calibration_dataloader=[images[:10] * 100], stage_options={"observer": "minmax"})
     make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
-    scale = callback.result.module.network.layers["net.stem"].input_quantizer.scale
+    scale = callback.result.module.network.layers["net.stem"].inputs[0].scale
     assert float(scale) * 255 == pytest.approx(100 * float(images[:10].max() - images[:10].min()), rel=1e-3)
 
 
@@ -77,7 +77,7 @@ def test_datamodules_transfer_hooks_are_applied(images, make_trainer):
     trainer = make_trainer(callback, max_epochs=1)
     data = Scaled()
     trainer.fit(TinyClassifier(), datamodule=data)
-    scale = callback.result.module.network.layers["net.stem"].input_quantizer.scale
+    scale = callback.result.module.network.layers["net.stem"].inputs[0].scale
     assert float(scale) * 255 == pytest.approx(100 * float(images.max() - images.min()), rel=1e-3)
 
 

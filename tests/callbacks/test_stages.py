@@ -102,7 +102,7 @@ def test_moving_average_is_that_of_the_batches(tiny_classifier, loader, images, 
         weight = 0.5 if index else 1.0
         low += weight * (float(batch.min()) - low)
         high += weight * (float(batch.max()) - high)
-    on_input = module.network.layers["net.stem"].input_quantizer
+    on_input = module.network.layers["net.stem"].inputs[0]
     assert float(on_input.scale) == pytest.approx((high - low) / 255, rel=1e-4)
 
 

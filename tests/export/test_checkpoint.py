@@ -95,7 +95,7 @@ def test_checkpoints_of_something_else_are_refused(checkpoint, tiny_classifier, 
     saved = torch.load(path, weights_only=True)
     saved["calibtip"]["config"]["version"] = 99
     torch.save(saved, tmp_path / "newer.ckpt")
-    with pytest.raises(ValueError, match="version 99, this is version 1"):
+    with pytest.raises(ValueError, match="version 99, this is version 2"):
         QuantizationModule.load_from_checkpoint(tmp_path / "newer.ckpt", model=TinyClassifier())
 
 
@@ -122,7 +122,7 @@ class Tied(nn.Module):
         return self.out(self.bn_b(self.b(self.bn_a(self.a(x)))).transpose(1, 2))
 
 
-def test_tied_weights_are_quantized_apart_and_reload_exactly(make_trainer, generator, tmp_path):
+def test_weights_tied_to_an_embedding_stay_tied_others_are_quantized_apart_and_all_reload_exactly(make_trainer, generator, tmp_path):
     torch.manual_seed(0)
     net, tokens = Tied().eval(), torch.randint(0, 10, (16, 5), generator=generator)
     randomize_batch_norms(net, generator)
@@ -131,11 +131,22 @@ def test_tied_weights_are_quantized_apart_and_reload_exactly(make_trainer, gener
     trainer.fit(module, as_loader(tokens))
     with torch.no_grad(), module.quantized(False):
         torch.testing.assert_close(module(tokens), net(tokens), rtol=1e-4, atol=1e-5)
-    assert torch.equal(module.model.embed.weight, net.embed.weight)
-    notes = {line.name: line.note for line in module.layer_summary()}
-    assert "shared parameter" in notes["out"] and "not a quantizable type" in notes["embed"]
+    assert torch.equal(module.model.embed.weight, module.model.out.weight)
+    on_weight = module.network.layers["embed"].weight_quantizer
+    assert on_weight is not None and len(on_weight.integers(net.embed.weight).unique()) > 1
+    assert module.network.layers["out"].weight_quantizer is None
+    lines = {line.name: line for line in module.layer_summary()}
+    assert "weight of embed" in lines["out"].note and lines["out"].parameters == 0
+    assert (lines["out"].weight_bits, lines["out"].activation_bits) == (8, 8)
+    assert (lines["embed"].weight_bits, lines["embed"].activation_bits) == (8, None)
+    assert "shared parameter" in lines["b"].note
     trainer.save_checkpoint(tmp_path / "tied.ckpt")
+    saved = torch.load(tmp_path / "tied.ckpt", weights_only=True)
+    assert set(saved["calibtip"]["weights"]) == {"embed", "a", "b"}
+    assert not [key for key in saved["state_dict"] if key.startswith("model.out.parametrizations")]
     loaded = QuantizationModule.load_from_checkpoint(tmp_path / "tied.ckpt", model=Tied())
+    loaded_weights = [layer.parametrizations.weight.original for layer in (loaded.model.embed, loaded.model.out)]
+    assert loaded_weights[0] is loaded_weights[1]
     with torch.no_grad():
         assert torch.equal(loaded(tokens), module(tokens))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_calibtip.quantization.layers import layer_kind, register_layer
+from lightning_calibtip.quantization.kinds import layer_kind, register_layer
 from lightning_calibtip.quantization.network import QuantizedNetwork
 from lightning_calibtip.quantization.scheme import QuantizationScheme, check_pair
 from tests.networks import calibrated_network, calibration_set

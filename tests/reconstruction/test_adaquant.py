@@ -116,7 +116,7 @@ def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
         assert f"{result.name}: restored" in caplog.text
         layer, state = network.layers[result.name], before[result.name]
         assert torch.equal(layer.weight, state.weight) and torch.equal(layer.bias, state.bias)
-        assert torch.equal(layer.input_quantizer.scale, state.input_scale)
+        assert torch.equal(layer.inputs[0].scale, state.qparams[2])
 
 
 def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
@@ -182,8 +182,8 @@ def test_a_parameter_with_rate_zero_stays(calibrated):
     adaquant(network, calibration, Reconstruction(only_bias, granularity="layer"))
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight)
-        assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
-        assert torch.equal(layer.input_quantizer.scale, before[name].input_scale)
+        assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
+        assert torch.equal(layer.inputs[0].scale, before[name].qparams[2])
     assert any(not torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
 
 

@@ -11,14 +11,14 @@ def test_the_given_share_of_the_elements_is_float(tiny_resnet, images, generator
     calibration = calibration_set(tiny_resnet, *images.split(16))
     network = calibrated_network(tiny_resnet, calibration, activation_bits=2)
     layer, x = network.layers["blocks.0.conv1"], torch.rand(64, 6, 8, 8, generator=generator)
-    quantized = layer.input_quantizer(x)
+    quantized = layer.inputs[0](x)
     with dropping([layer], Dropping(0.3, generator)):
-        first, second = layer.input_quantizer(x), layer.input_quantizer(x)
+        first, second = layer.inputs[0](x), layer.inputs[0](x)
     is_float = first == x
     assert torch.equal(first[~is_float], quantized[~is_float])
     assert abs(float(is_float.float().mean()) - 0.3) < 0.02
     assert not torch.equal(first, second)
-    assert torch.equal(layer.input_quantizer(x), quantized)
+    assert torch.equal(layer.inputs[0](x), quantized)
 
 
 def test_arguments_are_mixed_of_both_models(generator):

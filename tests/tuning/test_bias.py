@@ -23,8 +23,8 @@ def test_biases_alone_change_and_the_divergence_falls(calibrated):
     assert result.kept and result.divergence_after < 0.3 * result.divergence_before
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight)
-        assert torch.equal(layer.weight_quantizer.scale, before[name].weight_scale)
-        assert torch.equal(layer.input_quantizer.scale, before[name].input_scale)
+        assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
+        assert torch.equal(layer.inputs[0].scale, before[name].qparams[2])
     assert not torch.equal(network.layers["head"].bias, before["head"].bias)
     assert not any(p.requires_grad for p in network.model.blocks[0].conv1.input_quantizer.parameters())
 
@@ -33,7 +33,7 @@ def test_scales_are_tuned_when_asked(calibrated):
     network, calibration = calibrated
     before = network.layers["head"].save()
     tune_bias(network, calibration, BiasTuningSettings(epochs=5, rate=5e-2, scale_rate=1e-2))
-    assert not torch.equal(network.layers["head"].weight_quantizer.scale, before.weight_scale)
+    assert not torch.equal(network.layers["head"].weight_quantizer.scale, before.qparams[0])
 
 
 def test_autocast_sees_every_step_of_the_optimiser(images):
