@@ -1,0 +1,159 @@
+"""Quantize a question answering network: ``python -m recipes.bert_squad --help`` lists the options."""
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from jsonargparse import auto_cli
+
+from lightning_calibtip import quantize
+from lightning_calibtip.pipeline import QuantizationRun
+from recipes.output import make_logger, set_up_logging, state_folder, write_run
+
+from .data import SquadData
+from .model import QuestionAnswering
+from .windows import WindowMaker, check_fit, load_tokenizer, takes_token_types
+
+log = logging.getLogger(__name__)
+
+FINE_TUNING_EPOCHS = 2
+
+
+def main(
+    model: str = "csarron/bert-base-uncased-squad-v1",
+    train: str = "squad",
+    validation: str = "squad",
+    tokenizer: str | None = None,
+    pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
+    weight_bits: int = 4,
+    activation_bits: int = 8,
+    edge_bits: int | None = 8,
+    compression: float | list[float] | None = None,
+    candidates: list[int | list[int]] | None = None,
+    observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
+    calibration_samples: int = 256,
+    split: Literal["validation", "train"] = "validation",
+    max_length: int = 384,
+    doc_stride: int = 128,
+    adaquant: dict[str, Any] | None = None,
+    preparation: dict[str, Any] | None = None,
+    allocation: dict[str, Any] | None = None,
+    bias_tuning: dict[str, Any] | None = None,
+    activation_budget: str | None = None,
+    seed: int = 0,
+    accelerator: str = "auto",
+    logger: Literal["wandb", "csv", "none"] = "none",
+    output: Path = Path("runs/bert_squad"),
+) -> None:
+    """Quantize a question answering network by a CalibTIP pipeline and write result.json and quantized.ckpt.
+
+    A checkpoint without a question answering head is fine-tuned on the training questions first, and written to
+    the folder fine_tuned. A run that was killed and is started again with the same output folder (and, after
+    fine-tuning, with fine_tuned as its model) goes on where it was.
+
+    Args:
+        model: Name on the hub, or folder, of a transformers network.
+        train: Training questions: a dataset of the hub, or a SQuAD v1.1 JSON file.
+        validation: The same for the questions to evaluate on.
+        tokenizer: Name on the hub, or folder, if it is not where the model is.
+        pipeline: Which stages run.
+        weight_bits: Width of weights.
+        activation_bits: Width of activations.
+        edge_bits: Width of the first and last layer; null to treat them like the rest.
+        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
+            if not given; a list for a sweep.
+        candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
+            given.
+        observer: How ranges are chosen.
+        calibration_samples: Number of windows to calibrate on, each of another training question.
+        split: Evaluate on the validation questions, or on the training questions that are not calibrated on (to choose
+            settings).
+        max_length: Most tokens of a window: question, part of the context and special tokens.
+        doc_stride: Number of context tokens that a window shares with the next one.
+        adaquant: Further arguments of AdaQuant.
+        preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
+        allocation: Further arguments of BitAllocation.
+        bias_tuning: Further arguments of BiasTuning.
+        activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
+        seed: Of everything random.
+        accelerator: Of the Trainer: cpu, gpu, auto, ...
+        logger: Where metrics go besides the output folder.
+        output: Folder for the results.
+    """
+    set_up_logging()
+    pl.seed_everything(seed, verbose=False)
+    reader = load_tokenizer(tokenizer or model)
+    trained = QuestionAnswering(model)
+    check_fit(reader, trained.net, max_length)
+    maker = WindowMaker(reader, max_length, doc_stride, takes_token_types(reader, trained.net))
+    questions = SquadData(maker, train, validation, calibration_samples, split, seed)
+    questions.setup()
+    trained.evaluation = questions.evaluation
+    if not trained.has_trained_head:
+        log.warning("%s has no trained question answering head: it is fine-tuned on %s first.", model, train)
+        fine_tune(trained, questions, accelerator, output / "fine_tuned")
+    run = quantize(
+        trained,
+        questions.train_dataloader(),
+        questions.val_dataloader(),
+        pipeline,
+        stage_options={
+            "compression": compression,
+            "candidates": candidates or [4, 8],
+            "observer": observer,
+            "adaquant": adaquant,
+            "preparation": preparation,
+            "allocation": allocation,
+            "bias_tuning": bias_tuning,
+            "activation_budget": activation_budget,
+            "state_folder": state_folder(output),
+            "seed": seed,
+        },
+        trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-bert-squad")},
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        edge_bits=edge_bits,
+    )
+    record = {
+        **run.record("bert_squad", model, "f1", seed),
+        "exact_match": exact_match(run),
+        "questions": len(questions.evaluation.questions),
+        "skipped": questions.skipped,
+    }
+    write_run(run, record, output)
+
+
+def fine_tune(trained: QuestionAnswering, questions: SquadData, accelerator: str, folder: Path) -> None:
+    """Train all of the network on the training questions, and write it to a folder that can be given as ``--model``."""
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=1,
+        max_epochs=FINE_TUNING_EPOCHS,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        # Scored afterwards, like every float model.
+        limit_val_batches=0,
+    )
+    # transformers loads in eval mode, and Lightning leaves it so: there would be no dropout.
+    trained.train()
+    trainer.fit(trained, questions.fine_tuning_dataloader())
+    trained.cpu().eval()
+    trained.save(folder, questions.tokenizer)
+    log.warning("The fine-tuned network is in %s; give it as --model to use it again.", folder)
+
+
+def exact_match(run: QuantizationRun) -> dict[str, float | None]:
+    """The second score, before quantization, after calibration and in the end."""
+    calibrated = next((stage.metrics for stage in run.stages if stage.name == "Calibration"), {})
+    return {
+        "float": run.float_metrics["exact_match"],
+        "calibrated": calibrated.get("exact_match"),
+        "quantized": run.metrics["exact_match"],
+    }
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
