@@ -180,7 +180,12 @@ class QuantizedLayer:
     @property
     def device(self) -> torch.device:
         """Where its quantizers are."""
-        return self.quantizers[0].scale.device
+        return self._first_quantizer.scale.device
+
+    @property
+    def _first_quantizer(self) -> Quantizer:
+        """One that there always is: an embedding that is tied to another one has none of its own."""
+        return (self.quantizers or self.tied_to.quantizers)[0] if self.tied_to else self.quantizers[0]
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
@@ -190,7 +195,7 @@ class QuantizedLayer:
     @property
     def enabled(self) -> bool:
         """Whether its quantizers are at work."""
-        return self.quantizers[0].enabled
+        return self._first_quantizer.enabled
 
     @property
     def observed(self) -> bool:

@@ -203,9 +203,10 @@ class QuantizedNetwork:
             RuntimeError: If no layer was reached at all.
         """
         runs = self.structure.calls_of if self.structure else {}
-        unreached = [
-            name for name, layer in self.layers.items() if not (layer.observed if layer.inputs else name in runs)
-        ]
+        reached = {name for name, layer in self.layers.items() if (layer.observed if layer.inputs else name in runs)}
+        # The weight of one that does not run may be that of another, which does.
+        owners = {layer.tied_to.name for name, layer in self.layers.items() if layer.tied_to and name in reached}
+        unreached = [name for name in self.layers if name not in reached | owners]
         if not any(layer.inputs and layer.observed for layer in self.layers.values()):
             raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
         for name in unreached:
