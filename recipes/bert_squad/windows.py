@@ -106,13 +106,22 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, max_leng
         max_length: Tokens of the longest window.
 
     Raises:
-        ValueError: If a token has no embedding, or there are fewer positions than ``max_length``.
+        ValueError: If a token has no embedding, the padding is another one, or there are fewer positions than
+            ``max_length``.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= net.config.vocab_size:
         raise ValueError(
             f"The tokenizer does not fit the model: its largest id is {largest}, and the model has a vocab_size of "
             f"{net.config.vocab_size}. Give the tokenizer it was trained with as --tokenizer."
+        )
+    # Of another family's tokenizer with a smaller vocabulary, the ids would pass.
+    padding = getattr(net.config, "pad_token_id", None)
+    if padding is not None and padding != tokenizer.pad_token_id:
+        raise ValueError(
+            f"The tokenizer does not fit the model: its padding token {tokenizer.pad_token!r} is "
+            f"{tokenizer.pad_token_id}, and the model's pad_token_id is {padding}. Give the tokenizer it was trained "
+            "with as --tokenizer."
         )
     positions = getattr(net.config, "max_position_embeddings", None)
     if positions is None:
