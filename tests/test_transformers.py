@@ -1,0 +1,316 @@
+"""Models of transformers through calibration, reconstruction, allocation and checkpoints."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torchmetrics.text import Perplexity
+
+from lightning_calibtip import AdaQuant, BiasTuning, BitAllocation, Calibration, QuantizationModule, quantize
+from lightning_calibtip.allocation.costs import bit_operations, measure_work
+from lightning_calibtip.calibration.calibration_set import output_logits
+from lightning_calibtip.calibration.logits import sample_divergences
+from lightning_calibtip.calibration.losses import Loss
+from lightning_calibtip.quantization.affine import choose_qparams, fake_quantize
+from lightning_calibtip.reconstruction.units import find_units
+from tests import transformer_models as models
+from tests.networks import as_loader
+
+LAYERS = {
+    models.bert: ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+    models.roberta: ["roberta.encoder.layer.0", "roberta.encoder.layer.1"],
+    models.distilbert: ["distilbert.transformer.layer.0", "distilbert.transformer.layer.1"],
+    models.gpt2: ["transformer.h.0", "transformer.h.1"],
+    models.llama: ["model.layers.0", "model.layers.1"],
+    models.vit: ["vit.layers.0", "vit.layers.1"],
+}
+
+
+def batches_for(make):
+    if make is models.vit:
+        return list(torch.randn(12, 1, 16, 16, generator=torch.Generator().manual_seed(0)).split(4))
+    return models.batches_of(models.padded_tokens())
+
+
+def calibrated(net, make_trainer, batches, *stages, observer="mse", **options):
+    module = QuantizationModule(net, **{"weight_bits": 8, **options})
+    make_trainer(Calibration(observer), *stages).fit(module, as_loader(*batches))
+    return module
+
+
+def padded_to(tokens, length):
+    return {
+        key: nn.functional.pad(value, (0, length - value.shape[1]), value=key == "input_ids")
+        for key, value in tokens.items()
+    }
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=lambda make: make.__name__)
+def test_a_transformers_layer_is_a_block_with_its_attention_and_all_are_reconstructed(make, make_trainer):
+    module = calibrated(make(), make_trainer, batches_for(make), weight_bits=3, activation_bits=6, edge_bits=None)
+    units = {unit.name: unit for unit in find_units(module.network, "block")}
+    assert [name for name in units if name in LAYERS[make]] == LAYERS[make]
+    for name in LAYERS[make]:
+        kinds = [type(layer.module).__name__ for layer in units[name].layers]
+        assert kinds.count("QueryKeyProduct") == kinds.count("ProbabilityValueProduct") == 1 and len(kinds) > 5
+    before = {name: layer.save() for name, layer in module.network.layers.items()}
+    adaquant = AdaQuant(iterations=40, batch_size=4, drop_probability=0.3, rounding="learned")
+    make_trainer(adaquant).fit(module, as_loader(*batches_for(make)))
+    assert adaquant.figures["error_after"] < 0.97 * adaquant.figures["error_before"]
+    kept = [name for name in LAYERS[make] if units[name].layers[0].errors[1] < units[name].layers[0].errors[0]]
+    assert kept
+    for name in kept:
+        for layer in units[name].layers:
+            pairs = zip(before[layer.name].qparams, layer.save().qparams, strict=True)
+            assert any(not torch.equal(was, now) for was, now in pairs), f"{layer.name} has learned no range"
+            for quantizer in layer.inputs:
+                assert not quantizer.operand.unsigned or float(quantizer.zero_point) == 0
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
+def test_padding_changes_neither_ranges_nor_predictions(observer, make_trainer):
+    """The same sequences padded to 16, to 24 (no other size) and to 32 (the width of the model)."""
+    tokens = models.padded_tokens()
+    present = tokens["attention_mask"].bool()
+    modules = {
+        length: calibrated(
+            models.bert(), make_trainer, models.batches_of(padded_to(tokens, length)), observer=observer, weight_bits=4
+        )
+        for length in (16, 24, 32)
+    }
+    scales = {
+        length: torch.stack([q.scale[0] for layer in module.network.layers.values() for q in layer.inputs])
+        for length, module in modules.items()
+    }
+    with torch.no_grad():
+        logits = {
+            length: modules[length](**padded_to(tokens, length)).start_logits[:, :16][present] for length in modules
+        }
+    for length in (24, 32):
+        torch.testing.assert_close(scales[length], scales[16], rtol=1e-5, atol=0)
+        # Another order of summation may round a value the other way.
+        torch.testing.assert_close(logits[length], logits[16], rtol=0, atol=0.05)
+        assert float((logits[length] - logits[16]).abs().median()) < 1e-4
+
+
+def test_without_the_mask_padding_would_widen_ranges(make_trainer):
+    """What the masks are for: padding that the model is given, with values of its own."""
+
+    class Unmasked(QuantizationModule):
+        def token_mask(self, batch):
+            return None
+
+    tokens = padded_to(models.padded_tokens(), 40)
+    masked = calibrated(models.bert(), make_trainer, models.batches_of(tokens), observer="minmax")
+    unmasked = Unmasked(models.bert(), weight_bits=8)
+    make_trainer(Calibration("minmax")).fit(unmasked, as_loader(*models.batches_of(tokens)))
+    ratios = [
+        float(unmasked.network.layers[name].inputs[0].scale / layer.inputs[0].scale)
+        for name, layer in masked.network.layers.items()
+        if layer.inputs
+    ]
+    assert min(ratios) > 0.9999 and max(ratios) > 1.05
+
+
+def test_errors_of_padding_do_not_count_in_reconstruction(make_trainer):
+    errors = []
+    for length in (16, 32):
+        batches = models.batches_of(padded_to(models.padded_tokens(), length))
+        adaquant = AdaQuant(iterations=3, batch_size=4)
+        module = calibrated(models.bert(), make_trainer, batches, adaquant, weight_bits=4)
+        errors.append(module.network.layers["bert.encoder.layer.0.output.dense"].errors)
+    assert errors[1][0] == pytest.approx(errors[0][0], rel=1e-4)
+    # The optimiser's first steps are as large where a gradient is nothing but noise.
+    assert errors[1][1] == pytest.approx(errors[0][1], rel=5e-2)
+
+
+def test_divergence_and_squared_error_leave_padding_out(make_trainer):
+    tokens = models.padded_tokens()
+    for make in (models.bert, models.gpt2):
+        found = {}
+        for length in (16, 32):
+            module = calibrated(make(), make_trainer, models.batches_of(padded_to(tokens, length)), weight_bits=4)
+            module.calibration.batches.extend(models.batches_of(padded_to(tokens, length)))
+            found[length] = [Loss(module.network, module.calibration, metric)() for metric in ("kl", "mse")]
+        assert found[32] == pytest.approx(found[16], rel=2e-2)
+        assert found[16][0] > 1e-5
+
+
+def test_divergence_of_positions_as_classes_is_that_of_the_tokens_alone():
+    tokens = torch.tensor([[True, True, True, False, False]])
+    wanted, found = torch.tensor([[0.3, -1.0, 2.0, 7.0, -3.0]]), torch.tensor([[0.1, -0.5, 1.0, -9.0, 40.0]])
+    masked = sample_divergences(found, [wanted], tokens)
+    torch.testing.assert_close(masked, sample_divergences(found[:, :3], [wanted[:, :3]]))
+    classes = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    other = classes + 0.3 * torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([3, 5])
+    by_sample = [sample_divergences(other[i : i + 1, :n], [classes[i : i + 1, :n]]) for i, n in enumerate(lengths)]
+    torch.testing.assert_close(
+        sample_divergences(other, [classes], torch.arange(5) < lengths[:, None]), torch.cat(by_sample)
+    )
+
+
+def test_ranges_of_tokens_are_those_of_their_own_values(make_trainer):
+    tokens = models.padded_tokens()
+    module = calibrated(models.bert(), make_trainer, models.batches_of(tokens), per_token=True, activation_bits=4)
+    layer = module.network.layers["bert.encoder.layer.0.intermediate.dense"]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 50
+    rows = [
+        fake_quantize(row, *choose_qparams(row.min().view(1), row.max().view(1), 4, False), 0, 15)
+        for row in x.view(-1, 32)
+    ]
+    torch.testing.assert_close(layer.inputs[0](x), torch.stack(rows).view_as(x))
+    products = [layer for name, layer in module.network.layers.items() if name.endswith("_product")]
+    dynamic = [[quantizer.dynamic for quantizer in product.inputs] for product in products]
+    assert dynamic == [[True, True], [True, False]] * 2, "values are summed over tokens: they keep one range"
+    keys = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(0))
+    of_keys = products[0].inputs[1](keys)
+    alone = products[0].inputs[1](keys[..., 2:3])
+    torch.testing.assert_close(of_keys[..., 2:3], alone)
+
+
+def test_ranges_of_tokens_help_where_tokens_differ_and_survive_a_checkpoint(make_trainer, tmp_path):
+    tokens = models.padded_tokens()
+    net = models.bert()
+    # One token has activations far greater than the others'.
+    net.bert.embeddings.word_embeddings.weight.data[7] *= 0
+    net.bert.encoder.layer[0].output.LayerNorm.weight.data[3] = 30.0
+    with torch.no_grad():
+        wanted = output_logits(net(**tokens))
+        errors = {}
+        for per_token in (False, True):
+            module = calibrated(net, make_trainer, models.batches_of(tokens), per_token=per_token, activation_bits=4)
+            errors[per_token] = float(sample_divergences(module(**tokens), wanted).mean())
+    assert errors[True] < errors[False]
+    adaquant = AdaQuant(iterations=2)
+    trainer = make_trainer(adaquant)
+    trainer.fit(module, as_loader(*models.batches_of(tokens)))
+    trainer.save_checkpoint(tmp_path / "tokens.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "tokens.ckpt", model=models.bert())
+    with torch.no_grad():
+        assert torch.equal(loaded(**tokens).start_logits, module(**tokens).start_logits)
+
+
+@pytest.mark.parametrize("make", [models.bert, models.roberta, models.gpt2, models.t5], ids=lambda make: make.__name__)
+def test_checkpoints_hold_the_products_and_reload_exactly(make, make_trainer, tmp_path):
+    tokens = models.padded_tokens()
+    module = QuantizationModule(make(), weight_bits=4)
+    trainer = make_trainer(Calibration(), AdaQuant(iterations=3))
+    trainer.fit(module, as_loader(*models.batches_of(tokens)))
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt")
+    untrained = make()
+    for parameter in untrained.parameters():
+        parameter.data.normal_()
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=untrained)
+    with torch.no_grad():
+        for found, wanted in zip(output_logits(loaded(**tokens)), output_logits(module(**tokens)), strict=True):
+            assert torch.equal(found, wanted)
+    assert [line.name for line in loaded.layer_summary()] and len(loaded.network.layers) == len(module.network.layers)
+
+
+def test_a_tied_head_stays_tied_and_is_stored_once(make_trainer, tmp_path):
+    net = models.roberta()
+    module = QuantizationModule(net, weight_bits=4, edge_bits=None)
+    trainer = make_trainer(Calibration(), AdaQuant(iterations=5), BiasTuning(epochs=1))
+    trainer.fit(module, as_loader(*batches_for(models.roberta)))
+    embedding, head = module.model.roberta.embeddings.word_embeddings, module.model.lm_head.decoder
+    assert head.parametrizations.weight is embedding.parametrizations.weight
+    assert torch.equal(head.weight, embedding.weight) and not torch.equal(head.weight, net.lm_head.decoder.weight)
+    trainer.save_checkpoint(tmp_path / "tied.ckpt")
+    saved = torch.load(tmp_path / "tied.ckpt", weights_only=True)
+    assert "lm_head.decoder" not in saved["calibtip"]["weights"]
+    apart = models.roberta()
+    apart.lm_head.decoder.weight = nn.Parameter(apart.lm_head.decoder.weight.clone())
+    with pytest.raises(ValueError, match=r"weight of lm_head.decoder tied to an embedding's"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "tied.ckpt", model=apart)
+
+
+def test_a_tied_head_that_stays_float_keeps_the_float_weight(make_trainer):
+    net = models.roberta()
+    module = calibrated(
+        net, make_trainer, batches_for(models.roberta), weight_bits=2, overrides={"lm_head.decoder": None}
+    )
+    assert torch.equal(module.model.lm_head.decoder.weight, net.lm_head.decoder.weight)
+    assert not torch.equal(module.model.roberta.embeddings.word_embeddings.weight, net.lm_head.decoder.weight)
+
+
+def test_embeddings_have_a_scale_for_each_row_or_one(make_trainer):
+    for per_channel, scales in ((True, 50), (False, 1)):
+        module = calibrated(models.bert(), make_trainer, batches_for(models.bert), per_channel=per_channel)
+        layer = module.network.layers["bert.embeddings.word_embeddings"]
+        assert layer.weight_quantizer.scale.numel() == scales and layer.inputs == ()
+
+
+class LanguageModel(pl.LightningModule):
+    """A user's module: perplexity of the next token, padding left out."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.perplexity = net, Perplexity(ignore_index=-100)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.net(input_ids=input_ids, attention_mask=attention_mask)
+
+    def validation_step(self, batch, batch_idx):
+        logits = self(**batch).logits[:, :-1]
+        wanted = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+        self.perplexity(logits, wanted)
+        self.log("perplexity", self.perplexity)
+
+
+@pytest.mark.parametrize("make", [models.gpt2, models.llama], ids=lambda make: make.__name__)
+def test_a_causal_decoder_is_quantized_and_its_perplexity_evaluated(make):
+    batches = models.batches_of(models.padded_tokens(16))
+    options = {"adaquant": {"iterations": 30, "batch_size": 4}}
+    run = quantize(LanguageModel(make()), batches, as_loader(*batches), "sequential", None, options, weight_bits=4)
+    float_perplexity = run.float_metrics["perplexity"]
+    found = {stage.name: stage.metrics["perplexity"] for stage in run.stages}
+    assert float_perplexity > 1 and found["Calibration"] != float_perplexity
+    assert found["BiasTuning"] == pytest.approx(float_perplexity, rel=0.15)
+    assert run.stages[2].figures["error_after"] < run.stages[2].figures["error_before"]
+
+
+def test_products_embeddings_and_heads_take_part_in_allocation(make_trainer):
+    module = QuantizationModule(models.roberta(), weight_bits=8)
+    stage = BitAllocation(compression=0.2, candidates=[(4, 4), (4, 8), (8, 4), (8, 8)], bit_operations=1e9)
+    make_trainer(Calibration(), stage).fit(module, as_loader(*batches_for(models.roberta)))
+    losses = stage.allocation.sensitivity.losses
+    product = losses["roberta.encoder.layer.0.attention.self.query_key_product"]
+    assert product[4, 4] == product[8, 4] != product[4, 8], "a product has no weight: only activation bits act on it"
+    assert product[4, 8] == stage.allocation.sensitivity.base_loss
+    embedding = losses["roberta.embeddings.position_embeddings"]
+    assert embedding[4, 4] == embedding[4, 8] != embedding[8, 4]
+    bits = {
+        line.name: (line.weight_bits, line.activation_bits)
+        for line in module.layer_summary()
+        if line.kind == "quantized"
+    }
+    assert bits["roberta.encoder.layer.0.attention.self.query_key_product"][0] is None
+    assert stage.figures["compression"] <= 0.2
+    weights = sum(layer.weight.numel() * layer.bits[0] for layer in module.network.layers.values())
+    assert weights / 32 / module.network.quantizable_parameters == pytest.approx(stage.figures["compression"])
+
+
+def test_the_mixed_pipeline_runs_on_a_transformer():
+    options = {
+        "adaquant": {"iterations": 5},
+        "preparation": {"iterations": 3},
+        "candidates": [(3, 8), (8, 8)],
+        "compression": 0.16,
+    }
+    run = quantize(models.bert(), batches_for(models.bert), None, "mixed", None, options)
+    assert {layer.bits[0] for layer in run.module.network.layers.values() if layer.weight.numel()} == {3, 8}
+
+
+def test_work_of_products_counts_both_operands(make_trainer):
+    module = calibrated(models.bert(), make_trainer, batches_for(models.bert))
+    module.calibration.batches.extend(batches_for(models.bert))
+    work = measure_work(module.network, module.calibration)
+    product = work["bert.encoder.layer.0.attention.self.query_key_product"]
+    assert product.multiply_accumulates == 4 * 16 * 16 * 8 and product.input_elements == 2 * 4 * 16 * 8
+    assert work["bert.embeddings.word_embeddings"].input_elements == 0
+    costs = bit_operations({"p": product, "l": product}, {"p": [(2, 8)], "l": [(2, 8)]}, products=["p"])
+    assert (
+        costs["p"][2, 8] == 64 * product.multiply_accumulates and costs["l"][2, 8] == 16 * product.multiply_accumulates
+    )
