@@ -13,6 +13,9 @@ RANGE_METHODS = ("minmax", "moving_average", "percentile", "mse", "lp")
 _COARSE = torch.linspace(1.0, 0.1, 46)
 _FINE = torch.linspace(0.02, -0.02, 9)
 
+# Weights that are searched at once.
+_CACHED = 2**17
+
 
 def check_range_method(method: str, what: str) -> str:
     """Return ``method`` if it is one of ``RANGE_METHODS``, else raise ``ValueError`` naming ``what``."""
@@ -51,7 +54,12 @@ def weight_range(
         upper = percentile / 100
         return _quantile(rows, 1 - upper), _quantile(rows, upper)
     if method in ("mse", "lp"):
-        return lp_optimal_range(rows, None, low, high, bits, symmetric, 2.0 if method == "mse" else p)
+        # A few channels at a time, which stay in the cache while all fractions are tried: an embedding has millions.
+        channels = max(1, _CACHED // rows.shape[1])
+        parts = zip(rows.split(channels), low.split(channels), high.split(channels), strict=True)
+        exponent = 2.0 if method == "mse" else p
+        ends = [lp_optimal_range(part, None, *extent, bits, symmetric, exponent) for part, *extent in parts]
+        return torch.cat([end[0] for end in ends]), torch.cat([end[1] for end in ends])
     return low, high
 
 

@@ -29,6 +29,8 @@ def main(
     weight_bits: int = 4,
     activation_bits: int = 8,
     edge_bits: int | None = 8,
+    overrides: dict[str, int | list[int] | None] | None = None,
+    per_token: bool = False,
     compression: float | list[float] | None = None,
     candidates: list[int | list[int]] | None = None,
     observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
@@ -61,6 +63,8 @@ def main(
         weight_bits: Width of weights.
         activation_bits: Width of activations.
         edge_bits: Width of the first and last layer; null to treat them like the rest.
+        overrides: Widths of layers by name or pattern, null for float, e.g. {"*embeddings*": 8}.
+        per_token: Whether each token gets a range of its own when it comes, in place of calibrated ones.
         compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
             if not given; a list for a sweep.
         candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
@@ -114,6 +118,8 @@ def main(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         edge_bits=edge_bits,
+        overrides=overrides,
+        per_token=per_token,
     )
     record = {
         **run.record("bert_squad", model, "f1", seed),
