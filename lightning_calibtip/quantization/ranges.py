@@ -58,7 +58,7 @@ def weight_range(
         channels = max(1, _CACHED // rows.shape[1])
         parts = zip(rows.split(channels), low.split(channels), high.split(channels), strict=True)
         exponent = 2.0 if method == "mse" else p
-        ends = [lp_optimal_range(part, None, *extent, bits, symmetric, exponent) for part, *extent in parts]
+        ends = [lp_optimal_range(part, None, least, most, bits, symmetric, exponent) for part, least, most in parts]
         return torch.cat([end[0] for end in ends]), torch.cat([end[1] for end in ends])
     return low, high
 
