@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from .calibration.calibration_set import CalibrationSet, attention_mask
 from .export.checkpoint import pack_network, unpack_network
+from .quantization.attention import transformers_models
 from .quantization.network import QuantizedNetwork
 from .quantization.scheme import QuantizationScheme
 from .quantization.summary import LayerSummary
@@ -140,11 +141,15 @@ class QuantizationModule(pl.LightningModule):
     def token_mask(self, batch: Any) -> Tensor | None:
         """Which tokens of a calibration batch count: those of padding do not. Override it for other batches.
 
-        By default the ``attention_mask`` of a mapping, if it has one of shape (batch, positions).
+        By default the ``attention_mask`` of a mapping, if it has one of shape (batch, positions). Not for an encoder
+        with a decoder: the mask is the encoder's, and what belongs to the decoder cannot be told apart by its shape.
 
         Returns:
-            Bool, shape (batch, positions), or None if there is no padding.
+            Bool, shape (batch, positions), or None if all count.
         """
+        models = transformers_models(self.model).values()
+        if any(getattr(model.config, "is_encoder_decoder", False) for model in models):
+            return None
         return attention_mask(batch)
 
     def _inputs_of(self, batch: Any) -> Any:

@@ -139,7 +139,7 @@ def test_divergence_and_squared_error_leave_padding_out(make_trainer):
 def test_divergence_of_positions_as_classes_is_that_of_the_tokens_alone():
     tokens = torch.tensor([[True, True, True, False, False]])
     wanted, found = torch.tensor([[0.3, -1.0, 2.0, 7.0, -3.0]]), torch.tensor([[0.1, -0.5, 1.0, -9.0, 40.0]])
-    masked = sample_divergences(found, [wanted], tokens)
+    masked = sample_divergences({"end_logits": found}, [wanted], tokens)
     torch.testing.assert_close(masked, sample_divergences(found[:, :3], [wanted[:, :3]]))
     classes = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     other = classes + 0.3 * torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
@@ -314,3 +314,132 @@ def test_work_of_products_counts_both_operands(make_trainer):
     assert (
         costs["p"][2, 8] == 64 * product.multiply_accumulates and costs["l"][2, 8] == 16 * product.multiply_accumulates
     )
+
+
+def test_of_an_encoder_and_a_decoder_no_layer_is_masked_and_each_layer_is_a_block(make_trainer):
+    """The mask is the encoder's; the decoder's tensors may have its shape."""
+    tokens = models.padded_tokens()
+    batch = {**tokens, "decoder_input_ids": tokens["input_ids"].flip(1)}
+    module = calibrated(models.bart(), make_trainer, models.batches_of(batch), observer="minmax")
+    spans = {}
+    layer = module.network.layers["model.decoder.layers.0.fc1"]
+    handle = layer.module.register_forward_pre_hook(lambda m, args: spans.setdefault("seen", args[0]))
+    with torch.no_grad(), module.quantized(False):
+        module.model(**batch)
+    handle.remove()
+    assert float(layer.inputs[0].scale) * 255 == pytest.approx(
+        float(spans["seen"].max() - spans["seen"].min()), rel=1e-3
+    )
+    units = [unit.name for unit in find_units(module.network, "block") if "layers" in unit.name]
+    assert units == [f"model.{part}.layers.{i}" for part in ("encoder", "decoder") for i in range(2)]
+    with torch.no_grad():
+        assert len(output_logits(module.model(**batch))) == 1, "the encoder's output is no logit"
+
+
+def test_classes_that_are_as_many_as_tokens_are_not_taken_for_tokens():
+    tokens = torch.tensor([[True, True, False, False]])
+    wanted, found = torch.tensor([[0.3, -1.0, 2.0, 1.0]]), torch.tensor([[0.1, -0.5, 1.0, -9.0]])
+    alone = sample_divergences({"logits": found}, [wanted])
+    assert torch.equal(sample_divergences({"logits": found}, [wanted], tokens), alone)
+    assert not torch.equal(sample_divergences({"start_logits": found}, [wanted], tokens), alone)
+
+
+def test_a_batch_of_nothing_but_padding_is_passed_over(make_trainer):
+    batches = models.batches_of(models.padded_tokens())
+    empty = {key: value.clone() for key, value in batches[0].items()}
+    empty["attention_mask"][:] = 0
+    module = calibrated(models.distilbert(), make_trainer, [batches[0], empty, batches[1]], observer="minmax")
+    without = calibrated(models.distilbert(), make_trainer, batches[:2], observer="minmax")
+    for name, layer in module.network.layers.items():
+        for quantizer, other in zip(layer.inputs, without.network.layers[name].inputs, strict=True):
+            assert torch.equal(quantizer.scale, other.scale)
+
+
+def test_layers_that_share_a_weight_agree_on_its_width():
+    options = {"weight_bits": 3, "edge_bits": None}
+    batch = models.padded_tokens()
+
+    def bits(make=models.gpt2, **more):
+        module = QuantizationModule(make(), **{**options, **more})
+        module.network.prepare(lambda: module.model(**batch))
+        return {name: layer.bits for name, layer in module.network.layers.items()}, module.network
+
+    found, network = bits(overrides={"lm_head": [8, 6]})
+    assert found["transformer.wte"][0] == 8 and found["lm_head"] == (8, 6)
+    assert {"lm_head", "transformer.wte"} <= network.fixed
+    found, network = bits(models.t5, edge_bits=8)
+    assert found["shared"][0] == found["encoder.embed_tokens"][0] == 8 and "shared" in network.fixed
+    with pytest.raises(ValueError, match="overrides give one weight, which these layers share, several widths"):
+        bits(overrides={"lm_head": 8, "transformer.wte": 4})
+    _, network = bits(overrides={"transformer.wte": None})
+    assert "copy of its own" in network.notes["lm_head"]
+
+
+def test_a_tied_head_costs_operations_at_the_width_of_its_weight(make_trainer):
+    module = QuantizationModule(models.gpt2(), edge_bits=None)
+    stage = BitAllocation(bit_operations=1.2e7, candidates=[(2, 8), (4, 8), (8, 8)], checks=4)
+    make_trainer(Calibration(), stage).fit(module, as_loader(*batches_for(models.gpt2)))
+    network = module.network
+    module.calibration.batches.extend(batches_for(models.gpt2))
+    work = measure_work(network, module.calibration)
+    true = 0.0
+    for name, layer in network.layers.items():
+        weight_bits = (layer.tied_to or layer).bits[0] if layer.kind.channel_axis is not None else layer.bits[1]
+        true += work[name].multiply_accumulates * weight_bits * layer.bits[1]
+    assert true == pytest.approx(stage.figures["bit_operations"]) and true <= 1.2e7
+
+
+def test_fisher_weights_do_not_depend_on_padding(make_trainer):
+    errors = []
+    for length in (16, 32):
+        batches = models.batches_of(padded_to(models.padded_tokens(), length))
+        adaquant = AdaQuant(iterations=1, batch_size=4, loss=span_loss)
+        module = calibrated(models.bert(), make_trainer, batches, adaquant, weight_bits=4)
+        errors.append(module.network.layers["bert.encoder.layer.0.output.dense"].errors[0])
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
+def span_loss(output, batch):
+    present = batch["attention_mask"].bool()
+    return torch.logsumexp(output.start_logits.masked_fill(~present, -1e9), 1).mean()
+
+
+def test_padding_of_scores_does_not_count_where_products_are_units(make_trainer):
+    errors = []
+    for length in (16, 32):
+        batches = models.batches_of(padded_to(models.padded_tokens(), length))
+        adaquant = AdaQuant("parallel", "layer", iterations=1, batch_size=4)
+        module = calibrated(models.bert(), make_trainer, batches, adaquant, weight_bits=4, activation_bits=4)
+        layers = [layer for name, layer in module.network.layers.items() if name.endswith("_product")]
+        errors.append([layer.errors[0] for layer in layers])
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_bias_tuning_leaves_padding_out(make_trainer):
+    found = []
+    for length in (16, 32):
+        tuning = BiasTuning(epochs=1, holdout=0.0)
+        batches = models.batches_of(padded_to(models.padded_tokens(), length))
+        module = calibrated(models.gpt2(), make_trainer, batches, tuning, weight_bits=3)
+        found.append(torch.cat([layer.bias for layer in module.network.layers.values() if layer.bias is not None]))
+    assert tuning.figures["divergence_after"] < tuning.figures["divergence_before"]
+    assert float((found[1] - found[0]).abs().median()) < 1e-5
+
+
+def test_a_model_of_embeddings_alone_is_quantized(make_trainer):
+    class Factors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.users, self.items = nn.Embedding(20, 4), nn.Embedding(30, 4)
+
+        def forward(self, pairs):
+            return (self.users(pairs[:, 0]) * self.items(pairs[:, 1])).sum(1, keepdim=True)
+
+    net = Factors()
+    pairs = torch.randint(0, 20, (32, 2), generator=torch.Generator().manual_seed(0))
+    module = calibrated(net, make_trainer, pairs.split(8), weight_bits=4, edge_bits=None)
+    assert len(module.model.users.weight[3].unique()) <= 16 and not torch.equal(
+        module.model.users.weight, net.users.weight
+    )
+    with pytest.raises(ValueError, match="already quantized"):
+        QuantizationModule(module.model)

@@ -59,6 +59,26 @@ def t5() -> nn.Module:
     return _sharpened(transformers.T5EncoderModel(config))
 
 
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        vocab_size=50,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=40,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    return _sharpened(transformers.BartForConditionalGeneration(config))
+
+
 TEXT_MODELS = (bert, bert_classifier, roberta, distilbert, gpt2, llama, t5)
 
 

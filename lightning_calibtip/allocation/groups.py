@@ -10,6 +10,15 @@ from ..quantization.structure import Operator, Structure, Value
 _ADDS = {"add", "sub"}
 
 
+def sharing_a_weight(network: QuantizedNetwork) -> list[list[str]]:
+    """Layers tied to one weight, with the one that owns it."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in network.layers.items():
+        if layer.tied_to is not None:
+            groups.setdefault(layer.tied_to.name, [layer.tied_to.name]).append(name)
+    return list(groups.values())
+
+
 def named_groups(network: QuantizedNetwork, groups: Iterable[Sequence[str]]) -> list[list[str]]:
     """The layers that each of the user's groups, a list of names and patterns, stands for.
 

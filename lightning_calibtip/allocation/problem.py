@@ -17,7 +17,7 @@ from .costs import (
     weight_bytes,
     weight_ratios,
 )
-from .groups import feeding_an_add, named_groups, sharing_an_input
+from .groups import feeding_an_add, named_groups, sharing_a_weight, sharing_an_input
 from .integer_program import Budget, Choice, Solver, choose_candidates, merge_groups
 from .table import SensitivityTable
 
@@ -105,7 +105,8 @@ class Problem:
         if goal.latency_table is not None:
             self.costs["latency"] = latencies(goal.latency_table, self.options)
         groups = named_groups(network, goal.groups)
-        observed = sharing_an_input(network) if goal.agree_on_input else []
+        observed = sharing_a_weight(network)
+        observed += sharing_an_input(network) if goal.agree_on_input else []
         observed += feeding_an_add(network) if goal.agree_on_add else []
         # Layers whose width is fixed do not bind those that they happen to meet.
         free = [[name for name in group if name in self.free] for group in observed]

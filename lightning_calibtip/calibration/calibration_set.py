@@ -94,25 +94,37 @@ def plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def output_logits(output: Any) -> list[Tensor]:
-    """The floating-point tensors of a model's output: of a mapping (such as a transformers output) all values but the
-    loss, a cache, and what was computed on the way (hidden states, attention).
+def named_logits(output: Any) -> list[tuple[str, Tensor]]:
+    """The floating-point tensors of a model's output, with their names where it is a mapping.
+
+    Of a mapping (such as a transformers output) these are all values but the loss, a cache, and what was computed on
+    the way (hidden states, attention, the encoder's output).
 
     Raises:
         TypeError: If there is none.
     """
+    items: list[tuple[str, Any]] = [("", output)]
     if isinstance(output, Mapping):
-        output = {key: value for key, value in output.items() if not str(key).endswith(_NOT_LOGITS)}
-        leaves = [leaf for value in output.values() for leaf in tree_leaves(value)]
-    else:
-        leaves = tree_leaves(output)
-    logits = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()]
+        items = [
+            (str(key), value)
+            for key, value in output.items()
+            if not str(key).endswith(_NOT_LOGITS) and not str(key).startswith("encoder_")
+        ]
+    leaves = [(name, leaf) for name, value in items for leaf in tree_leaves(value)]
+    logits = [
+        (name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()
+    ]
     if not logits:
         raise TypeError(
             f"The model's output ({type(output).__name__}) holds no floating-point tensor to compare; let "
             "calibration_step() return the model's logits."
         )
     return logits
+
+
+def output_logits(output: Any) -> list[Tensor]:
+    """The tensors of ``named_logits``."""
+    return [tensor for _, tensor in named_logits(output)]
 
 
 class FirstSamples:

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantization.network import QuantizedNetwork
-from .calibration_set import CalibrationSet, output_logits
+from .calibration_set import CalibrationSet, named_logits, output_logits
+
+# How the names of outputs begin whose classes are the positions of the input.
+POSITION_LOGITS = ("start", "end")
 
 
 @torch.no_grad()
@@ -26,7 +29,7 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
     square, which is the divergence of two Gaussians of that variance.
 
     Tokens that do not count are left out: of the positions that are averaged over, and of the classes where these are
-    the positions themselves (start and end of an answer).
+    the positions themselves (outputs named ``start...`` and ``end...``: of an answer).
 
     Args:
         output: What the quantized model returned.
@@ -38,15 +41,15 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
     """
     return sum(
         (
-            _divergences(logits.float(), wanted.float(), tokens)
-            for logits, wanted in zip(output_logits(output), target, strict=True)
+            _divergences(logits.float(), wanted.float(), tokens, name.startswith(POSITION_LOGITS))
+            for (name, logits), wanted in zip(named_logits(output), target, strict=True)
         ),
         torch.zeros((), device=target[0].device),
     )
 
 
-def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None) -> Tensor:
-    if tokens is not None and logits.shape == tokens.shape:
+def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None, of_positions: bool) -> Tensor:
+    if tokens is not None and of_positions and logits.shape == tokens.shape:
         lowest = torch.finfo(torch.float32).min
         logits, wanted = logits.masked_fill(~tokens, lowest), wanted.masked_fill(~tokens, lowest)
     axis = 1 if logits.dim() >= 4 else -1
@@ -55,7 +58,7 @@ def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None) -> Tenso
     else:
         student, teacher = F.log_softmax(logits, axis), F.log_softmax(wanted, axis)
         lost = F.kl_div(student, teacher, reduction="none", log_target=True).sum(axis)
-    if tokens is not None and lost.shape == tokens.shape:
+    if tokens is not None and logits.dim() > 2 and lost.shape == tokens.shape:
         return (lost * tokens).sum(1) / tokens.sum(1).clamp_min(1)
     return lost.flatten(1).mean(1) if lost.dim() > 1 else lost
 

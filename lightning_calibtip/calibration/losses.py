@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..quantization.network import QuantizedNetwork
-from .calibration_set import CalibrationSet, batch_size, output_logits
+from .calibration_set import CalibrationSet, batch_size, named_logits
 from .fingerprint import digest
-from .logits import float_logits, sample_divergences
+from .logits import POSITION_LOGITS, float_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
 METRICS = ("kl", "mse")
@@ -83,8 +83,8 @@ class Loss:
         tokens = self.calibration.tokens(index)
         if self.metric == "kl":
             return float(sample_divergences(output, self._targets[index], tokens).mean())
-        pairs = zip(output_logits(output), self._targets[index], strict=True)
-        return math.fsum(_relative_squared_error(logits, wanted, tokens) for logits, wanted in pairs)
+        pairs = zip(named_logits(output), self._targets[index], strict=True)
+        return math.fsum(_relative_squared_error(name, logits, wanted, tokens) for (name, logits), wanted in pairs)
 
 
 def _is_plain(constant: Any) -> bool:
@@ -92,8 +92,9 @@ def _is_plain(constant: Any) -> bool:
     return isinstance(constant, int | float | complex | str | bytes | None)
 
 
-def _relative_squared_error(output: Tensor, target: Tensor, tokens: Tensor | None) -> float:
+def _relative_squared_error(name: str, output: Tensor, target: Tensor, tokens: Tensor | None) -> float:
     output, target = output.float(), target.float()
-    if tokens is not None and target.shape[:2] == tokens.shape:
+    by_token = target.dim() > 2 or name.startswith(POSITION_LOGITS)
+    if tokens is not None and by_token and target.shape[:2] == tokens.shape:
         output, target = output[tokens], target[tokens]
     return float((output - target).square().mean() / target.square().mean().clamp_min(1e-20))

@@ -9,24 +9,35 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..quantization.layers import QuantizedLayer
+from ..quantization.tokens import token_mask
 
 
 @torch.no_grad()
-def output_magnitudes(layers: Iterable[QuantizedLayer], run: Callable[[], Any]) -> dict[str, float]:
-    """Root mean square of each layer's output, by layer name, in what ``run`` runs; layers that do not run are
-    missing."""
+def output_magnitudes(
+    layers: Iterable[QuantizedLayer], run: Callable[[], Any], tokens: Tensor | None = None
+) -> dict[str, float]:
+    """Root mean square of each layer's output, by layer name, in what ``run`` runs; layers that do not run are missing.
+
+    Args:
+        layers: Whose outputs are measured.
+        run: Runs them, on one batch.
+        tokens: Which tokens of it count, bool, shape (batch, positions); all if None.
+    """
     found: dict[str, float] = {}
 
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def note(layer: QuantizedLayer) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             leaves = [leaf.float() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            masks = [token_mask(leaf.shape, tokens, layer.kind.output_token_axes) for leaf in leaves]
+            pairs = zip(leaves, masks, strict=True)
+            leaves = [leaf if mask is None else leaf[mask.expand(leaf.shape)] for leaf, mask in pairs]
             squares, count = sum(float(leaf.square().sum()) for leaf in leaves), sum(leaf.numel() for leaf in leaves)
-            found[name] = (squares / max(count, 1)) ** 0.5
+            found[layer.name] = (squares / max(count, 1)) ** 0.5
 
         return hook
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.module.register_forward_hook(note(layer.name)).remove)
+            stack.callback(layer.module.register_forward_hook(note(layer)).remove)
         run()
     return found

@@ -67,7 +67,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCT_FUNCTIONS and self.products:
-            return self.products.pop(0)(*args)
+            return self.products.pop(0)(*args, *(kwargs or {}).values())
         return func(*args, **(kwargs or {}))
 
 
@@ -79,26 +79,26 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Ten
         *args: As transformers passes them: queries, keys, values, mask, ...
         **kwargs: Whatever else the model passes.
 
-    Raises:
-        NotImplementedError: If the model has no eager attention beside its class.
+    A model that has no eager attention beside its class computes as PyTorch does, in float.
     """
-    add_products(module)
     eager = _eager_attention(module)
+    if eager is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, *args, **kwargs)
+    add_products(module)
     with _Products(module):
         return eager(module, *args, **kwargs)
 
 
-def _eager_attention(module: nn.Module) -> Callable[..., Any]:
-    for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), _EAGER, None)
-        if found is not None:
-            return found
-    raise NotImplementedError(f"{type(module).__name__}: there is no {_EAGER} in {type(module).__module__}.")
+def _eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    found = (getattr(sys.modules.get(cls.__module__), _EAGER, None) for cls in type(module).__mro__)
+    return next(filter(None, found), None)
 
 
 def transformers_models(model: nn.Module) -> dict[str, Any]:
     """The models of transformers inside ``model``, by name; none if that is not imported, as they would have it."""
-    if "transformers" not in sys.modules:
+    if "transformers.modeling_utils" not in sys.modules:
         return {}
     from transformers.modeling_utils import PreTrainedModel
 

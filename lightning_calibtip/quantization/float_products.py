@@ -2,14 +2,14 @@
 
 from collections.abc import Collection
 
-from .structure import Structure
+from .structure import Structure, is_fused_attention
 
-_PRODUCTS = {
+_OPERATORS = {
     "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "convolution", "embedding",
-    "native_multi_head_attention", "transformer_encoder_layer_fwd",
+    "embedding_bag", "grouped_mm", "scaled_mm", "int_mm", "native_multi_head_attention",
+    "transformer_encoder_layer_fwd", "mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "thnn_fused_lstm_cell", "thnn_fused_gru_cell",
 }  # fmt: skip
-# The fused kernels of attention have names of their own (``scaled_dot_product_flash_attention_for_cpu``).
-_ATTENTION = "scaled_dot_product"
 
 
 def float_products(structure: Structure, known: Collection[str]) -> dict[str, str]:
@@ -24,12 +24,12 @@ def float_products(structure: Structure, known: Collection[str]) -> dict[str, st
     """
     found: dict[str, set[str]] = {}
     for operator in structure.operators:
-        is_attention = operator.name.startswith(_ATTENTION)
-        if not operator.scope or not (is_attention or operator.name in _PRODUCTS):
+        if not operator.scope or not (is_fused_attention(operator) or operator.name in _OPERATORS):
             continue
         scope = [structure.calls[index].name for index in operator.scope]
         if not any(name in known for name in scope):
-            found.setdefault(scope[-1], set()).add("scaled_dot_product_attention" if is_attention else operator.name)
+            fused = is_fused_attention(operator)
+            found.setdefault(scope[-1], set()).add("scaled_dot_product_attention" if fused else operator.name)
     return {
         name: f"computes {', '.join(sorted(operators))} outside of a quantizable layer"
         for name, operators in found.items()

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .attention import PRODUCTS, add_products, possible_products, route_attention
 from .float_products import float_products
 from .folding import Fold, apply_fold, fold_batch_norm
-from .kinds import quantizable_layers
-from .layers import INPUT_QUANTIZERS, QuantizedLayer
+from .kinds import layer_kind, quantizable_layers
+from .layers import QuantizedLayer
 from .observers import make_observer
+from .quantizer import Quantizer
 from .ranges import check_range_method
 from .scheme import Bits, QuantizationScheme
 from .structure import Structure, observe_structure
@@ -41,9 +42,9 @@ class QuantizedNetwork:
 
     def __init__(self, model: nn.Module, scheme: QuantizationScheme) -> None:
         self.model, self.scheme = model, scheme
-        for name, module in model.named_modules():
-            if hasattr(module, INPUT_QUANTIZERS[0]):
-                raise ValueError(f"The model is already quantized (layer {name!r}); quantize the float model instead.")
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
         self.has_attention = route_attention(model)
         self.candidates = list(quantizable_layers(model))
         if not self.candidates:
@@ -80,6 +81,7 @@ class QuantizedNetwork:
                 with torch.no_grad():
                     run()
                 self.candidates = list(quantizable_layers(self.model))
+                self.scheme.check_overrides(self.candidates)
             structure = observe_structure(self.model, run)
             self.folds, self.left = fold_batch_norm(self.model, structure, run)
             self._attach(list(structure.calls_of))
@@ -104,10 +106,14 @@ class QuantizedNetwork:
         running = [name for name in order if name in self.candidates]
         edges = {running[0], running[-1]} if running else set()
         widths = {name: self.scheme.bits_for(name, name in edges) for name in self.candidates}
+        fixed = {name for name in self.candidates if self._is_fixed(name, edges)}
         for name, owner in list(self._tied.items()):
             if widths[name] is None or widths[owner] is None:
                 own_parameter(self.model.get_submodule(name), "weight")
+                self.notes[name] = "with a copy of its own of a shared parameter"
                 del self._tied[name]
+        for owner in set(self._tied.values()):
+            self._agree([owner, *(name for name, other in self._tied.items() if other == owner)], widths, fixed)
         # Owners of tied weights first.
         for name in sorted(
             self.candidates, key=lambda n: (n in self._tied, running.index(n) if n in running else len(running))
@@ -119,9 +125,30 @@ class QuantizedNetwork:
                 self.leave_float(name, "its weight is not a plain parameter")
             else:
                 self._attach_layer(name, bits)
-                if self.scheme.override_for(name)[0] or (name in edges and self.scheme.edge_bits is not None):
-                    self.fixed.add(name)
+        self.fixed = fixed & self.layers.keys()
         self._sort(running)
+
+    def _is_fixed(self, name: str, edges: set[str]) -> bool:
+        """Whether the user has said what width a layer has."""
+        return self.scheme.override_for(name)[0] or (name in edges and self.scheme.edge_bits is not None)
+
+    def _agree(self, layers: list[str], widths: dict[str, Bits | None], fixed: set[str]) -> None:
+        """Give layers that share one weight one width of it: that of an override, or else of the first or last layer.
+
+        Raises:
+            ValueError: If overrides contradict each other.
+        """
+        wanted = {name: bits[0] for name in layers if (bits := widths[name]) is not None}
+        overridden = {name: wanted[name] for name in layers if self.scheme.override_for(name)[0]}
+        if len(set(overridden.values())) > 1:
+            raise ValueError(f"overrides give one weight, which these layers share, several widths: {overridden}.")
+        decisive = list(overridden) or [name for name in layers if name in fixed] or layers[:1]
+        for name in layers:
+            bits = widths[name]
+            assert bits is not None
+            widths[name] = wanted[decisive[0]], bits[1]
+        if fixed & set(layers):
+            fixed.update(layers)
 
     def _sort(self, order: list[str]) -> None:
         """Put the layers in the order of execution, those that do not run last."""
@@ -207,11 +234,15 @@ class QuantizedNetwork:
         # The weight of one that does not run may be that of another, which does.
         owners = {layer.tied_to.name for name, layer in self.layers.items() if layer.tied_to and name in reached}
         unreached = [name for name in self.layers if name not in reached | owners]
-        if not any(layer.inputs and layer.observed for layer in self.layers.values()):
+        if not reached:
             raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
         for name in unreached:
             if name in self.layers:
                 self.leave_float(name, "no calibration batch has reached it")
+        for name, module in self.model.named_modules():
+            if name.endswith(PRODUCTS) and layer_kind(module) and name not in (*self.layers, *self.floats):
+                self.float_products[name] = "first ran after the first calibration batch"
+                log.warning("%s %s: it stays float.", name, self.float_products[name])
         for layer in self.layers.values():
             layer.variants.clear()
             layer.errors = None

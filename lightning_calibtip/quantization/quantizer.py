@@ -107,11 +107,11 @@ class Quantizer(nn.Module):
         return fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
 
     def _observe(self, x: Tensor) -> None:
-        if x.numel() == 0:
-            return
         mask = token_mask(x.shape, self.tokens, self.operand.token_axes)
         if mask is not None:
             x = x[mask.expand(x.shape)]
+        if x.numel() == 0:
+            return
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"{self.name}: NaN or infinity in the activations of a calibration batch; check the model in float."

@@ -161,8 +161,8 @@ class Structure:
     def blocks(self, contains: Callable[[str], bool]) -> list[str]:
         """Names of the deepest modules in which paths fork and join again (residual connections, attention).
 
-        Attention is not left alone: of the modules around it in which paths join, the outermost that holds no other
-        attention is the block, which is a layer of a transformer.
+        Attention is not left alone: the block is the layer of the transformer that it belongs to, with its residual
+        connections, and with a second attention (to an encoder) where these go around both.
 
         Args:
             contains: Whether a module holds anything worth a block of its own.
@@ -170,18 +170,32 @@ class Structure:
         Returns:
             Names that do not contain each other, in the order of execution; never the whole model.
         """
-        joins = [(self._owner_of_join(operator), operator) for operator in self.operators]
-        owners = {name for name, _ in joins if name and contains(name)}
-        attentions = {name for name, join in joins if name in owners and (join.name in _PRODUCTS or _is_fused(join))}
-        around = {_outermost_around(name, owners, attentions) for name in attentions}
+        attentions = {name for operator in self.operators if (name := self._attention_of(operator, contains))}
+        owners = {
+            name
+            for operator in self.operators
+            if not any(self.calls[index].name in attentions for index in operator.scope)
+            and (name := self._owner_of_join(operator))
+            and contains(name)
+        }
+        around = {_layer_around(name, owners, attentions) for name in attentions}
         layers = {name for name in around if not any(_is_below(name, other) for other in around)}
-        deepest = {name for name in owners if not any(_is_below(other, name) for other in owners)}
+        deepest = {name for name in owners if not any(_is_below(other, name) for other in owners | layers)}
         deepest = {name for name in deepest if not any(name == layer or _is_below(name, layer) for layer in layers)}
         return sorted(layers | deepest, key=list(self.calls_of).index)
 
+    def _attention_of(self, operator: Operator, contains: Callable[[str], bool]) -> str | None:
+        """Innermost module, with something inside, in which two computed tensors are multiplied; or None."""
+        if operator.name not in _PRODUCTS and not is_fused_attention(operator):
+            return None
+        if len([value for value in dict.fromkeys(operator.reads) if not self.is_fixed(value)]) < 2:
+            return None
+        names = [self.calls[index].name for index in reversed(operator.scope)]
+        return next((name for name in names if name and contains(name)), None)
+
     def _owner_of_join(self, operator: Operator) -> str | None:
         """Innermost module inside which the inputs of a joining operator have a common ancestor."""
-        if operator.name not in _JOINS and not _is_fused(operator):
+        if operator.name not in _JOINS and not is_fused_attention(operator):
             return None
         inputs = [value for value in dict.fromkeys(operator.reads) if not self.is_fixed(value)]
         if len(inputs) < 2:
@@ -222,15 +236,14 @@ def _is_below(name: str, parent: str) -> bool:
     return name.startswith(f"{parent}.")
 
 
-def _outermost_around(attention: str, owners: set[str], attentions: set[str]) -> str:
-    """The outermost of the ``owners`` around an attention in which there is no other."""
-    around = [
-        name
-        for name in owners
-        if (name == attention or _is_below(attention, name))
-        and not any(_is_below(other, name) for other in attentions - {attention})
-    ]
-    return min(around, key=len, default=attention)
+def _layer_around(attention: str, owners: set[str], attentions: set[str]) -> str:
+    """The transformer's layer that an attention belongs to: the innermost of the ``owners`` around it, and from there
+    outwards as long as no further attention comes in."""
+    around = sorted((name for name in owners if name == attention or _is_below(attention, name)), key=len, reverse=True)
+    if not around:
+        return attention
+    own = {name for name in attentions if name == around[0] or _is_below(name, around[0])}
+    return [name for name in around if own == {a for a in attentions if a == name or _is_below(a, name)}][-1]
 
 
 class _Recorder(TorchDispatchMode):
@@ -275,13 +288,13 @@ class _Recorder(TorchDispatchMode):
         return output
 
 
-def _is_fused(operator: Operator) -> bool:
+def is_fused_attention(operator: Operator) -> bool:
     """Whether an operator is attention as a whole."""
     return operator.name.startswith(_ATTENTION)
 
 
 def _has_storage(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+    return isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested
 
 
 def _replay(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Activation | None:

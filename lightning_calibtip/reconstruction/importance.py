@@ -29,8 +29,8 @@ def measure_importance(
     """Weights of the elements of each unit's output, in one pass forward and backward through the float model.
 
     An element's weight is half 1, so that what the loss does not see is not left to chance, and half its squared
-    gradient, the diagonal of the Fisher matrix, over the mean of the call: a mean and a sum over the batch come to the
-    same. Gradients are those of what the module returns, so before an activation that follows it.
+    gradient, the diagonal of the Fisher matrix, over the mean of the call (padding left out): a mean and a sum over the
+    batch come to the same. Gradients are those of what the module returns, so before an activation that follows it.
 
     Args:
         network: Calibrated.
@@ -57,9 +57,11 @@ def measure_importance(
             if not bool(torch.isfinite(value)):
                 raise ValueError(f"loss(output, batch) is {value.item()} for calibration batch {index}.")
             value.backward(inputs=[anchor])
-            for name, calls in outputs.items():
-                for gradients in calls:
-                    found[name].append(_weights(gradients))
+            tokens = calibration.tokens(index)
+            for unit in units:
+                for gradients in outputs[unit.name]:
+                    counts = token_weights(unit, gradients, tokens, None)
+                    found[unit.name].append(_weights(gradients, counts))
     return found
 
 
@@ -87,11 +89,13 @@ def token_weights(unit: Unit, output: Any, tokens: Tensor | None, importance: Se
     return [weight * given.to(weight.device) for weight, given in zip(weights, importance, strict=True)]
 
 
-def _weights(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """A list as long as ``gradients``, with a mean of 1 over all elements."""
+def _weights(gradients: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
+    """A list as long as ``gradients``, with a mean of 1 over the elements whose ``counts`` are not 0."""
     squares = [gradient.float().square() for gradient in gradients]
-    total, count = sum(float(square.sum()) for square in squares), sum(square.numel() for square in squares)
-    mean = max(total / max(count, 1), _SMALLEST)
+    pairs = list(zip(squares, counts, strict=True))
+    total = sum(float((square * count).sum()) for square, count in pairs)
+    number = sum(float(count.sum()) * square.numel() / count.numel() for square, count in pairs)
+    mean = max(total / max(number, 1), _SMALLEST)
     return [0.5 + square * (0.5 / mean) for square in squares]
 
 

@@ -129,7 +129,8 @@ def _is_better(before: Tensor, after: Tensor) -> bool:
 def _groups(
     network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings, batch: int
 ) -> list[dict[str, object]]:
-    magnitudes = output_magnitudes(network.layers.values(), lambda: calibration.run(batch))
+    layers, tokens = network.layers.values(), calibration.tokens(batch)
+    magnitudes = output_magnitudes(layers, lambda: calibration.run(batch), tokens)
     groups = []
     for name, layer in network.layers.items():
         if layer.bias is not None:

@@ -13,7 +13,7 @@ from recipes.output import make_logger, set_up_logging, state_folder, write_run
 
 from .data import SquadData
 from .model import QuestionAnswering
-from .windows import WindowMaker, check_fit, load_tokenizer, takes_token_types
+from .windows import WindowMaker, check_fit, check_vocabulary, load_tokenizer, takes_token_types
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def main(
     maker = WindowMaker(reader, max_length, doc_stride, takes_token_types(reader, trained.net))
     questions = SquadData(maker, train, validation, calibration_samples, split, seed)
     questions.setup()
+    check_vocabulary(questions.calibration, reader)
     trained.evaluation = questions.evaluation
     if not trained.has_trained_head:
         log.warning("%s has no trained question answering head: it is fine-tuned on %s first.", model, train)

@@ -27,7 +27,7 @@ def best_answer(
         start.
 
     Raises:
-        ValueError: If the logits do not fit the windows, or hold NaN.
+        ValueError: If the logits do not fit the windows, or are not finite.
     """
     best, answer = -np.inf, ""
     for window, (starts, ends) in zip(windows, logits, strict=True):
@@ -35,8 +35,8 @@ def best_answer(
             raise ValueError(
                 f"A window of {len(window)} tokens came with {len(starts)} start logits and {len(ends)} end logits."
             )
-        if np.isnan(starts).any() or np.isnan(ends).any():
-            raise ValueError("The network's logits hold NaN; no answer can be read off.")
+        if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
+            raise ValueError("The network's logits hold NaN or infinity; no answer can be read off.")
         first, last = (_greatest(values, n_best, window.context) for values in (starts, ends))
         lengths = last[None, :] - first[:, None] + 1
         scores = starts[first][:, None] + ends[last][None, :]

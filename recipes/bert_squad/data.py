@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -69,6 +70,8 @@ class SquadData(pl.LightningDataModule):
         self.training_questions = training.questions
         self.calibration, rest, too_long = self._choose(training.questions)
         if self.split == "validation":
+            if Path(self.train).is_file() and Path(self.train).resolve() == Path(self.validation).resolve():
+                log.warning("%s is both calibrated and evaluated on: the scores are too good.", self.train)
             source, evaluation = self.validation, read_questions(self.validation, "validation")
             questions = evaluation.questions
         else:

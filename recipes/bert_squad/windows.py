@@ -20,6 +20,12 @@ Integers = npt.NDArray[np.int32]
 # Questions are tokenized so many at once: enough to be fast, without a copy of the whole file in memory.
 _CHUNK = 1000
 
+# Vocabularies are padded to a round number, but not by this much.
+_LEAST_VOCABULARY = 0.9
+
+# More unknown tokens than this share means a tokenizer of another language, or another case.
+_MOST_UNKNOWN = 0.05
+
 
 @dataclass(frozen=True, eq=False)
 class Window:
@@ -123,8 +129,14 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, max_leng
             f"{tokenizer.pad_token_id}, and the model's pad_token_id is {padding}. Give the tokenizer it was trained "
             "with as --tokenizer."
         )
+    if largest < _LEAST_VOCABULARY * net.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer does not fit the model: it has {largest + 1} tokens, and the model a vocab_size of "
+            f"{net.config.vocab_size}. Give the tokenizer it was trained with as --tokenizer."
+        )
     positions = getattr(net.config, "max_position_embeddings", None)
-    if positions is None:
+    # Relative positions (XLNet) have no end.
+    if positions is None or positions < 0:
         return
     for name, module in net.named_modules():
         # RoBERTa and its relatives count positions from the one after the padding's.
@@ -132,6 +144,23 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, max_leng
             positions -= module.padding_idx + 1
     if max_length > positions:
         raise ValueError(f"max_length={max_length}, but the model has positions for {positions} tokens only.")
+
+
+def check_vocabulary(windows: Sequence[Window], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that the tokenizer knows the words.
+
+    Raises:
+        ValueError: If more than a twentieth of the tokens is unknown.
+    """
+    if tokenizer.unk_token_id is None or not windows:
+        return
+    tokens = np.concatenate([window.input_ids for window in windows])
+    unknown = float((tokens == tokenizer.unk_token_id).mean())
+    if unknown > _MOST_UNKNOWN:
+        raise ValueError(
+            f"{unknown:.0%} of the calibration tokens are unknown to the tokenizer ({tokenizer.unk_token}): it is of "
+            "another language, or of another case, than the questions. Give the one of the model as --tokenizer."
+        )
 
 
 def takes_token_types(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel) -> bool:

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_calibtip import Calibration, QuantizationModule
 from lightning_calibtip.calibration.calibration_set import output_logits
-from lightning_calibtip.quantization.attention import PRODUCTS, attention_forward, possible_products
+from lightning_calibtip.quantization.attention import PRODUCTS, possible_products
 from lightning_calibtip.quantization.quantizer import Quantizer
 from tests import transformer_models as models
 from tests.networks import as_loader
@@ -136,6 +136,9 @@ def test_what_is_left_float_is_found_and_listed_by_name(make_trainer):
 def test_an_override_for_products_that_there_cannot_be_is_an_error():
     with pytest.raises(ValueError, match="matches no quantizable layer"):
         QuantizationModule(models.bert(), overrides={"*layer.7*query_key_product": 4})
+    module = QuantizationModule(models.bert(), overrides={"*.intermediate.query_key_product": 4})
+    with pytest.raises(ValueError, match="matches no quantizable layer"):
+        module.network.prepare(lambda: module.model(**models.padded_tokens()))
     with pytest.raises(ValueError, match="matches no quantizable layer"):
         QuantizationModule(nn.Sequential(nn.Linear(2, 2)), overrides={"*_product": 4})
     assert possible_products(nn.Linear(2, 2)) == []
@@ -147,9 +150,38 @@ def test_the_users_own_model_is_not_rerouted():
     assert net.config._attn_implementation != "calibtip" and net.config.use_cache
 
 
-def test_a_model_without_eager_attention_is_an_error():
-    with pytest.raises(NotImplementedError, match="there is no eager_attention_forward"):
-        attention_forward(nn.Identity(), torch.ones(1))
+def test_attention_of_a_model_without_eager_attention_beside_it_stays_float(make_trainer, monkeypatch):
+    net, tokens = models.bert(), models.padded_tokens()
+    with torch.no_grad():
+        wanted = net(**tokens).start_logits
+    monkeypatch.setattr("lightning_calibtip.quantization.attention._EAGER", "eager_under_another_name")
+    module = calibrated(net, make_trainer, models.batches_of(tokens))
+    names = [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]
+    assert list(module.network.float_products) == names
+    assert all("scaled_dot_product_attention" in reason for reason in module.network.float_products.values())
+    with torch.no_grad(), module.quantized(False):
+        torch.testing.assert_close(module.model(**tokens).start_logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_only_a_later_batch_reaches_is_listed(make_trainer, caplog):
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = models.bert(), models.distilbert()
+
+        def forward(self, input_ids, attention_mask):
+            output = self.first(input_ids, attention_mask).start_logits
+            if int(input_ids[0, 0]) == 2:
+                output = output + self.second(input_ids, attention_mask).start_logits
+            return output
+
+    batches = models.batches_of(models.padded_tokens())
+    for index, batch in enumerate(batches):
+        batch["input_ids"][0, 0] = 2 if index == 1 else 3
+    module = calibrated(Sometimes(), make_trainer, batches)
+    late = [name for name in module.network.float_products if name.startswith("second") and name.endswith("_product")]
+    assert len(late) == 4 and "first ran after the first calibration batch" in caplog.text
+    assert all(line.kind == "float" for line in module.layer_summary() if line.name in late)
 
 
 class OwnAttention(nn.Module):
@@ -174,12 +206,18 @@ class TorchAttention(nn.Module):
         return self.head(self.attention(x, x, x, need_weights=False)[0])
 
 
+class First(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
+
+
 @pytest.mark.parametrize(
     "net,name,operators",
     [
         (nn.Sequential(OwnAttention(True), nn.Linear(8, 3)), "0", "scaled_dot_product_attention"),
         (nn.Sequential(OwnAttention(False), nn.Linear(8, 3)), "0", "bmm"),
         (TorchAttention(), "attention", ""),
+        (nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"),
     ],
 )
 def test_attention_in_the_users_code_stays_float_with_a_warning_and_is_listed(
@@ -196,3 +234,19 @@ def test_attention_in_the_users_code_stays_float_with_a_warning_and_is_listed(
         torch.testing.assert_close(module(x), net(x), rtol=0.1, atol=0.1)
         with module.quantized(False):
             torch.testing.assert_close(module(x), net(x))
+
+
+def test_an_encoder_of_torch_that_packs_its_tokens_is_observed(make_trainer):
+    """Its fast path makes nested tensors."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] > 1))
+
+    module = calibrated(Encoder().eval(), make_trainer, torch.randn(6, 5, 8).split(2))
+    assert "head" in module.network.layers and module.network.float_products
