@@ -67,5 +67,7 @@ def test_the_best_of_all_windows_is_the_answer():
 def test_logits_that_cannot_be_right_are_refused():
     with pytest.raises(ValueError, match="hold NaN"):
         best_answer(CONTEXT, [window()], [logits([0] * 7 + [np.nan], [0] * 8)])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        best_answer(CONTEXT, [window()], [logits([0] * 7 + [np.inf], [0] * 8)])
     with pytest.raises(ValueError, match="A window of 8 tokens came with 7 start logits and 8 end logits"):
         best_answer(CONTEXT, [window()], [logits([0] * 7, [0] * 8)])

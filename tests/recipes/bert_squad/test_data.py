@@ -30,3 +30,8 @@ def test_impossible_numbers_of_samples_are_refused(file, tiny_bert):
         prepared(file, tiny_bert, calibration_samples=5, split="train")
     with pytest.raises(ValueError, match="calibration_samples must be at least 1, got 0"):
         prepared(file, tiny_bert, calibration_samples=0)
+
+
+def test_a_file_that_is_calibrated_and_evaluated_on_is_pointed_out(file, tiny_bert, caplog):
+    prepared(file, tiny_bert)
+    assert "is both calibrated and evaluated on" in caplog.text

@@ -1,5 +1,6 @@
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from recipes.bert_squad.windows import (
     WindowMaker,
     answer_span,
     check_fit,
+    check_vocabulary,
     load_tokenizer,
     pad,
     takes_token_types,
@@ -161,6 +163,16 @@ def test_tokenizer_and_lengths_that_do_not_fit_the_model_are_refused(tokenizer):
         check_fit(tokenizer, BertForQuestionAnswering(tiny_config(tokenizer, pad_token_id=1)), 64)
     with pytest.raises(ValueError, match="max_length=65, but the model has positions for 64 tokens only"):
         check_fit(tokenizer, BertForQuestionAnswering(tiny_config(tokenizer)), 65)
+    with pytest.raises(ValueError, match=f"it has {size} tokens, and the model a vocab_size of {2 * size}"):
+        check_fit(tokenizer, BertForQuestionAnswering(tiny_config(tokenizer, vocab_size=2 * size)), 64)
+
+
+def test_a_tokenizer_that_does_not_know_the_words_is_refused(tokenizer, questions):
+    maker = WindowMaker(tokenizer, 40, 8)
+    check_vocabulary(maker.cut(questions).windows, tokenizer)
+    others = [replace(question, context="ЭТО ДРУГОЙ ЯЗЫК " * 9) for question in questions]
+    with pytest.raises(ValueError, match=r"of the calibration tokens are unknown to the tokenizer \(\[UNK\]\)"):
+        check_vocabulary(maker.cut(others).windows, tokenizer)
 
 
 def test_of_roberta_positions_start_after_the_padding(tokenizer):
