@@ -9,6 +9,7 @@ from pathlib import Path
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.losses import Loss
+from ..calibration.steps import Steps, untold
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 from .check import Assignment, improve
@@ -36,6 +37,7 @@ def allocate(
     checks: int = 16,
     store: ActivationStore | None = None,
     evaluate: Evaluate | None = None,
+    steps: Steps = untold,
 ) -> Allocation:
     """Give each free layer its own width, in place; where that fails, the layers are as they were.
 
@@ -52,6 +54,7 @@ def allocate(
         checks: How many alternatives to each solution have their true loss measured, see ``improve``.
         store: Where activations are kept while measuring.
         evaluate: The user's own evaluation of the model as it is; called for each point of a sweep.
+        steps: Told of each measurement of a sensitivity.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
@@ -75,7 +78,7 @@ def allocate(
     try:
         loss = Loss(network, calibration, measurement.metric, measurement.samples)
         if measurement.again is None:
-            table = measure_sensitivity(network, loss, candidates, measurement.path, store)
+            table = measure_sensitivity(network, loss, candidates, measurement.path, store, steps)
             model = Model(network, loss, table.base_loss)
         else:
             present = describe_conditions(network, loss, base_bits(candidates))

@@ -16,6 +16,7 @@ from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..calibration.losses import Loss, LossFunction, check_metric
 from ..calibration.recording import Recording
 from ..calibration.replay import CalledAgainError, Replay
+from ..calibration.steps import Steps, untold
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
@@ -63,6 +64,7 @@ def measure_sensitivity(
     candidates: Sequence[Bits],
     path: str | Path | None = None,
     store: ActivationStore | None = None,
+    steps: Steps = untold,
 ) -> SensitivityTable:
     """Measure the loss for every free layer and candidate.
 
@@ -81,6 +83,7 @@ def measure_sensitivity(
         candidates: ``(weight_bits, activation_bits)`` pairs.
         path: CSV file that gets each measurement as it is made; one that a killed run has left is gone on with.
         store: Where activations are kept; all in memory if None.
+        steps: Told of each measurement.
 
     Raises:
         ValueError: If a loss is not finite (names layer and candidate), or the file at ``path`` is of another run.
@@ -103,7 +106,10 @@ def measure_sensitivity(
                             layer.take(bits)
                             known[acting] = loss(run)
                         file.add(layer.name, bits, known[acting])
-                        log.info("%s at W%dA%d: loss %+.4g", layer.name, *bits, table.rise(layer.name, bits))
+                        told = f"{layer.name} at W{bits[0]}A{bits[1]}: loss {table.rise(layer.name, bits):+.4g}"
+                        log.info(told)
+                        done = sum(len(of_layer) for of_layer in table.losses.values())
+                        steps(done, (len(candidates) - (base in candidates)) * len(network.free_layers), told)
             finally:
                 layer.take(base)
 

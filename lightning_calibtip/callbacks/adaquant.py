@@ -15,6 +15,7 @@ from ..reconstruction.adaquant import Reconstruction, adaquant
 from ..reconstruction.candidates import adaquant_candidates, check_candidates
 from ..reconstruction.importance import Loss
 from ..reconstruction.settings import PAPER, AdaQuantSettings
+from ..report.reconstruction import reconstruction_exhibit
 from .stage import Stage
 
 
@@ -133,10 +134,12 @@ class AdaQuant(Stage):
         network, calibration, how = module.network, module.calibration, self.reconstruction
         with ActivationStore(self.activation_budget, self.storage, self.scratch_folder) as store:
             if self.candidates is None:
-                results = adaquant(network, calibration, how, store)
+                results = adaquant(network, calibration, how, store, self.steps)
+                self.exhibits = [reconstruction_exhibit(results)]
             else:
-                by_width = adaquant_candidates(network, calibration, how, self.candidates, store)
+                by_width = adaquant_candidates(network, calibration, how, self.candidates, store, self.steps)
                 results = [result for results in by_width.values() for result in results]
+                self.exhibits = [reconstruction_exhibit(of_width, bits) for bits, of_width in by_width.items()]
         # A unit that could not be optimised has no errors.
         errors = [(r.error_before, r.error_after) for r in results if math.isfinite(r.error_before)] or [(0.0, 0.0)]
         return {

@@ -40,7 +40,7 @@ class BatchNormTuning(Stage):
     def run(self, module: QuantizationModule) -> dict[str, float]:
         """Tune layer by layer, in the order of execution."""
         with ActivationStore(self.activation_budget, folder=self.scratch_folder) as store:
-            result = tune_batch_norm(module.network, module.calibration, self.reference, store)
+            result = tune_batch_norm(module.network, module.calibration, self.reference, store, self.steps)
         return {
             "layers": float(len(result.layers)),
             "divergence_before": result.divergence_before,

@@ -35,5 +35,5 @@ class BiasTuning(Stage):
     @override
     def run(self, module: QuantizationModule) -> dict[str, float]:
         """Tune and keep the better state."""
-        result = tune_bias(module.network, module.calibration, self.settings)
+        result = tune_bias(module.network, module.calibration, self.settings, self.steps)
         return {"divergence_before": result.divergence_before, "divergence_after": result.divergence_after}

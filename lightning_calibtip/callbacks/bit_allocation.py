@@ -163,6 +163,7 @@ class BitAllocation(Stage):
                 self.checks,
                 store,
                 self.evaluate,
+                self.steps,
             )
         if self.start_over:
             module.network.start_over()

@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from ..calibration.steps import Steps, untold
 from ..module import QuantizationModule
 from ..report.exhibit import Exhibit
 from .exhibits import log_exhibits
+from .progress import shows_progress, stage_progress
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +31,15 @@ class Stage(pl.Callback, ABC):
 
     Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the
     calibration data. ``seconds`` says how long the last run took, ``figures`` what it found,
-    ``exhibits`` what it has to show as tables and pictures; loggers get them all.
+    ``exhibits`` what it has to show as tables and pictures; loggers get them all. ``run`` tells ``steps`` how far it
+    is, which the Trainer's progress bar shows; where the output goes to a file, there is one line at the end.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.figures: dict[str, float] = {}
         self.exhibits: list[Exhibit] = []
+        self.steps: Steps = untold
 
     @property
     def name(self) -> str:
@@ -77,13 +81,17 @@ class Stage(pl.Callback, ABC):
             # A Trainer with min_epochs goes on; the first epoch was the calibration.
             return
         started = time.monotonic()
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), stage_progress(trainer, self.name) as self.steps:
             self.figures = self.run(pl_module)
+        self.steps = untold
         self.seconds = time.monotonic() - started
         figures = {f"{self.name}/{key}": value for key, value in {**self.figures, "seconds": self.seconds}.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
         log_exhibits(trainer.loggers, self.name, self.exhibits, trainer.global_step)
-        for exhibit in self.exhibits:
-            pl_module.print(f"\n{self.name}: {exhibit.name}\n{exhibit.text}\n")
-        log.info("%s", ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        line = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        tables = [f"\n{self.name}: {exhibit.name}\n{exhibit.text}\n" for exhibit in self.exhibits]
+        for text in [*tables, line]:
+            log.info(text)
+            if shows_progress(trainer):
+                pl_module.print(text)

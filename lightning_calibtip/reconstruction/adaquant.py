@@ -12,6 +12,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay, UnitCall
+from ..calibration.steps import Steps, part_of, untold
 from ..quantization.network import QuantizedNetwork
 from .importance import Loss, measure_importance, token_weights
 from .optimize import UnitResult, optimize_unit, output_tensors
@@ -68,6 +69,7 @@ def adaquant(
     calibration: CalibrationSet,
     how: Reconstruction | None = None,
     store: ActivationStore | None = None,
+    steps: Steps = untold,
 ) -> list[UnitResult]:
     """Reconstruct every unit of a calibrated model in place.
 
@@ -79,6 +81,7 @@ def adaquant(
         calibration: The samples.
         how: See ``Reconstruction``.
         store: Where captured activations are kept; all in memory if None.
+        steps: Told of the optimiser's steps over all units.
 
     Returns:
         A result for each unit, in the order of execution.
@@ -119,10 +122,14 @@ def adaquant(
         if result is None:
             assert inputs is not None
             drawn = float_inputs if how.mode == "sequential" else None
-            result = _optimize(unit, inputs, targets, drawn, importance.get(unit.name), how.settings)
+            told = part_of(steps, position, len(units))
+            result = _optimize(unit, inputs, targets, drawn, importance.get(unit.name), how.settings, told)
             if progress:
                 progress.save(position, unit, result)
         results.append(result)
+        iterations = how.settings.iterations
+        summary = f"{unit.name}: relative error {result.error_before:.3g} to {result.error_after:.3g}"
+        steps((position + 1) * iterations, len(units) * iterations, summary)
         float_stream.finish(unit.name, targets)
         if how.mode == "sequential":
             assert inputs is not None
@@ -142,10 +149,11 @@ def _optimize(
     float_inputs: Recording | None,
     importance: Recording | None,
     settings: AdaQuantSettings,
+    steps: Steps,
 ) -> UnitResult:
     """Optimise a unit; one that cannot be is left as it is, with a warning that says why."""
     try:
-        return optimize_unit(unit, _samples(unit, inputs, targets, float_inputs, importance), settings)
+        return optimize_unit(unit, _samples(unit, inputs, targets, float_inputs, importance), settings, steps)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.steps import Steps, part_of, untold
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
 from .adaquant import Reconstruction, adaquant
@@ -27,6 +28,7 @@ def adaquant_candidates(
     how: Reconstruction,
     candidates: Sequence[Bits],
     store: ActivationStore | None = None,
+    steps: Steps = untold,
 ) -> dict[Bits, list[UnitResult]]:
     """Run parallel AdaQuant at each candidate width and keep the results as each layer's ``variants``.
 
@@ -40,6 +42,7 @@ def adaquant_candidates(
         how: Parallel, by layers.
         candidates: Pairs ``(weight_bits, activation_bits)``.
         store: Where captured activations are kept; all in memory if None.
+        steps: Told of the optimiser's steps over all units and candidates.
 
     Returns:
         The units' results by candidate.
@@ -52,14 +55,15 @@ def adaquant_candidates(
     widest = max(candidates, key=lambda bits: (sum(bits), bits))
     fixed = {name: network.layers[name].save() for name in network.fixed if name in network.layers}
     results = {}
-    for bits in candidates:
+    for position, bits in enumerate(candidates):
         for name in network.free_layers:
             network.layers[name].variants.pop(bits, None)
             network.layers[name].take(bits)
         for name, state in fixed.items():
             network.layers[name].restore(state)
         folder = how.progress and how.progress / f"w{bits[0]}a{bits[1]}"
-        results[bits] = adaquant(network, calibration, replace(how, progress=folder), store)
+        told = part_of(steps, position, len(candidates), f"W{bits[0]}A{bits[1]} ")
+        results[bits] = adaquant(network, calibration, replace(how, progress=folder), store, told)
         for name in network.free_layers:
             network.layers[name].variants[bits] = network.layers[name].save()
     for name, bits in own.items():

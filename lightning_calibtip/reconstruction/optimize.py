@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.magnitudes import output_magnitudes
 from ..calibration.replay import UnitCall
+from ..calibration.steps import Steps, untold
 from ..quantization.affine import SMALLEST_SCALE, dot
 from ..quantization.layers import QuantizedLayer, learning
 from .adam import Adam
@@ -151,13 +152,14 @@ def _rates(
     return [rate for rate in rates if rate.value > 0]
 
 
-def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings) -> UnitResult:
+def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, steps: Steps = untold) -> UnitResult:
     """Optimise one unit in place; put it back as it was where that does not lower the error on held-out samples.
 
     Args:
         unit: Calibrated, quantization on.
         samples: Inputs and float targets.
         settings: See ``AdaQuantSettings``. What is drawn depends on their seed and the unit's name alone.
+        steps: Told now and then, with the mini-batch's relative error.
 
     Returns:
         The errors before and after.
@@ -172,7 +174,7 @@ def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings) 
     initial = [layer.save() for layer in unit.layers]
     started = time.monotonic()
     try:
-        diverged = _descend(unit, samples, settings, training, before, generator)
+        diverged = _descend(unit, samples, settings, training, before, generator, steps)
     except BaseException:
         for layer, state in zip(unit.layers, initial, strict=True):
             layer.restore(state)
@@ -199,6 +201,7 @@ def _descend(
     training: Tensor,
     error_before: float,
     generator: torch.Generator,
+    steps: Steps,
 ) -> str:
     """The optimiser's steps; returns why it had to stop early, or ''."""
     draw = samples.take(training[: settings.batch_size])
@@ -235,8 +238,11 @@ def _descend(
             penalty = undecided(roundings, step / settings.iterations) if roundings else None
             if penalty is not None:
                 loss = loss + settings.rounding_strength * penalty
-            if step % _LOOK_EVERY == 0 and not bool(torch.isfinite(loss)):
-                return f"the error became {float(loss.detach())} at step {step}"
+            if step % _LOOK_EVERY == 0:
+                if not bool(torch.isfinite(loss)):
+                    return f"the error became {float(loss.detach())} at step {step}"
+                error = error_before * float(loss.detach())
+                steps(step, settings.iterations, f"{unit.name}: relative error {error:.3g}")
             loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
             optimizer.step(settings.rate_at(step))
             # Autocast keeps casts of parameters, which have just changed.

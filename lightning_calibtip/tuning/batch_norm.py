@@ -11,6 +11,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.replay import Replay
+from ..calibration.steps import Steps, untold
 from ..quantization.folding import FoldedBatchNorm
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
@@ -39,6 +40,7 @@ def tune_batch_norm(
     calibration: CalibrationSet,
     reference: str = "float",
     store: ActivationStore | None = None,
+    steps: Steps = untold,
 ) -> BatchNormTuningResult:
     """Re-estimate each folded BatchNorm's statistics on the quantized model and fold it again.
 
@@ -55,6 +57,7 @@ def tune_batch_norm(
             training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set:
             the set's own deviation from the training data (its few samples, no augmentation) then cancels.
         store: Where captured activations are kept; all in memory if None.
+        steps: Told of each layer.
 
     Returns:
         The layers and the divergence; no layers if no BatchNorm was folded.
@@ -81,7 +84,8 @@ def tune_batch_norm(
     float_stream, quantized_stream = (
         Replay(network.model, network.structure, calibration, order, store) for _ in range(2)
     )
-    for name in order:
+    for position, name in enumerate(order):
+        steps(position, len(order), name)
         layer = network.layers[name]
         norm = network.model.get_submodule(folds[name].normalization)
         assert isinstance(norm, FoldedBatchNorm)

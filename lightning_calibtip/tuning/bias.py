@@ -10,6 +10,7 @@ from torch import Tensor
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, kl_divergence, measure_divergences
 from ..calibration.magnitudes import output_magnitudes
+from ..calibration.steps import Steps, untold
 from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.layers import learning
 from ..quantization.network import QuantizedNetwork
@@ -59,7 +60,9 @@ class BiasTuningResult:
     kept: bool
 
 
-def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings) -> BiasTuningResult:
+def tune_bias(
+    network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings, steps: Steps = untold
+) -> BiasTuningResult:
     """Tune the biases (and scales, if asked) of the quantized layers in place; put them back where that does not help.
 
     The result is kept if the divergence of the held-out samples falls by more than the standard error of that fall.
@@ -68,6 +71,7 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
         network: Calibrated.
         calibration: The samples; with a single batch, that one also decides.
         settings: See ``BiasTuningSettings``.
+        steps: Told of each batch, with its divergence.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
@@ -90,17 +94,19 @@ def tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, settings: 
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scales = [quantizer.scale for layer in network.layers.values() for quantizer in layer.quantizers]
-    steps = settings.epochs * len(training)
+    total = settings.epochs * len(training)
     with learning(parameters):
-        for step in range(steps):
+        for step in range(total):
             if step % len(training) == 0:
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
             index = training[shuffled[step % len(training)]]
             optimizer.zero_grad(set_to_none=True)
-            kl_divergence(calibration.run(index), targets[index], calibration.tokens(index)).backward()
+            divergence = kl_divergence(calibration.run(index), targets[index], calibration.tokens(index))
+            divergence.backward()
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / total))
             optimizer.step()
+            steps(step + 1, total, f"epoch {step // len(training)}: KL divergence {float(divergence.detach()):.3g}")
             # Autocast keeps casts of parameters, which have just changed.
             torch.clear_autocast_cache()
             with torch.no_grad():

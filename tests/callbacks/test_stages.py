@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -160,7 +162,7 @@ def test_every_option_of_bit_allocation_reaches_the_program(
 ):
     seen = {}
 
-    def watching(network, calibration, candidates, goal, measurement, sweep, checks, store, evaluate):
+    def watching(network, calibration, candidates, goal, measurement, sweep, checks, store, evaluate, steps):
         seen.update(locals())
         raise KeyboardInterrupt
 
@@ -242,8 +244,9 @@ class Board(Logger):
 
 
 def test_loggers_get_the_tables_and_pictures_that_they_can_take(
-    tiny_classifier, loader, make_trainer, tmp_path, capsys
+    tiny_classifier, loader, make_trainer, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO, "lightning_calibtip")
     board, wandb = Board(), WandbLogger(save_dir=tmp_path, project="test")
     stage = BitAllocation([0.1, 0.2], candidates=[2, 4, 8], checks=0)
     trainer = make_trainer(Calibration(), stage, logger=[board, wandb, CSVLogger(tmp_path / "csv")])
@@ -252,8 +255,7 @@ def test_loggers_get_the_tables_and_pictures_that_they_can_take(
     names = {"allocation", "sensitivity", "trade_off"}
     assert {exhibit.name for exhibit in stage.exhibits} == names
     assert board.figures.keys() == {f"BitAllocation/{name}" for name in names}
-    printed = capsys.readouterr().out
-    assert "net.blocks.0.conv1" in printed and "rise of the loss alone" in printed
+    assert "net.blocks.0.conv1" in caplog.text and "rise of the loss alone" in caplog.text
     media = next((tmp_path / "wandb").glob("offline-run-*")) / "files" / "media"
     assert len(list(media.rglob("*.png"))) == len(list(media.rglob("*.table.json"))) == 3
 
@@ -269,9 +271,9 @@ def test_every_option_of_adaquant_reaches_the_reconstruction(
 ):
     seen = {}
 
-    def watching(network, calibration, how, store):
+    def watching(network, calibration, how, store, steps):
         seen.update(how=how, store=store)
-        return adaquant(network, calibration, how, store)
+        return adaquant(network, calibration, how, store, steps)
 
     monkeypatch.setattr("lightning_calibtip.callbacks.adaquant.adaquant", watching)
     options = {
@@ -303,9 +305,9 @@ def test_every_option_of_adaquant_reaches_the_reconstruction(
 def test_batch_norm_tuning_keeps_to_its_budget(tiny_classifier, loader, make_trainer, tmp_path, monkeypatch):
     stores = []
 
-    def watching(network, calibration, reference, store):
+    def watching(network, calibration, reference, store, steps):
         stores.append(store)
-        return tune_batch_norm(network, calibration, reference, store)
+        return tune_batch_norm(network, calibration, reference, store, steps)
 
     monkeypatch.setattr("lightning_calibtip.callbacks.batch_norm_tuning.tune_batch_norm", watching)
     tuned = []

@@ -1,0 +1,76 @@
+"""A stage's progress through the Trainer's own progress bar, TQDM's or Rich's."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from ..calibration.steps import Steps, untold
+
+
+def shows_progress(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer shows anything of its progress, on a terminal or in a file."""
+    bar: Any = trainer.progress_bar_callback
+    return bar is not None and not getattr(bar, "is_disabled", False)
+
+
+def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
+    """Options by which another Trainer shows its progress as this one does; none in a file, where a line for each stage
+    is enough."""
+    bar: Any = trainer.progress_bar_callback
+    if not shows_progress(trainer) or not sys.stdout.isatty():
+        return {"enable_progress_bar": False}
+    return {"enable_progress_bar": True, "callbacks": [type(bar)()]}
+
+
+@contextmanager
+def stage_progress(trainer: pl.Trainer, name: str) -> Iterator[Steps]:
+    """Inside, steps of a stage are shown by a bar under its name; not in files, which would get a line for every one.
+
+    Args:
+        trainer: Whose progress bar is used; without one, nothing is shown.
+        name: Of the stage.
+    """
+    bar: Any = trainer.progress_bar_callback
+    if not shows_progress(trainer) or not sys.stdout.isatty():
+        yield untold
+    elif isinstance(bar, RichProgressBar) and bar.progress is not None:
+        with _rich(bar, name) as steps:
+            yield steps
+    elif isinstance(bar, TQDMProgressBar):
+        with _tqdm(name) as steps:
+            yield steps
+    else:
+        yield untold
+
+
+@contextmanager
+def _tqdm(name: str) -> Iterator[Steps]:
+    # Below the bar of the epoch, which is still there.
+    with Tqdm(desc=name, position=1, leave=False, dynamic_ncols=True, file=sys.stdout) as bar:
+
+        def steps(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(f"{name}: {what}", refresh=True)
+
+        yield steps
+
+
+@contextmanager
+def _rich(bar: Any, name: str) -> Iterator[Steps]:
+    progress = bar.progress
+    task = progress.add_task(name, total=1.0)
+
+    def steps(done: int, total: int, what: str) -> None:
+        progress.update(task, completed=done, total=total, description=f"{name}: {what}")
+        bar.refresh(hard=True)
+
+    try:
+        yield steps
+    finally:
+        progress.remove_task(task)
+        bar.refresh(hard=True)
