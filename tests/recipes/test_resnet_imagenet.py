@@ -1,73 +1,163 @@
-import io
 import json
+from pathlib import Path
 
-import datasets
-import numpy as np
+import jsonargparse
 import pytest
 import torch
-from PIL import Image
+import torchvision
 from torch import nn
 
 from lightning_calibtip import QuantizationModule
-from recipes.resnet_imagenet.__main__ import main
+from lightning_calibtip.pipeline import make_stages
+from recipes.resnet_imagenet.__main__ import check_classes, main
 from recipes.resnet_imagenet.data import ImageNetData
-from recipes.resnet_imagenet.model import MEAN, STD, ImageNetClassifier
+from recipes.resnet_imagenet.model import ImageNetClassifier, load_network
+from recipes.resnet_imagenet.preprocessing import Preprocessing
+
+from ..conftest import randomize_batch_norms
+from .image_files import write_tree
+
+RECIPE = Path(__file__).parents[2] / "recipes/resnet_imagenet"
+CONFIGS = sorted(RECIPE.glob("*.yaml"))
+# What the paper quantized, and how.
+ROWS = {
+    "resnet18_w4a4": ("resnet18", "sequential", 4, 4, None),
+    "resnet50_w4a4": ("resnet50", "sequential", 4, 4, None),
+    "resnet101_w4a4": ("resnet101", "sequential", 4, 4, None),
+    "resnext50_w4a4": ("resnext50_32x4d", "sequential", 4, 4, None),
+    "mobilenet_v2_w8a8": ("mobilenet_v2", "calibrate", 8, 8, None),
+    "resnet50_w8a8": ("resnet50", "calibrate", 8, 8, None),
+    "inception_v3_w8a8": ("inception_v3", "calibrate", 8, 8, None),
+    "resnet50_mixed_light": ("resnet50", "light", 4, 8, [n / 100 for n in range(13, 25)]),
+    "resnet50_mixed_advanced": ("resnet50", "advanced", 4, 8, [n / 100 for n in range(13, 25)]),
+}
 
 
-def write_images(path, modes):
-    rows = []
-    for mode in modes:
-        file = io.BytesIO()
-        pixels = np.random.default_rng(0).integers(
-            0, 255, (40, 60, len(Image.new(mode, (1, 1)).getbands())), dtype=np.uint8
-        )
-        Image.fromarray(pixels.squeeze(), mode).save(file, "JPEG")
-        rows.append({"bytes": file.getvalue(), "path": None})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    labels = list(range(len(modes)))
-    datasets.Dataset.from_dict({"image": rows, "label": labels}, features=features).to_parquet(path)
+def small_resnet18():
+    """Random, but for BatchNorms as if trained."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(weights=None, num_classes=3)
+    randomize_batch_norms(net, torch.Generator().manual_seed(0))
+    return net
+
+
+def two_classes():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+
+
+def run(data, output, **options):
+    defaults = {
+        "model": f"{__name__}:small_resnet18",
+        "pipeline": "calibrate",
+        "image_size": 32,
+        "accelerator": "cpu",
+        "edge_bits": 8,
+    }
+    main(str(data), output=output, **{**defaults, **options})
+    return json.loads((output / "result.json").read_text())
 
 
 @pytest.fixture
-def folder(tmp_path):
-    write_images(tmp_path / "calib-5.parquet", ["RGB", "L", "CMYK", "RGB", "RGB"])
-    write_images(tmp_path / "eval-2.parquet", ["RGB", "L"])
-    return tmp_path
+def tree(tmp_path):
+    return write_tree(tmp_path / "images")
 
 
-def test_images_of_any_mode_become_normalised_crops(folder):
-    data = ImageNetData(folder, 32, MEAN, STD, batch_size=4)
-    batches = [batch[0] for batch in data.train_dataloader()]
-    assert [tuple(batch.shape) for batch in batches] == [(4, 3, 32, 32), (1, 3, 32, 32)]
-    assert -1.01 < float(batches[0].min()) < -0.5 and 0.5 < float(batches[0].max()) < 1.01
-    ((images, labels),) = data.val_dataloader()
-    assert images.shape == (2, 3, 32, 32) and labels.tolist() == [0, 1]
+def test_every_config_is_read_by_the_command_line():
+    assert {path.stem for path in CONFIGS} == {*ROWS, "few_images"}
+    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(main, as_positional=False))
+    for path in CONFIGS:
+        options = parser.parse_args([f"--config={path}", "--data=imagenet-1k"])
+        chosen = (options.compression, options.candidates or [4, 8], options.adaquant, options.preparation)
+        names = ("compression", "candidates", "adaquant", "preparation")
+        assert make_stages(options.pipeline, **dict(zip(names, chosen, strict=True)))
+        if path.stem in ROWS:
+            row = (options.model, options.pipeline, options.weight_bits, options.activation_bits, options.compression)
+            assert row == ROWS[path.stem] and options.calibration == "per_class"
+            assert options.edge_bits == (None if options.compression else 8)
 
 
-def test_settings_can_be_chosen_on_calibration_images_that_are_left(folder):
-    data = ImageNetData(folder, 32, MEAN, STD, calibration_samples=3, split="train")
-    ((_, labels),) = data.val_dataloader()
-    assert labels.tolist() == [3, 4]
+def test_the_smallest_budget_of_the_sweeps_can_be_kept():
+    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(main, as_positional=False))
+    for path in (path for path in CONFIGS if "mixed" in path.stem):
+        options = parser.parse_args([f"--config={path}", "--data=imagenet-1k"])
+        net, _ = load_network(options.model, "random")
+        weights = [layer.weight.numel() for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        least = min(options.candidates)
+        edges = (weights[0] + weights[-1]) * ((options.edge_bits or least) - least)
+        assert (sum(weights) * least + edges) / (32 * sum(weights)) <= min(options.compression)
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ({"calibration_samples": 6}, "calibration_samples=6, but .* has 5 calibration images"),
-        ({"calibration_samples": 0}, "calibration_samples=0"),
-        ({"split": "train"}, "there are no others"),
-    ],
-)
-def test_images_that_are_not_there_are_an_error(folder, options, message):
-    with pytest.raises(ValueError, match=message):
-        ImageNetData(folder, 32, MEAN, STD, **options)
+def test_w8a8_of_resnet18_is_close_to_float_and_can_be_loaded(tree, tmp_path):
+    record = run(tree, tmp_path / "run", weight_bits=8, image_size=64, calibration="per_class", workers=1)
+    assert record["calibration_samples"] == 3 and record["preprocessing"]["resize"] == 73
+    model = ImageNetClassifier(f"{__name__}:small_resnet18").eval()
+    module = QuantizationModule.load_from_checkpoint(tmp_path / "run/quantized.ckpt", model=model, map_location="cpu")
+    lines = module.layer_summary()
+    assert sum(line.kind == "quantized" for line in lines) == 21 and sum(line.kind == "folded" for line in lines) == 20
+    images, _ = next(iter(ImageNetData(tree, Preprocessing(64, 73)).val_dataloader()))
+    with torch.no_grad():
+        expected = model(images)
+        # Images of noise are much alike, so their logits are small beside what the layers sum up.
+        assert (module(images) - expected).norm() <= 0.2 * expected.norm()
 
 
-def test_a_folder_without_files_and_an_unknown_model_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no train\*.parquet or calib\*.parquet"):
-        ImageNetData(tmp_path, 32, MEAN, STD)
-    with pytest.raises(ValueError, match="model must be one of efficientnet_lite0"):
-        ImageNetClassifier("resnet18")
+def test_w4a4_of_resnet18_is_reconstructed_in_sequence(tree, tmp_path):
+    record = run(tree, tmp_path / "run", pipeline="sequential", activation_bits=4, adaquant={"iterations": 3})
+    assert [stage["name"] for stage in record["stages"]] == [
+        "Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning",
+    ]  # fmt: skip
+    bits = [(layer["weight_bits"], layer["activation_bits"]) for layer in record["layers"]]
+    assert bits == [(8, 8)] + [(4, 4)] * 19 + [(8, 8)]
+    assert record["calibration_samples"] == 9
+
+
+def test_mixed_bits_of_resnet18_keep_to_the_budget(tree, tmp_path):
+    record = run(
+        tree,
+        tmp_path / "run",
+        pipeline="mixed",
+        compression=0.16,
+        adaquant={"iterations": 2},
+        preparation={"iterations": 2},
+        calibration_samples=4,
+        allocation={"samples": 3, "checks": 0},
+    )
+    (allocation,) = (stage for stage in record["stages"] if stage["name"] == "BitAllocation")
+    assert 0.13 < allocation["figures"]["compression"] <= 0.16
+    assert {layer["weight_bits"] for layer in record["layers"]} == {4, 8}
+
+
+def test_precision_is_passed_to_the_trainer(tree, tmp_path):
+    seen = {}
+    original = ImageNetClassifier.validation_step
+
+    def validation_step(self, batch, batch_idx):
+        seen.setdefault(precision, self.net(batch[0]).dtype)
+        original(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ImageNetClassifier, "validation_step", validation_step)
+        for precision in ("32-true", "bf16-mixed"):
+            record = run(tree, tmp_path / precision, precision=precision, calibration_samples=4, limit_evaluation=3)
+            assert record["precision"] == precision and 0 <= record["quantized"] <= 1
+    assert seen == {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
+
+
+def test_classes_that_are_not_the_networks_are_an_error_or_a_warning(tree, tmp_path, caplog):
+    with pytest.raises(ValueError, match="The data have 3 classes, the network only 2 logits"):
+        run(tree, tmp_path / "run", model=f"{__name__}:two_classes")
+    images = ImageNetData(tree, Preprocessing(32, 37))
+    check_classes(3, images)
+    assert not caplog.records
+    check_classes(1000, images)
+    assert "There are 3 class folders, and the network has 1000 logits" in caplog.text
+
+
+def test_images_that_are_too_small_for_the_network_are_an_error(tree, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"inception_v3 cannot process images of 40 x 40 pixels: .* Check --image_size"
+    ):
+        run(tree, tmp_path / "run", model="inception_v3", weights="random", image_size=40)
 
 
 def test_w8a8_loses_at_most_one_and_a_half_points(data_folder, tmp_path):
