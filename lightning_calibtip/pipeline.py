@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,7 @@ from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
 from .callbacks.stage import Stage
 from .module import QuantizationModule
-from .report.exhibit import Exhibit
-from .report.record import StageRecord, run_record
+from .run import QuantizationRun, StageOutcome
 
 log = logging.getLogger(__name__)
 
@@ -119,76 +117,6 @@ def make_stages(
     return stages
 
 
-@dataclass(frozen=True)
-class StageOutcome:
-    """What one stage of a run came to.
-
-    Args:
-        name: Of the stage.
-        seconds: Without the evaluation after it.
-        metrics: What the user's own validation logged after it.
-        figures: What the stage itself measured.
-        exhibits: What it has to show as tables and pictures.
-    """
-
-    name: str
-    seconds: float
-    metrics: dict[str, float]
-    figures: dict[str, float]
-    exhibits: Sequence[Exhibit] = ()
-
-
-@dataclass(frozen=True)
-class QuantizationRun:
-    """Outcome of ``run_stages``.
-
-    Args:
-        module: The quantized module.
-        float_metrics: What the user's own validation logged for the float model.
-        stages: In order.
-        calibration_samples: Number of samples that were used.
-    """
-
-    module: QuantizationModule
-    float_metrics: dict[str, float]
-    stages: list[StageOutcome]
-    calibration_samples: int
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What validation logged after the last stage."""
-        return self.stages[-1].metrics if self.stages else self.float_metrics
-
-    def record(self, recipe: str, model: str, metric: str, seed: int) -> dict[str, Any]:
-        """The figures of the run as in ``result.json``, with the logged value named ``metric`` as the metric.
-
-        Raises:
-            KeyError: If the validation logged no such value.
-        """
-        if metric not in self.float_metrics:
-            raise KeyError(f"validation logged no {metric!r}, only {', '.join(self.float_metrics) or 'nothing'}.")
-        stages = [
-            StageRecord(stage.name, stage.seconds, stage.metrics.get(metric), stage.figures) for stage in self.stages
-        ]
-        return run_record(
-            self.module.network,
-            recipe,
-            model,
-            metric,
-            seed,
-            self.calibration_samples,
-            self.float_metrics[metric],
-            stages,
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        trainer = _quiet_trainer({}, [])
-        trainer.strategy.connect(self.module)
-        trainer.save_checkpoint(path, weights_only=True)
-
-
 def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
     defaults = {
         "accelerator": "auto",
@@ -207,6 +135,7 @@ def run_stages(
     calibration: Iterable[Any],
     validation: Any = None,
     trainer_options: Mapping[str, Any] | None = None,
+    configuration: Mapping[str, Any] | None = None,
 ) -> QuantizationRun:
     """Run stages one after the other, with the user's validation before and after each.
 
@@ -218,11 +147,14 @@ def run_stages(
         validation: Dataloader(s) for ``validation_step``, or None to evaluate nothing.
         trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, callbacks, ...). Its
             loggers get the metrics after each stage, under ``<stage>/<metric>``.
+        configuration: Settings to be kept with the run; its loggers get them as hyperparameters.
     """
     options = dict(trainer_options or {})
     callbacks = list(options.pop("callbacks", None) or [])
     loggers = _quiet_trainer(options, []).loggers
     options["logger"] = loggers or False
+    for logger in loggers if configuration else ():
+        logger.log_hyperparams(dict(configuration or {}))
     # Kept, so that every stage sees the same samples, also of a loader that shuffles; and the Trainer would take a list
     # for several dataloaders.
     batches: DataLoader[Any] = DataLoader(list(calibration), batch_size=None)  # type: ignore[arg-type]
@@ -267,7 +199,7 @@ def run_stages(
     for stage in stages:
         stage.clean_up()
     samples = sum(batch_size(batch) for batch in batches)
-    return QuantizationRun(module, float_metrics, done, samples)
+    return QuantizationRun(module, float_metrics, done, samples, dict(configuration or module.hparams))
 
 
 # What the Trainer says of every calibration, where it is meant to be so.
@@ -290,6 +222,7 @@ def quantize(
     calibration_samples: int | None = None,
     stage_options: Mapping[str, Any] | None = None,
     trainer_options: Mapping[str, Any] | None = None,
+    configuration: Mapping[str, Any] | None = None,
     **module_options: Any,
 ) -> QuantizationRun:
     """Quantize a finished model in one call.
@@ -302,9 +235,13 @@ def quantize(
         calibration_samples: Use only the first batches of ``calibration`` that hold this many samples.
         stage_options: Further arguments of ``make_stages``.
         trainer_options: Further arguments of the ``Trainer``.
+        configuration: Settings to be kept with the run, in the report and by loggers; if None, those given here.
         **module_options: Arguments of ``QuantizationModule``: ``weight_bits``, ``activation_bits``, ``overrides``, ...
     """
     if calibration_samples is not None:
         calibration = FirstSamples(calibration, calibration_samples)
     module = QuantizationModule(model, **module_options)
-    return run_stages(module, make_stages(pipeline, **(stage_options or {})), calibration, validation, trainer_options)
+    stages = make_stages(pipeline, **(stage_options or {}))
+    if configuration is None:
+        configuration = {"pipeline": pipeline, **(stage_options or {}), **module.hparams}
+    return run_stages(module, stages, calibration, validation, trainer_options, configuration)

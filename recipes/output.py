@@ -1,12 +1,13 @@
 """What every recipe says while it runs, and writes into its output folder."""
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning_calibtip.pipeline import QuantizationRun
-from lightning_calibtip.report.record import record_table, write_record
+from lightning_calibtip.report.record import record_table
+from lightning_calibtip.run import QuantizationRun
 
 
 def set_up_logging(level: int | str = logging.INFO) -> None:
@@ -19,13 +20,18 @@ def set_up_logging(level: int | str = logging.INFO) -> None:
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)..*deprecated.*")
 
 
-def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> None:
-    """Print the record's table; write ``result.json``, ``quantized.ckpt``, and each exhibit as CSV and PNG."""
+def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger: Any) -> None:
+    """Write the checkpoint and the report of a run, log what belongs to the whole of it, and print its tables.
+
+    Args:
+        run: The run.
+        record: Of it.
+        output: Folder.
+        logger: From ``make_logger``.
+    """
     run.save(output / "quantized.ckpt")
-    write_record(output / "result.json", record)
-    for stage in run.stages:
-        for exhibit in stage.exhibits:
-            exhibit.save(output)
+    run.write_report(output, record)
+    run.log([logger] if logger else [], output / "quantized.ckpt")
     run.module.print_summary()
     print()
     print(record_table(record))
@@ -34,6 +40,11 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path) -> Non
         f"\nsize: {size['float_bytes']:,} bytes float, {size['quantized_bytes']:,} quantized "
         f"(ratio {size['ratio']:.4f}); written to {output}"
     )
+
+
+def progress_options() -> dict[str, Any]:
+    """Trainer options: progress bars on a terminal, lines in a file."""
+    return {"enable_progress_bar": sys.stdout.isatty()}
 
 
 def state_folder(output: Path) -> Path:

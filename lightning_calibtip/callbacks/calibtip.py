@@ -11,11 +11,13 @@ from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples
 from ..module import QuantizationModule
-from ..pipeline import QuantizationRun, StageOutcome, make_stages, run_stages
+from ..pipeline import make_stages, run_stages
 from ..quantization.attention import possible_products
 from ..quantization.kinds import quantizable_layers
 from ..quantization.scheme import QuantizationScheme
+from ..run import QuantizationRun, StageOutcome
 from .exhibits import log_exhibits
+from .progress import progress_options
 from .stage import check_precision
 
 
@@ -43,7 +45,9 @@ class CalibTIP(pl.Callback):
         calibration_dataloader: Where they come from; the first of the training data if None (better without
             augmentation).
         stage_options: Further arguments of ``make_stages``.
-        filename: Of the checkpoint, without the suffix.
+        filename: Of the checkpoint, without the suffix; ``<filename>_report`` beside it is the folder with
+            ``report.html``, ``result.json``, tables and pictures.
+        metric: Name of the validation metric that the report shows; the first one logged if None.
         seed: Of everything random.
 
     Raises:
@@ -52,6 +56,7 @@ class CalibTIP(pl.Callback):
 
     result: QuantizationRun
     checkpoint_path: Path
+    report_folder: Path
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class CalibTIP(pl.Callback):
         calibration_dataloader: Iterable[Any] | None = None,
         stage_options: Mapping[str, Any] | None = None,
         filename: str = "quantized",
+        metric: str | None = None,
         seed: int = 0,
     ) -> None:
         self.pipeline = pipeline
@@ -93,7 +99,7 @@ class CalibTIP(pl.Callback):
             raise ValueError(f"calibration_samples must be at least 1, got {calibration_samples}.")
         self.calibration_samples = calibration_samples
         self.calibration_dataloader = calibration_dataloader
-        self.filename = filename
+        self.filename, self.metric = filename, metric
         # Bad settings must show now, not after hours of training.
         QuantizationScheme(**self.module_options)
         make_stages(pipeline, **self.stage_options)
@@ -140,7 +146,12 @@ class CalibTIP(pl.Callback):
             make_stages(self.pipeline, **self.stage_options),
             FirstSamples(loader, self.calibration_samples),
             trainer.val_dataloaders,
-            {"accelerator": {"cuda": "gpu"}.get(device, device), "precision": trainer.precision},
+            {
+                "accelerator": {"cuda": "gpu"}.get(device, device),
+                "precision": trainer.precision,
+                **progress_options(trainer),
+            },
+            {"pipeline": self.pipeline, **self.stage_options, **self.module_options},
         )
         stages = [StageOutcome("float", 0.0, self.result.float_metrics, {}), *self.result.stages]
         for logger in trainer.loggers:
@@ -154,3 +165,8 @@ class CalibTIP(pl.Callback):
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
         self.result.save(self.checkpoint_path)
+        self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
+        metric = self.metric or next(iter(self.result.float_metrics), None)
+        record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.stage_options["seed"])
+        self.result.write_report(self.report_folder, record)
+        self.result.log(trainer.loggers, self.checkpoint_path, "calibtip/", trainer.global_step)

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..report.exhibit import Exhibit
@@ -25,6 +26,13 @@ def log_exhibits(loggers: Iterable[Any], stage: str, exhibits: Sequence[Exhibit]
                 logger.log_image(key, [_image(figure)], step=step)
             elif figure is not None:
                 logger.experiment.add_figure(key, figure, step)
+
+
+def log_checkpoint(loggers: Iterable[Any], path: Path) -> None:
+    """Give a checkpoint to the loggers that keep artifacts (W&B), under the name of its file."""
+    for logger in loggers:
+        if hasattr(logger.experiment, "log_artifact") and hasattr(logger, "log_table"):
+            logger.experiment.log_artifact(str(path), name=f"{path.stem}-{logger.experiment.id}", type="model")
 
 
 def _draw(exhibit: Exhibit) -> Any:

@@ -5,10 +5,9 @@ from typing import Any
 
 from ..allocation.outcome import Allocation, Point
 from ..quantization.scheme import Bits
+from .drawing import figure_over_layers, name_layers
 from .exhibit import Exhibit
-
-# Inches; beyond it matplotlib would refuse the picture.
-_WIDEST = 200.0
+from .layers import draw_bits
 
 
 def allocation_exhibits(allocation: Allocation) -> list[Exhibit]:
@@ -22,19 +21,7 @@ def _bits_exhibit(allocation: Allocation) -> Exhibit:
     rows = [[name, *widths, _rise(allocation, name, widths)] for name, widths in bits.items()]
 
     def draw() -> Any:
-        figure, axes = _wide_figure(len(bits), 3.6)
-        places = range(len(bits))
-        weights, activations = zip(*bits.values(), strict=True)
-        axes.bar(places, weights, 0.8, label="weights")
-        if len(set(activations)) == 1:
-            axes.axhline(activations[0], color="C1", linestyle="--", label="activations, all layers")
-        else:
-            axes.plot(places, activations, "s", color="C1", label="activations", markersize=4)
-        axes.set_ylabel("width (bits)")
-        axes.set_ylim(0, max(*weights, *activations) + 1)
-        _name_layers(axes, list(bits))
-        figure.legend(loc="outside upper right", ncols=2)
-        return figure
+        return draw_bits(dict(bits))
 
     columns = ["layer", "weight bits", "activation bits", "rise of the loss alone"]
     return Exhibit("allocation", columns, rows, draw)
@@ -49,7 +36,7 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
     def draw() -> Any:
         from matplotlib.colors import LogNorm
 
-        figure, axes = _wide_figure(len(names), 2.8 + 0.3 * len(candidates))
+        figure, axes = figure_over_layers(len(names), 2.8 + 0.3 * len(candidates))
         rises = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
         known = [abs(rise) for line in rises for rise in line if rise]
         # A rise of nothing, or a fall, takes the color of the smallest.
@@ -60,7 +47,7 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
         figure.colorbar(image, ax=axes)
         axes.set_title(f"Rise of the {_loss_name(allocation)}", fontsize=10)
         axes.set_ylabel("width of this layer alone")
-        _name_layers(axes, names)
+        name_layers(axes, names)
         return figure
 
     return Exhibit("sensitivity", ["layer", *map(_label, candidates)], rows, draw, table.write)
@@ -107,19 +94,6 @@ def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]
     axes.plot([point.compression for point in points], heights, "s", color="C1", label=label)
     for point, height in zip(points, heights, strict=True):
         axes.annotate(point.label, (point.compression, height), (4, 4), textcoords="offset points", fontsize=7)
-
-
-def _wide_figure(layers: int, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(min(max(6.4, 0.2 * layers + 2), _WIDEST), height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _name_layers(axes: Any, names: Sequence[str]) -> None:
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    axes.set_xlabel("layer, in the order of execution")
-    axes.set_xlim(-0.6, len(names) - 0.4)
 
 
 def _label(bits: Bits) -> str:

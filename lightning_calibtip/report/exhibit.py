@@ -33,11 +33,15 @@ class Exhibit:
         return text_table(self.columns, self.rows)
 
     def save(self, folder: Path) -> None:
-        """Write ``<name>.csv`` and ``<name>.png`` into a folder."""
+        """Write ``<name>.csv`` and, with matplotlib, ``<name>.png`` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.write is not None:
             self.write(folder / f"{self.name}.csv")
         else:
             with (folder / f"{self.name}.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
-        self.draw().savefig(folder / f"{self.name}.png", dpi=150)
+        try:
+            figure = self.draw()
+        except ModuleNotFoundError:
+            return
+        figure.savefig(folder / f"{self.name}.png", dpi=150)

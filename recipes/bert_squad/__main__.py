@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from jsonargparse import auto_cli
 
 from lightning_calibtip import quantize
-from lightning_calibtip.pipeline import QuantizationRun
-from recipes.output import make_logger, set_up_logging, state_folder, write_run
+from lightning_calibtip.run import QuantizationRun
+from recipes.output import make_logger, progress_options, set_up_logging, state_folder, write_run
 
 from .data import SquadData
 from .model import QuestionAnswering
@@ -85,6 +85,7 @@ def main(
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
     """
+    configuration = dict(locals())
     set_up_logging()
     pl.seed_everything(seed, verbose=False)
     reader = load_tokenizer(tokenizer or model)
@@ -98,6 +99,7 @@ def main(
     if not trained.has_trained_head:
         log.warning("%s has no trained question answering head: it is fine-tuned on %s first.", model, train)
         fine_tune(trained, questions, accelerator, output / "fine_tuned")
+    run_logger = make_logger(logger, output, "calibtip-bert-squad")
     run = quantize(
         trained,
         questions.train_dataloader(),
@@ -115,7 +117,8 @@ def main(
             "state_folder": state_folder(output),
             "seed": seed,
         },
-        trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-bert-squad")},
+        trainer_options={"accelerator": accelerator, "logger": run_logger, **progress_options()},
+        configuration=configuration,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         edge_bits=edge_bits,
@@ -128,7 +131,7 @@ def main(
         "questions": len(questions.evaluation.questions),
         "skipped": questions.skipped,
     }
-    write_run(run, record, output)
+    write_run(run, record, output, run_logger)
 
 
 def fine_tune(trained: QuestionAnswering, questions: SquadData, accelerator: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from jsonargparse import auto_cli
 
 from lightning_calibtip import quantize
-from recipes.output import make_logger, set_up_logging, state_folder, write_run
+from recipes.output import make_logger, progress_options, set_up_logging, state_folder, write_run
 
 from .data import CifarData
 from .model import CifarClassifier
@@ -65,11 +65,13 @@ def main(
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
     """
+    configuration = dict(locals())
     set_up_logging()
     pl.seed_everything(seed, verbose=False)
     trained = CifarClassifier(model, checkpoint)
     images = CifarData(data, calibration_samples, split=split)
     images.setup()
+    run_logger = make_logger(logger, output, "calibtip-resnet-cifar10")
     run = quantize(
         trained,
         images.train_dataloader(),
@@ -87,12 +89,13 @@ def main(
             "state_folder": state_folder(output),
             "seed": seed,
         },
-        trainer_options={"accelerator": accelerator, "logger": make_logger(logger, output, "calibtip-resnet-cifar10")},
+        trainer_options={"accelerator": accelerator, "logger": run_logger, **progress_options()},
+        configuration=configuration,
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         edge_bits=edge_bits,
     )
-    write_run(run, run.record("resnet_cifar10", model, "top1", seed), output)
+    write_run(run, run.record("resnet_cifar10", model, "top1", seed), output, run_logger)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -38,7 +40,11 @@ def test_checkpoint_lies_beside_the_trainers_own(tiny_classifier, loader, make_t
     callback = CalibTIP("calibrate", filename="int8")
     make_trainer(callback, own, max_epochs=1, enable_checkpointing=True).fit(tiny_classifier, loader)
     names = {path.name for path in (tmp_path / "ckpt").iterdir()}
-    assert "int8.ckpt" in names and len(names) == 2
+    assert {"int8.ckpt", "int8_report"} <= names and len(names) == 3
+    report = (tmp_path / "ckpt" / "int8_report" / "report.html").read_text()
+    assert callback.report_folder.name == "int8_report" and "net.blocks.0.conv1" in report
+    record = json.loads((callback.report_folder / "result.json").read_text())
+    assert record["metric"] in callback.result.float_metrics and record["quantized"] is not None
 
 
 def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):

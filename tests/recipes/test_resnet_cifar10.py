@@ -47,9 +47,12 @@ def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpo
     assert record["size"]["ratio"] < 0.2
     bits = {layer["name"]: layer["weight_bits"] for layer in record["layers"]}
     assert bits["net.conv1"] == bits["net.linear"] == 8 and 4 in bits.values()
-    pictures = {"allocation.png", "sensitivity.png"} if pipeline != "sequential" else set()
-    assert {path.name for path in output.glob("*.png")} == pictures
-    if pictures:
+    pictures = {path.stem for path in output.glob("*.png")}
+    assert {"layers", "histograms"} <= pictures
+    assert ({"allocation", "sensitivity"} <= pictures) == (pipeline != "sequential")
+    assert any(name.startswith("reconstruction") for name in pictures)
+    assert "<h2>Layers</h2>" in (output / "report.html").read_text()
+    if pipeline != "sequential":
         assert len(read_table(output / "sensitivity.csv").losses) == 18
     assert not (output / "unfinished").exists()
     assert "Calibration/top1" in (output / "log" / "metrics.csv").read_text()
@@ -144,4 +147,5 @@ def test_a_killed_recipe_goes_on_in_its_output_folder(tiny_cifar, cifar_checkpoi
         torch.load(tmp_path / name / "quantized.ckpt", weights_only=True)["state_dict"] for name in ("whole", "killed")
     )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["quantized.ckpt", "result.json"]
+    assert not (tmp_path / "killed" / "unfinished").exists()
+    assert {"quantized.ckpt", "result.json", "report.html"} <= {p.name for p in (tmp_path / "killed").iterdir()}

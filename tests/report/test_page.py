@@ -1,0 +1,152 @@
+"""``report.html``, as text and as a browser sees it."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_calibtip import quantize
+from lightning_calibtip.quantization.observers import HistogramObserver
+from lightning_calibtip.report.exhibit import Exhibit
+from lightning_calibtip.report.histograms import histograms_exhibit
+from lightning_calibtip.report.layers import layers_exhibit
+from lightning_calibtip.report.page import Section, render_page
+from lightning_calibtip.report.reconstruction import reconstruction_exhibit
+from tests import transformer_models as models
+from tests.networks import as_loader, calibrated_network, calibration_set
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def run():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(40) for layer in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 3))
+    batches = list(torch.randn(32, 8).split(8))
+    options = {"adaquant": {"iterations": 2, "granularity": "layer"}}
+    validation = as_loader(*batches)
+
+    def step(module, batch, index):
+        module.log("score", module(batch).mean())
+
+    return quantize(net, batches, validation, "sequential", None, options, weight_bits=3, validation_step=step)
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    run.write_report(folder, run.record("test", "<b>forty</b> layers", "score", 0))
+    return folder / "report.html"
+
+
+def test_the_page_holds_summary_figures_table_and_configuration_and_needs_no_network(page, run):
+    text = page.read_text()
+    for title in ("Stages", "Layers", "Error of each unit before and after AdaQuant", "Configuration"):
+        assert f"<h2>{title}</h2>" in text
+    assert text.count("data:image/png;base64,") == 3
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('base64,[^"]*', "", text)
+    assert "&lt;b&gt;forty&lt;/b&gt; layers" in text and "<b>forty</b>" not in text
+    assert text.count("<td>quantized</td>") == 41
+    assert "activation_bits" in text and f"{run.float_metrics['score']:.4g}" in text
+    names = {path.name for path in page.parent.iterdir()}
+    assert {"layers.csv", "layers.png", "histograms.png", "reconstruction.png", "result.json"} <= names
+
+
+def in_chromium(page, script, *options):
+    """The page's DOM after a script, and what the console said."""
+    copy = page.with_name("scripted.html")
+    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000"]
+    done = subprocess.run([CHROMIUM, *flags, *options, copy.as_uri()], capture_output=True, text=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_sorts_the_table_without_errors_and_takes_a_picture(page):
+    script = """
+    const table = document.getElementById("layers"), head = table.tHead.rows[0].cells;
+    const column = [...head].findIndex(cell => cell.textContent === "error after");
+    const values = () => [...table.tBodies[0].rows].map(row => row.cells[column].textContent);
+    const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent).join();
+    const before = names();
+    head[column].firstElementChild.click();
+    const up = values();
+    head[column].firstElementChild.click();
+    const down = values();
+    head[column].firstElementChild.click();
+    document.title = JSON.stringify({ up, down, back: names() === before, sort: head[column].ariaSort,
+      wide: document.documentElement.scrollWidth <= window.innerWidth });
+    """
+    dom, console = in_chromium(page, script, "--dump-dom", "--window-size=400,900")
+    assert console == []
+    title = re.search("<title>(.*?)</title>", dom)[1].replace("&quot;", '"')
+    import json
+
+    found = json.loads(title)
+    numbers = [float(value) for value in found["up"] if value != "-"]
+    assert len(numbers) == 41 and numbers == sorted(numbers) and numbers[0] < numbers[-1]
+    assert [float(value) for value in found["down"] if value != "-"] == numbers[::-1]
+    assert found["back"] and found["sort"] == "none" and found["wide"], "the page itself does not scroll sideways"
+    picture = page.with_name("shot.png")
+    in_chromium(page, "", f"--screenshot={picture}", "--window-size=900,1200")
+    assert picture.stat().st_size > 20_000
+
+
+def test_missing_values_and_text_of_any_kind_are_rendered():
+    exhibit = Exhibit("odd", ["name", "value"], [["<script>", None], ["b", float("inf")], ["c", 12345]], no_matplotlib)
+    record = {
+        "model": "m", "recipe": "r", "seed": 0, "calibration_samples": 1, "metric": "none", "float": None,
+        "quantized": None, "stages": [], "size": {"quantized_bytes": 1, "ratio": 0.5},
+    }  # fmt: skip
+    text = render_page(record, [Section("Odd", exhibit)], {"path": page})
+    assert "&lt;script&gt;" in text and "<td>inf" not in text and ">inf<" in text and ">12,345<" in text
+    assert "needs matplotlib" in text
+
+
+def no_matplotlib():
+    raise ModuleNotFoundError("No module named 'matplotlib'")
+
+
+def test_the_worst_layers_come_first_and_ranges_are_those_of_the_quantizers(tiny_resnet, images):
+    network = calibrated_network(tiny_resnet, calibration_set(tiny_resnet, *images.split(16)))
+    names = list(network.layers)
+    for place, layer in enumerate(network.layers.values()):
+        layer.errors = (1.0, place / 10)
+    exhibit = histograms_exhibit(network, layers=2)
+    assert [row[0] for row in exhibit.rows] == [names[-1], names[-1], names[-2], names[-2]]
+    layer = network.layers[names[-1]]
+    weight, given = exhibit.rows[0], exhibit.rows[1]
+    assert weight[3] == pytest.approx(float(layer.weight.min())) and weight[2] == layer.bits[0]
+    on = layer.inputs[0]
+    assert given[5] == pytest.approx(float((on.qmin - on.zero_point) * on.scale))
+    assert given[6] == pytest.approx(float((on.qmax - on.zero_point) * on.scale))
+    observer = on.observer
+    assert isinstance(observer, HistogramObserver) and given[4] == pytest.approx(float(observer.row[2]))
+    figure = exhibit.draw()
+    assert len(figure.axes) == 4 and all(axes.get_xlabel() == "value" for axes in figure.axes)
+
+
+def test_layers_without_weight_or_input_are_drawn(tmp_path):
+    net = models.bert()
+    batches = models.batches_of(models.padded_tokens())
+    calibration = calibration_set(net)
+    calibration.forward = lambda batch, index: net(**batch)
+    calibration.batches.extend(batches)
+    network = calibrated_network(net, calibration, "minmax")
+    exhibit = layers_exhibit(network)
+    bits = {row[0]: row[3:5] for row in exhibit.rows}
+    assert bits["bert.encoder.layer.0.attention.self.query_key_product"] == [None, 4]
+    assert bits["bert.embeddings.word_embeddings"] == [8, None]
+    for shown in (exhibit, histograms_exhibit(network, 30)):
+        shown.save(tmp_path)
+        assert (tmp_path / f"{shown.name}.png").stat().st_size > 5_000
+
+
+def test_units_that_could_not_be_optimised_are_left_out_of_the_figure(run):
+    results = next(stage for stage in run.stages if stage.name == "AdaQuant").exhibits[0]
+    assert results.columns[2:4] == ["error before", "error after"] and len(results.rows) == 41
+    empty = reconstruction_exhibit([])
+    assert empty.rows == [] and empty.draw() is not None
