@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .calibration.calibration_set import CalibrationSet, attention_mask
-from .export.checkpoint import pack_network, unpack_network
+from .export.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
 from .quantization.attention import transformers_models
 from .quantization.network import QuantizedNetwork
 from .quantization.scheme import QuantizationScheme
@@ -23,7 +23,6 @@ from .report.table import layer_table
 
 ValidationStep = Callable[["QuantizationModule", Any, int], Any]
 
-_CHECKPOINT_KEY = "calibtip"
 _PREFIX = "model."
 _DATA_HOOKS = (
     "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
@@ -294,7 +293,7 @@ class QuantizationModule(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put packed integers and the quantization config in the place of the quantized layers' weights."""
-        checkpoint[_CHECKPOINT_KEY] = pack_network(self.network, checkpoint["state_dict"], _PREFIX)
+        checkpoint[CHECKPOINT_KEY] = pack_network(self.network, checkpoint["state_dict"], _PREFIX)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -303,12 +302,12 @@ class QuantizationModule(pl.LightningModule):
         Raises:
             ValueError: If the checkpoint is not of a QuantizationModule, or of another model.
         """
-        if _CHECKPOINT_KEY not in checkpoint:
+        if CHECKPOINT_KEY not in checkpoint:
             raise ValueError(
                 "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first "
                 "and wrap that."
             )
-        unpack_network(self.network, checkpoint[_CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
+        unpack_network(self.network, checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

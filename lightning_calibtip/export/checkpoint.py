@@ -1,12 +1,19 @@
 """The quantized part of a checkpoint: configuration and packed integer weights, as plain values and tensors."""
 
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..quantization.affine import dequantize, integer_range
 from ..quantization.network import QuantizedNetwork
 from .packing import pack_integers, unpack_integers
+
+# Where a Lightning checkpoint has it.
+CHECKPOINT_KEY = "calibtip"
 
 _PARAMETRIZATION = "parametrizations.weight."
 _LATENT = f"{_PARAMETRIZATION}original"
@@ -72,3 +79,12 @@ def unpack_network(
 
 def _shared_keys(state_dict: dict[str, Tensor], layer: str) -> list[str]:
     return [key for key in state_dict if key.startswith(f"{layer}.{_PARAMETRIZATION}")]
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether a file is the checkpoint of a QuantizationModule; False for what does not load."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError):
+        return False
+    return isinstance(checkpoint, Mapping) and CHECKPOINT_KEY in checkpoint

@@ -1,0 +1,125 @@
+"""The command line, as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_calibtip import Calibration
+from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer, load_weights
+from tests.cli_model import Blobs, Classifier
+
+CONFIG = {
+    "seed_everything": 0,
+    "model": {"class_path": "tests.cli_model.Classifier", "init_args": {"width": 12}},
+    "data": {"class_path": "tests.cli_model.Blobs"},
+    "trainer": {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "max_epochs": 3,
+    },
+}
+
+
+def run(arguments: list[str]) -> QuantizationCLI:
+    return QuantizationCLI(trainer_class=QuantizationTrainer, save_config_callback=None, args=arguments)
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes) -> str:
+        content = {**CONFIG, **changes}
+        content["trainer"] = {**CONFIG["trainer"], "default_root_dir": str(tmp_path), **changes.get("trainer", {})}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return write
+
+
+def test_fit_with_the_callback_quantize_its_checkpoint_and_validate_what_came_of_it(config, tmp_path):
+    callback = {
+        "class_path": "lightning_calibtip.CalibTIP",
+        "init_args": {"pipeline": "calibrate", "calibration_samples": 32, "filename": "at_once"},
+    }
+    trained = run(["fit", f"--config={config(trainer={'callbacks': [callback], 'max_epochs': 3})}"])
+    assert (tmp_path / "at_once.ckpt").exists() and (tmp_path / "at_once_report" / "report.html").exists()
+    trained.trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    options = ["--pipeline=sequential", "--weight_bits=4", '--stage_options={"adaquant": {"iterations": 5}}']
+    arguments = [f"--ckpt_path={tmp_path / 'trained.ckpt'}", "--calibration_samples=48", f"--output={tmp_path / 'out'}"]
+    run(["quantize", f"--config={config()}", *options, *arguments])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    expected = float(trained.trainer.callback_metrics["accuracy"])
+    assert record["metric"] == "accuracy" and record["float"] == pytest.approx(expected)
+    assert record["calibration_samples"] == 48 and [s["name"] for s in record["stages"]][-1] == "BiasTuning"
+    assert {layer["weight_bits"] for layer in record["layers"]} == {4, 8}
+    validated = run(["validate", f"--config={config()}", f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"])
+    assert float(validated.trainer.callback_metrics["accuracy"]) == pytest.approx(record["quantized"])
+
+
+def test_stages_are_given_by_class_path_and_widths_from_yaml(config, tmp_path):
+    path = Path(config())
+    content = yaml.safe_load(path.read_text())
+    content |= {
+        "stages": [
+            {"class_path": "lightning_calibtip.Calibration", "init_args": {"observer": "minmax"}},
+            {"class_path": "lightning_calibtip.BiasTuning", "init_args": {"epochs": 1}},
+        ],
+        "overrides": {"net.2": [5, 6]},
+        "edge_bits": None,
+        "output": str(tmp_path / "out"),
+    }
+    path.write_text(yaml.safe_dump(content))
+    run(["quantize", f"--config={path}"])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["Calibration", "BiasTuning"]
+    assert [(layer["weight_bits"], layer["activation_bits"]) for layer in record["layers"]] == [(8, 8), (5, 6), (8, 8)]
+    assert "pipeline" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_every_option_of_quantize_is_in_its_help():
+    command = [sys.executable, "-m", "lightning_calibtip", "quantize", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for option in ("--weight_bits", "--pipeline", "--stages", "--overrides", "--per_token", "--ckpt_path", "--output"):
+        assert option in text
+    assert isinstance(QuantizationCLI.subcommands(), dict) and LightningArgumentParser is not None
+
+
+def test_bad_checkpoints_and_data_are_named(tmp_path):
+    torch.save({"state_dict": {"other": torch.ones(1)}}, tmp_path / "other.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of Classifier"):
+        load_weights(Classifier(), tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"list.ckpt is no Lightning checkpoint: it has no state_dict"):
+        load_weights(Classifier(), tmp_path / "list.ckpt")
+    trainer = QuantizationTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="Classifier has no train_dataloader to calibrate on"):
+        trainer.quantize(Classifier(), output=tmp_path)
+
+    class Several(Blobs):
+        def train_dataloader(self):
+            return [super().train_dataloader()] * 2
+
+    with pytest.raises(ValueError, match="training data of Several are several loaders"):
+        trainer.quantize(Classifier(), Several(), output=tmp_path)
+
+
+def test_a_calibration_dataloader_of_its_own_is_preferred(tmp_path):
+    class Own(Blobs):
+        def calibration_dataloader(self):
+            yield self.points.tensors[0][:10] * 100
+
+    trainer = QuantizationTrainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    run = trainer.quantize(Classifier(), Own(), stages=[Calibration("minmax")], output=tmp_path)
+    assert run.calibration_samples == 10
+    assert float(run.module.network.layers["net.0"].inputs[0].scale) * 255 > 100
