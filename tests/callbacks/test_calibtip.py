@@ -44,7 +44,14 @@ def test_checkpoint_lies_beside_the_trainers_own(tiny_classifier, loader, make_t
     report = (tmp_path / "ckpt" / "int8_report" / "report.html").read_text()
     assert callback.report_folder.name == "int8_report" and "net.blocks.0.conv1" in report
     record = json.loads((callback.report_folder / "result.json").read_text())
-    assert record["metric"] in callback.result.float_metrics and record["quantized"] is not None
+    assert record["metric"] == "no metric" and record["quantized"] is None, "there are no validation data"
+
+
+def test_the_report_shows_the_metric_asked_for(tiny_classifier, loader, make_trainer):
+    callback = CalibTIP("calibrate", calibration_samples=16, metric="val_acc")
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader, loader)
+    record = json.loads((callback.report_folder / "result.json").read_text())
+    assert record["metric"] == "val_acc" and record["quantized"] == callback.result.metrics["val_acc"]
 
 
 def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):
