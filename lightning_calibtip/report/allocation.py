@@ -5,7 +5,7 @@ from typing import Any
 
 from ..allocation.outcome import Allocation, Point
 from ..quantization.scheme import Bits
-from .drawing import figure_over_layers, name_layers
+from .drawing import figure_over_layers
 from .exhibit import Exhibit
 from .layers import draw_bits
 
@@ -36,7 +36,7 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
     def draw() -> Any:
         from matplotlib.colors import LogNorm
 
-        figure, axes = figure_over_layers(len(names), 2.8 + 0.3 * len(candidates))
+        figure, axes = figure_over_layers(names, 2.0 + 0.3 * len(candidates))
         rises = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
         known = [abs(rise) for line in rises for rise in line if rise]
         # A rise of nothing, or a fall, takes the color of the smallest.
@@ -47,7 +47,6 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
         figure.colorbar(image, ax=axes)
         axes.set_title(f"Rise of the {_loss_name(allocation)}", fontsize=10)
         axes.set_ylabel("width of this layer alone")
-        name_layers(axes, names)
         return figure
 
     return Exhibit("sensitivity", ["layer", *map(_label, candidates)], rows, draw, table.write)

@@ -7,16 +7,24 @@ from typing import Any
 _WIDEST = 200.0
 
 
-def figure_over_layers(layers: int, height: float) -> tuple[Any, Any]:
-    """Figure and axes wide enough for the names of so many layers; the height is in inches."""
+# Inches of a letter of a name.
+_LETTER = 0.062
+
+
+def figure_over_layers(names: Sequence[str], height: float, what: str = "layer") -> tuple[Any, Any]:
+    """Figure and axes with room for the names of the layers, which stand below.
+
+    Args:
+        names: In the order of execution.
+        height: Of what is above the names, in inches.
+        what: Is named.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(max(6.4, 0.2 * layers + 2), _WIDEST), height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def name_layers(axes: Any, names: Sequence[str], what: str = "layer") -> None:
-    """Put the names below the axes."""
+    width = min(max(6.4, 0.2 * len(names) + 2), _WIDEST)
+    figure = Figure(figsize=(width, height + _LETTER * max(map(len, names), default=0)), layout="constrained")
+    axes = figure.subplots()
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axes.set_xlabel(f"{what}, in the order of execution")
     axes.set_xlim(-0.6, len(names) - 0.4)
+    return figure, axes

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..quantization.network import QuantizedNetwork
 from ..quantization.scheme import Bits
-from .drawing import figure_over_layers, name_layers
+from .drawing import figure_over_layers
 from .exhibit import Exhibit
 
 COLUMNS = ("layer", "type", "is", "weight bits", "activation bits", "weights", "error before", "error after", "note")
@@ -29,7 +29,7 @@ def layers_exhibit(network: QuantizedNetwork) -> Exhibit:
 
 def draw_bits(bits: dict[str, Bits] | dict[str, tuple[int | None, int | None]]) -> Any:
     """Widths of weights and activations over the layers; None for what a layer has not."""
-    figure, axes = figure_over_layers(len(bits), 3.6)
+    figure, axes = figure_over_layers(list(bits), 2.8)
     weights = {place: widths[0] for place, widths in enumerate(bits.values()) if widths[0] is not None}
     activations = {place: widths[1] for place, widths in enumerate(bits.values()) if widths[1] is not None}
     axes.bar(list(weights), list(weights.values()), 0.8, label="weights")
@@ -39,6 +39,6 @@ def draw_bits(bits: dict[str, Bits] | dict[str, tuple[int | None, int | None]]) 
         axes.plot(list(activations), list(activations.values()), "s", color="C1", label="activations", markersize=4)
     axes.set_ylabel("width (bits)")
     axes.set_ylim(0, max([*weights.values(), *activations.values()], default=0) + 1)
-    name_layers(axes, list(bits))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside upper right", ncols=2)
     return figure

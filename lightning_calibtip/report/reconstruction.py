@@ -6,7 +6,7 @@ from typing import Any
 
 from ..quantization.scheme import Bits
 from ..reconstruction.optimize import UnitResult
-from .drawing import figure_over_layers, name_layers
+from .drawing import figure_over_layers
 from .exhibit import Exhibit
 
 
@@ -20,7 +20,7 @@ def reconstruction_exhibit(results: Sequence[UnitResult], candidate: Bits | None
     rows = [[r.name, len(r.layers), r.error_before, r.error_after, r.seconds, r.note or "kept"] for r in results]
 
     def draw() -> Any:
-        figure, axes = figure_over_layers(len(results), 4.5)
+        figure, axes = figure_over_layers([result.name for result in results], 3.5, "unit")
         places = [place for place, result in enumerate(results) if math.isfinite(result.error_before)]
         before, after = [results[i].error_before for i in places], [results[i].error_after for i in places]
         axes.plot(places, before, "o-", label="before AdaQuant", markersize=4)
@@ -28,7 +28,6 @@ def reconstruction_exhibit(results: Sequence[UnitResult], candidate: Bits | None
         if any(error > 0 for error in [*before, *after]):
             axes.set_yscale("log")
         axes.set_ylabel("error / mean square of the output")
-        name_layers(axes, [result.name for result in results], "unit")
         figure.legend(loc="outside upper right", ncols=2)
         return figure
 
