@@ -123,7 +123,11 @@ class QuantizationRun:
         for exhibit in exhibits:
             exhibit.save(folder)
         sections = [
-            Section(_TITLES.get(exhibit.name, exhibit.name), exhibit, open=exhibit.name == "layers")
+            Section(
+                _TITLES.get(exhibit.name, exhibit.name.replace("_", " ").capitalize()),
+                exhibit,
+                open=exhibit.name == "layers",
+            )
             for exhibit in exhibits
         ]
         write_page(folder / "report.html", record, sections, self.configuration)
