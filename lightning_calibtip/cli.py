@@ -1,14 +1,14 @@
 """The command line: fit, validate and quantize the user's own LightningModule and DataModule from YAML."""
 
 import logging
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
@@ -20,9 +20,6 @@ from .module import QuantizationModule
 from .pipeline import make_stages, run_stages
 from .report.record import record_table
 from .run import QuantizationRun
-
-# What the Trainer adds of its own, or what makes no sense for the small Trainers of the stages.
-_OWN_CALLBACKS = (Checkpoint, ModelSummary, ProgressBar, SaveConfigCallback)
 
 
 class QuantizationTrainer(pl.Trainer):
@@ -53,6 +50,9 @@ class QuantizationTrainer(pl.Trainer):
     ) -> QuantizationRun:
         """Quantize a trained model, and write result.json, report.html and quantized.ckpt.
 
+        The Trainer's callbacks, which are made for training, take no part; its accelerator, precision, loggers,
+        progress bar and ``limit_val_batches`` do.
+
         Args:
             model: The LightningModule.
             datamodule: Its ``calibration_dataloader``, or else ``train_dataloader``, gives the calibration batches,
@@ -77,9 +77,12 @@ class QuantizationTrainer(pl.Trainer):
             output: Folder for the results.
 
         Raises:
-            ValueError: If a setting is out of its range, ``stages`` do not begin with a Calibration, or there is
-                no calibration data.
+            ValueError: If a setting is out of its range, or there is no calibration data.
+            RuntimeError: If ``stages`` do not begin with a Calibration.
         """
+        output.mkdir(parents=True, exist_ok=True)
+        if is_overridden("configure_model", model):
+            model.configure_model()
         if ckpt_path is not None:
             load_weights(model, ckpt_path)
         wrapped = QuantizationModule(
@@ -99,20 +102,22 @@ class QuantizationTrainer(pl.Trainer):
             "seed": seed,
             **(stage_options or {}),
         }
+        wrapped.take_batch_hooks(datamodule)
+        if datamodule is not None:
+            datamodule.trainer = self
         calibration, validation = _loaders(model, datamodule)
         names = [type(stage).__name__ for stage in stages or ()]
         configuration = {"pipeline": names or pipeline, "ckpt_path": ckpt_path, **options, **wrapped.hparams}
         run = run_stages(
             wrapped,
-            stages or make_stages(pipeline, **options),
+            make_stages(pipeline, **options) if stages is None else stages,
             FirstSamples(calibration, calibration_samples),
             validation,
             self._stage_options(),
             {**configuration, "calibration_samples": calibration_samples},
         )
-        metric = metric or next(iter(run.float_metrics), None)
-        record = run.record("quantize", type(model).__name__, metric, seed)
         run.save(output / "quantized.ckpt")
+        record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         wrapped.print_summary()
@@ -122,15 +127,12 @@ class QuantizationTrainer(pl.Trainer):
     def _stage_options(self) -> dict[str, Any]:
         """Options by which the stages' Trainers are as this one is."""
         device = self.strategy.root_device.type
-        callbacks: list[pl.Callback] = self.callbacks  # type: ignore[attr-defined]
-        progress = progress_options(self)
-        own = [callback for callback in callbacks if not isinstance(callback, _OWN_CALLBACKS)]
         return {
             "accelerator": {"cuda": "gpu"}.get(device, device),
             "precision": self.precision,
             "logger": self.loggers or False,
-            **progress,
-            "callbacks": [*own, *progress.get("callbacks", ())],
+            "limit_val_batches": self.limit_val_batches,
+            **progress_options(self),
         }
 
     @override
@@ -146,7 +148,9 @@ class QuantizationTrainer(pl.Trainer):
         """Validate, a quantized checkpoint too: the model is then wrapped as it was when quantized."""
         if model is not None and isinstance(ckpt_path, str | Path) and is_quantized(ckpt_path):
             model = QuantizationModule(model)
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        # Not known to all versions of Lightning.
+        options = {} if weights_only is None else {"weights_only": weights_only}
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, **options)
 
 
 class QuantizationCLI(LightningCLI):
@@ -176,9 +180,18 @@ def load_weights(model: pl.LightningModule, path: str | Path) -> None:
     """Load the weights of a Lightning checkpoint into a model.
 
     Raises:
-        ValueError: If it is no checkpoint of this model.
+        ValueError: If it is no checkpoint of this model, is quantized already, or holds more than tensors and plain
+            values.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if is_quantized(path):
+        raise ValueError(f"{path} is quantized already; give the checkpoint of the float model.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects besides tensors (hyperparameters?), which are not loaded: save it with "
+            "save_checkpoint(path, weights_only=True)."
+        ) from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict.")

@@ -169,6 +169,12 @@ class QuantizationModule(pl.LightningModule):
             return batch[0]
         return batch
 
+    def take_batch_hooks(self, datamodule: pl.LightningDataModule | None) -> None:
+        """Let batches go through the hooks of a DataModule (transforms on the device, transfer), where it has any."""
+        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+            if datamodule is not None and is_overridden(name, datamodule):
+                setattr(self, name, getattr(datamodule, name))
+
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
         """Inside, the model computes quantized (True), or as the float model that was passed in, BatchNorms folded

@@ -1,5 +1,6 @@
 """The outcome of a run: what was measured after each stage, and what it writes and shows."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from .report.histograms import histograms_exhibit
 from .report.layers import layers_exhibit
 from .report.page import Section, write_page
 from .report.record import StageRecord, run_record, write_record
+
+log = logging.getLogger(__name__)
 
 # What the page calls an exhibit; others appear under their own names.
 _TITLES = {
@@ -68,6 +71,13 @@ class QuantizationRun:
         """What validation logged after the last stage."""
         return self.stages[-1].metrics if self.stages else self.float_metrics
 
+    def metric_or_first(self, metric: str | None) -> str | None:
+        """The metric if validation logged it, else the first that it logged, if any; a wrong name costs no run."""
+        if metric is not None and metric not in self.float_metrics:
+            logged = ", ".join(self.float_metrics) or "nothing"
+            log.warning("validation logged no %r, only %s: the report shows the first of these.", metric, logged)
+        return metric if metric in self.float_metrics else next(iter(self.float_metrics), None)
+
     def record(self, recipe: str, model: str, metric: str | None, seed: int) -> dict[str, Any]:
         """The figures of the run as in ``result.json``, with the logged value named ``metric`` as the metric, or none.
 
@@ -119,6 +129,10 @@ class QuantizationRun:
             record: From ``record``, with whatever else belongs into ``result.json``.
         """
         folder, exhibits = Path(folder), self.exhibits
+        # What an earlier run has left here is not of this one.
+        for path in [path for name in (*_TITLES, "reconstruction_w*") for path in folder.glob(f"{name}.*")]:
+            if path.suffix in (".csv", ".png"):
+                path.unlink()
         write_record(folder / "result.json", record)
         for exhibit in exhibits:
             exhibit.save(folder)

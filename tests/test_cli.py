@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_calibtip import Calibration
 from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer, load_weights
@@ -90,7 +90,6 @@ def test_every_option_of_quantize_is_in_its_help():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for option in ("--weight_bits", "--pipeline", "--stages", "--overrides", "--per_token", "--ckpt_path", "--output"):
         assert option in text
-    assert isinstance(QuantizationCLI.subcommands(), dict) and LightningArgumentParser is not None
 
 
 def test_bad_checkpoints_and_data_are_named(tmp_path):
@@ -123,3 +122,58 @@ def test_a_calibration_dataloader_of_its_own_is_preferred(tmp_path):
     run = trainer.quantize(Classifier(), Own(), stages=[Calibration("minmax")], output=tmp_path)
     assert run.calibration_samples == 10
     assert float(run.module.network.layers["net.0"].inputs[0].scale) * 255 > 100
+
+
+def test_batches_go_through_the_datamodules_hooks_in_calibration_and_evaluation(tmp_path):
+    class Scaled(Blobs):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            assert self.trainer is not None
+            return batch[0] * 50, batch[1]
+
+        def train_dataloader(self):
+            assert self.trainer is not None
+            return super().train_dataloader()
+
+    torch.manual_seed(0)
+    data, model = Scaled(), Classifier()
+    trainer = QuantizationTrainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    run = trainer.quantize(model, data, stages=[Calibration("minmax")], output=tmp_path)
+    points = data.points.tensors[0] * 50
+    reach = float(points.max() - points.min())
+    assert float(run.module.network.layers["net.0"].inputs[0].scale) * 255 == pytest.approx(reach, rel=1e-3)
+    (found,) = trainer.validate(model, ckpt_path=tmp_path / "quantized.ckpt", datamodule=data, verbose=False)
+    assert found["accuracy"] == pytest.approx(run.metrics["accuracy"])
+
+
+def test_stages_run_as_the_trainer_says(tmp_path, monkeypatch):
+    seen = {}
+
+    def watching(module, stages, calibration, validation, options, configuration):
+        seen.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_calibtip.cli.run_stages", watching)
+    logger = CSVLogger(tmp_path)
+    trainer = QuantizationTrainer(
+        accelerator="cpu", precision="bf16-mixed", logger=logger, limit_val_batches=2, enable_progress_bar=False
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.quantize(Classifier(), Blobs(), output=tmp_path)
+    assert seen["accelerator"] == "cpu" and seen["precision"] == "bf16-mixed" and seen["logger"] == [logger]
+    assert seen["limit_val_batches"] == 2 and seen["enable_progress_bar"] is False
+
+
+def test_a_wrong_metric_costs_no_run_and_a_quantized_checkpoint_is_refused(tmp_path, caplog):
+    trainer = QuantizationTrainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.quantize(Classifier(), Blobs(), metric="acc", stages=[Calibration()], output=tmp_path)
+    assert "validation logged no 'acc', only accuracy" in caplog.text
+    assert json.loads((tmp_path / "result.json").read_text())["metric"] == "accuracy"
+    with pytest.raises(ValueError, match="is quantized already"):
+        load_weights(Classifier(), tmp_path / "quantized.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"path": Path("x")}}, tmp_path / "objects.ckpt")
+    with pytest.raises(ValueError, match="holds Python objects besides tensors"):
+        load_weights(Classifier(), tmp_path / "objects.ckpt")

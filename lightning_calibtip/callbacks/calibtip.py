@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples
@@ -136,10 +135,7 @@ class CalibTIP(pl.Callback):
         if isinstance(loader, Mapping):
             raise MisconfigurationException("The training data are several loaders: pass calibration_dataloader=.")
         module = QuantizationModule(pl_module, **self.module_options)
-        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            if data is not None and is_overridden(name, data):
-                setattr(module, name, getattr(data, name))
+        module.take_batch_hooks(trainer.datamodule)  # type: ignore[attr-defined]
         device = trainer.strategy.root_device.type
         self.result = run_stages(
             module,
@@ -166,7 +162,7 @@ class CalibTIP(pl.Callback):
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
         self.result.save(self.checkpoint_path)
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
-        metric = self.metric or next(iter(self.result.float_metrics), None)
+        metric = self.result.metric_or_first(self.metric)
         record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.stage_options["seed"])
         self.result.write_report(self.report_folder, record)
         self.result.log(trainer.loggers, self.checkpoint_path, "calibtip/", trainer.global_step)

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from typing_extensions import override
 
 from ..calibration.steps import Steps, untold
 
@@ -18,13 +19,34 @@ def shows_progress(trainer: pl.Trainer) -> bool:
     return bar is not None and not getattr(bar, "is_disabled", False)
 
 
+class NoBar(ProgressBar):
+    """Stands for a progress bar in a file, where Lightning's own would write a line for every step."""
+
+    is_enabled, is_disabled = True, False
+
+    @override
+    def enable(self) -> None:
+        """There is nothing to show."""
+
+    @override
+    def disable(self) -> None:
+        """There is nothing to hide."""
+
+
 def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """Options by which another Trainer shows its progress as this one does; none in a file, where a line for each stage
-    is enough."""
+    """Options by which another Trainer, while this one is still there, shows its progress as this one does: by a bar of
+    the same kind on a terminal, by a line for each stage in a file."""
     bar: Any = trainer.progress_bar_callback
-    if not shows_progress(trainer) or not sys.stdout.isatty():
+    if not shows_progress(trainer):
         return {"enable_progress_bar": False}
-    return {"enable_progress_bar": True, "callbacks": [type(bar)()]}
+    if not sys.stdout.isatty():
+        return {"enable_progress_bar": True, "callbacks": [NoBar()]}
+    if isinstance(bar, RichProgressBar):
+        # Two live displays on one console end in an error.
+        bar._stop_progress()
+        return {"enable_progress_bar": True, "callbacks": [RichProgressBar()]}
+    refresh_rate = bar.refresh_rate if isinstance(bar, TQDMProgressBar) else 1
+    return {"enable_progress_bar": True, "callbacks": [TQDMProgressBar(refresh_rate=refresh_rate)]}
 
 
 @contextmanager

@@ -92,6 +92,7 @@ class Stage(pl.Callback, ABC):
         line = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
         tables = [f"\n{self.name}: {exhibit.name}\n{exhibit.text}\n" for exhibit in self.exhibits]
         for text in [*tables, line]:
-            log.info(text)
-            if shows_progress(trainer):
+            if log.isEnabledFor(logging.INFO):
+                log.info(text)
+            elif shows_progress(trainer):
                 pl_module.print(text)

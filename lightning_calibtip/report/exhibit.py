@@ -1,12 +1,16 @@
 """An exhibit: one subject as a table, and as a figure for those who have matplotlib."""
 
 import csv
+import io
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .table import text_table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,19 @@ class Exhibit:
         else:
             with (folder / f"{self.name}.csv").open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+        picture = self.png(150)
+        if picture is not None:
+            (folder / f"{self.name}.png").write_bytes(picture)
+
+    def png(self, dpi: int) -> bytes | None:
+        """The picture; None without matplotlib, and where drawing fails, which must not end a run of hours."""
+        content = io.BytesIO()
         try:
-            figure = self.draw()
-        except ModuleNotFoundError:
-            return
-        figure.savefig(folder / f"{self.name}.png", dpi=150)
+            self.draw().savefig(content, format="png", dpi=dpi)
+        except ModuleNotFoundError as error:
+            log.info("%s is not drawn: %s (pip install matplotlib).", self.name, error)
+            return None
+        except Exception as error:
+            log.warning("%s cannot be drawn (%s: %s).", self.name, type(error).__name__, error)
+            return None
+        return content.getvalue()

@@ -10,6 +10,7 @@ from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.observers import HistogramObserver
 from ..quantization.quantizer import Quantizer
+from .drawing import plain_text
 from .exhibit import Exhibit
 
 # Bars of a histogram.
@@ -96,7 +97,7 @@ def _histogram(quantizer: Quantizer) -> tuple[Tensor, float, float] | None:
 
 
 def _draw_weight(axes: Any, layer: QuantizedLayer) -> None:
-    axes.set_title(f"{layer.name}: weight", fontsize=8)
+    axes.set_title(f"{plain_text(layer.name)}: weight", fontsize=8)
     if layer.weight_quantizer is None:
         axes.set_axis_off()
         return
@@ -107,7 +108,7 @@ def _draw_weight(axes: Any, layer: QuantizedLayer) -> None:
 
 
 def _draw_input(axes: Any, layer: QuantizedLayer) -> None:
-    axes.set_title(f"{layer.name}: input", fontsize=8)
+    axes.set_title(f"{plain_text(layer.name)}: input", fontsize=8)
     shown = False
     for quantizer in layer.inputs:
         seen = _histogram(quantizer)

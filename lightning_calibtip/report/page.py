@@ -1,9 +1,9 @@
 """``report.html``: a run on one page that needs no network."""
 
 import base64
-import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], configur
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["sort_key"] = _sort_key
     return environment.get_template("page.html").render(
         record=record,
         sections=[(section, _picture(section.exhibit)) for section in sections],
@@ -68,7 +69,7 @@ def write_page(
     path = Path(path)
     content = render_page(record, sections, configuration)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(content, encoding="utf-8")
         unfinished.replace(path)
@@ -77,14 +78,14 @@ def write_page(
 
 
 def _picture(exhibit: Exhibit) -> str | None:
-    """The figure as a data URI; None without matplotlib."""
-    try:
-        figure = exhibit.draw()
-    except ModuleNotFoundError:
-        return None
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DPI)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    """The figure as a data URI, if there is one."""
+    picture = exhibit.png(_DPI)
+    return None if picture is None else f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def _sort_key(value: float) -> str:
+    """A number as JavaScript reads it."""
+    return str(value).replace("inf", "Infinity").replace("nan", "NaN")
 
 
 def _number(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The record of a run, ``result.json``: metrics of each stage, size, and what became of each layer."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,10 +95,19 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        unfinished.write_text(json.dumps(_valid(record), indent=2, allow_nan=False) + "\n")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _valid(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: _valid(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def record_table(record: Mapping[str, Any]) -> str:

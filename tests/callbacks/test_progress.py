@@ -6,7 +6,7 @@ import sys
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from lightning_calibtip import AdaQuant, BiasTuning, BitAllocation, Calibration, QuantizationModule
+from lightning_calibtip import AdaQuant, BiasTuning, BitAllocation, Calibration, CalibTIP, QuantizationModule
 
 
 class Terminal(io.StringIO):
@@ -48,3 +48,34 @@ def test_in_a_file_there_is_a_line_for_a_stage(tiny_classifier, loader, make_tra
 def test_without_a_progress_bar_nothing_is_shown(tiny_classifier, loader, make_trainer, monkeypatch):
     for output in (Terminal(), io.StringIO()):
         assert fit(tiny_classifier, loader, make_trainer, monkeypatch, output, enable_progress_bar=False) == ""
+
+
+@pytest.mark.parametrize("kind", ["tqdm", "rich", "own"])
+def test_the_whole_pipeline_shows_its_bars_below_a_training_that_has_one(
+    kind, tiny_classifier, loader, make_trainer, monkeypatch
+):
+    class Own(TQDMProgressBar):
+        def __init__(self, title):
+            super().__init__()
+            self.title = title
+
+    output = Terminal()
+    monkeypatch.setattr(sys, "stdout", output)
+    rich_options = {"force_terminal": True, "width": 200, "file": output}
+    bars = {
+        "tqdm": TQDMProgressBar,
+        "rich": lambda: RichProgressBar(console_kwargs=rich_options),
+        "own": lambda: Own("t"),
+    }
+    callback = CalibTIP(calibration_samples=32, stage_options={"adaquant": {"iterations": 2}})
+    make_trainer(callback, bars[kind](), enable_progress_bar=True, max_epochs=1).fit(tiny_classifier, loader)
+    assert callback.report_folder.is_dir()
+    assert "AdaQuant: net.blocks.0: relative error" in output.getvalue()
+
+
+def test_in_a_file_the_pipeline_writes_a_line_for_each_stage(tiny_classifier, loader, make_trainer, monkeypatch):
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+    callback = CalibTIP("calibrate", calibration_samples=32)
+    make_trainer(callback, TQDMProgressBar(), enable_progress_bar=True, max_epochs=1).fit(tiny_classifier, loader)
+    assert sum(line.startswith("Calibration/") for line in output.getvalue().splitlines()) == 1

@@ -1,5 +1,6 @@
 """``report.html``, as text and as a browser sees it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from lightning_calibtip import quantize
 from lightning_calibtip.quantization.observers import HistogramObserver
 from lightning_calibtip.report.exhibit import Exhibit
 from lightning_calibtip.report.histograms import histograms_exhibit
-from lightning_calibtip.report.layers import layers_exhibit
+from lightning_calibtip.report.layers import draw_bits, layers_exhibit
 from lightning_calibtip.report.page import Section, render_page
 from lightning_calibtip.report.reconstruction import reconstruction_exhibit
 from tests import transformer_models as models
@@ -50,6 +51,7 @@ def test_the_page_holds_summary_figures_table_and_configuration_and_needs_no_net
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('base64,[^"]*', "", text)
     assert "&lt;b&gt;forty&lt;/b&gt; layers" in text and "<b>forty</b>" not in text
     assert text.count("<td>quantized</td>") == 41
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert "activation_bits" in text and f"{run.float_metrics['score']:.4g}" in text
     names = {path.name for path in page.parent.iterdir()}
     assert {"layers.csv", "layers.png", "histograms.png", "reconstruction.png", "result.json"} <= names
@@ -77,16 +79,17 @@ def test_a_browser_sorts_the_table_without_errors_and_takes_a_picture(page):
     head[column].firstElementChild.click();
     const down = values();
     head[column].firstElementChild.click();
-    document.title = JSON.stringify({ up, down, back: names() === before, sort: head[column].ariaSort,
+    const stages = document.getElementById("stages"), seconds = stages.tHead.rows[0].cells[1].firstElementChild;
+    const last = [0, 1].map(() => (seconds.click(), [...stages.tBodies[0].rows].at(-1).cells[0].textContent));
+    document.title = JSON.stringify({ last, up, down, back: names() === before, sort: head[column].ariaSort,
       wide: document.documentElement.scrollWidth <= window.innerWidth });
     """
     dom, console = in_chromium(page, script, "--dump-dom", "--window-size=400,900")
     assert console == []
     title = re.search("<title>(.*?)</title>", dom)[1].replace("&quot;", '"')
-    import json
-
     found = json.loads(title)
     numbers = [float(value) for value in found["up"] if value != "-"]
+    assert found["last"] == ["float", "float"], "what is missing comes last, up or down"
     assert len(numbers) == 41 and numbers == sorted(numbers) and numbers[0] < numbers[-1]
     assert [float(value) for value in found["down"] if value != "-"] == numbers[::-1]
     assert found["back"] and found["sort"] == "none" and found["wide"], "the page itself does not scroll sideways"
@@ -150,3 +153,26 @@ def test_units_that_could_not_be_optimised_are_left_out_of_the_figure(run):
     assert results.columns[2:4] == ["error before", "error after"] and len(results.rows) == 41
     empty = reconstruction_exhibit([])
     assert empty.rows == [] and empty.draw() is not None
+
+
+def test_names_that_matplotlib_would_take_for_formulas_and_failing_figures_end_no_run(tmp_path, caplog):
+    bits = {"a$x_1^$": (4, 8), "bert.encoder.layer.0.attention.self.query_key_product" * 2: (8, 8)}
+    figure = draw_bits(bits)
+    Exhibit("odd", ["layer"], [["a"]], lambda: figure).save(tmp_path)
+    assert (tmp_path / "odd.png").stat().st_size > 5_000 and not caplog.records
+    assert figure.axes[0].get_position().height > 0.2
+
+    def fails():
+        raise ValueError("no picture today")
+
+    assert Exhibit("failing", ["layer"], [["a"]], fails).png(100) is None
+    assert "failing cannot be drawn (ValueError: no picture today)" in caplog.text
+
+
+def test_a_second_run_leaves_no_exhibits_of_the_first(run, tmp_path):
+    for name in ("trade_off.csv", "reconstruction_w2a2.png", "mine.csv"):
+        (tmp_path / name).touch()
+    run.write_report(tmp_path, {**run.record("test", "m", "score", 0), "odd": float("nan")})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert "mine.csv" in names and not names & {"trade_off.csv", "reconstruction_w2a2.png"}
+    assert json.loads((tmp_path / "result.json").read_text())["odd"] is None
