@@ -84,10 +84,10 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
     network, calibration = calibrated
     seen = {}
 
-    def record(unit, samples, settings):
+    def record(unit, samples, settings, steps):
         draw = samples.take(torch.arange(samples.count))
         seen[unit.name] = (draw.call.args[0], draw.target)
-        return optimize_unit(unit, samples, settings)
+        return optimize_unit(unit, samples, settings, steps)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
     adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
@@ -345,10 +345,10 @@ def test_float_inputs_are_mixed_in_where_quantization_is_dropped(calibrated, mon
     network, calibration = calibrated
     seen = []
 
-    def record(unit, samples, settings):
+    def record(unit, samples, settings, steps):
         draw = samples.take(torch.arange(4))
         seen.append((draw.call.args[0], draw.float_call and draw.float_call.args[0]))
-        return optimize_unit(unit, samples, settings)
+        return optimize_unit(unit, samples, settings, steps)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
     adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1, drop_probability=0.5)))
