@@ -24,9 +24,9 @@ from .report.table import layer_table
 ValidationStep = Callable[["QuantizationModule", Any, int], Any]
 
 _PREFIX = "model."
+_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _DATA_HOOKS = (
-    "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
-    "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer",
+    "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader", *_BATCH_HOOKS,
 )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ class QuantizationModule(pl.LightningModule):
 
     def take_batch_hooks(self, datamodule: pl.LightningDataModule | None) -> None:
         """Let batches go through the hooks of a DataModule (transforms on the device, transfer), where it has any."""
-        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for name in _BATCH_HOOKS:
             if datamodule is not None and is_overridden(name, datamodule):
                 setattr(self, name, getattr(datamodule, name))
 

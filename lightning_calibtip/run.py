@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class QuantizationRun:
             stages,
         )
 
-    @property
+    @cached_property
     def exhibits(self) -> list[Exhibit]:
         """What the run has to show: the layers as they are, what the stages showed, and the worst layers."""
         shown = [exhibit for stage in self.stages for exhibit in stage.exhibits]

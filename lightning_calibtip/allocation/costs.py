@@ -45,7 +45,7 @@ def open_candidates(network: QuantizedNetwork, candidates: Sequence[Bits]) -> di
 def weight_ratios(network: QuantizedNetwork, options: Mapping[str, Sequence[Bits]]) -> CostTable:
     """Bits of each layer's weights over those of all quantizable weights as float32: they add up to the paper's
     compression."""
-    weights = {name: _weights(network, name) for name in options}
+    weights = {name: network.weights_of(name) for name in options}
     whole = 32 * sum(weights.values())
     return {name: {bits: weights[name] * bits[0] / whole for bits in of_layer} for name, of_layer in options.items()}
 
@@ -53,7 +53,7 @@ def weight_ratios(network: QuantizedNetwork, options: Mapping[str, Sequence[Bits
 def weight_bytes(network: QuantizedNetwork, options: Mapping[str, Sequence[Bits]]) -> CostTable:
     """Bytes of each layer's weights."""
     return {
-        name: {bits: _weights(network, name) * bits[0] / 8 for bits in of_layer} for name, of_layer in options.items()
+        name: {bits: network.weights_of(name) * bits[0] / 8 for bits in of_layer} for name, of_layer in options.items()
     }
 
 
@@ -173,10 +173,3 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
         log.warning("%s: no multiply-accumulates can be counted; they cost no bit operations.", ", ".join(idle))
     samples = batch_size(calibration.batches[0])
     return {name: Work(operations[name] / 2 / samples, elements[name] / samples) for name in names}
-
-
-def _weights(network: QuantizedNetwork, name: str) -> int:
-    if name in network.layers:
-        return network.layers[name].weight.numel()
-    weight = getattr(network.model.get_submodule(name), "weight", None)
-    return weight.numel() if isinstance(weight, Tensor) else 0

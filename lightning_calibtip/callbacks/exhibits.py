@@ -7,9 +7,6 @@ from typing import Any
 
 from ..report.exhibit import Exhibit
 
-# Dots per inch of pictures.
-_DPI = 120
-
 
 def log_exhibits(loggers: Iterable[Any], stage: str, exhibits: Sequence[Exhibit], step: int) -> None:
     """Log each exhibit under ``<stage>/<exhibit>`` as far as a logger takes tables or pictures."""
@@ -20,12 +17,14 @@ def log_exhibits(loggers: Iterable[Any], stage: str, exhibits: Sequence[Exhibit]
                 logger.log_table(
                     f"{key}_table", columns=list(exhibit.columns), data=[list(row) for row in exhibit.rows]
                 )
-            if hasattr(logger, "log_image") and (picture := exhibit.png(_DPI)) is not None:
+            if exhibit.png is None:
+                continue
+            if hasattr(logger, "log_image"):
                 from PIL import Image
 
                 # W&B drops what comes with an earlier step than it has seen.
-                logger.log_image(key, [Image.open(io.BytesIO(picture))])
-            elif hasattr(logger.experiment, "add_figure") and exhibit.png(_DPI) is not None:
+                logger.log_image(key, [Image.open(io.BytesIO(exhibit.png))])
+            elif hasattr(logger.experiment, "add_figure"):
                 logger.experiment.add_figure(key, exhibit.draw(), step)
 
 

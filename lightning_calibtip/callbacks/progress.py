@@ -35,14 +35,14 @@ class NoBar(ProgressBar):
 
 def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
     """Options by which another Trainer, while this one is still there, shows its progress as this one does: by a bar of
-    the same kind on a terminal, by a line for each stage in a file."""
+    the same kind on a terminal, by a line for each stage in a file. A live Rich display of this one ends here, for
+    there can be only one."""
     bar: Any = trainer.progress_bar_callback
     if not shows_progress(trainer):
         return {"enable_progress_bar": False}
     if not sys.stdout.isatty():
         return {"enable_progress_bar": True, "callbacks": [NoBar()]}
     if isinstance(bar, RichProgressBar):
-        # Two live displays on one console end in an error.
         bar._stop_progress()
         return {"enable_progress_bar": True, "callbacks": [RichProgressBar()]}
     refresh_rate = bar.refresh_rate if isinstance(bar, TQDMProgressBar) else 1

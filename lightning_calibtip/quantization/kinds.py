@@ -40,6 +40,8 @@ class LayerKind:
     output_token_axes: tuple[int, ...] = (1,)
 
 
+MOST_OPERANDS = 2
+
 _KINDS: dict[type[nn.Module], LayerKind] = {}
 
 
@@ -60,7 +62,7 @@ def register_layer(
         output_token_axes: Dimensions of its output that run over tokens.
 
     Raises:
-        ValueError: If neither a weight nor an input would be quantized.
+        ValueError: If neither a weight nor an input would be quantized, or more than two inputs.
 
     Example:
         >>> import torch
@@ -76,6 +78,10 @@ def register_layer(
     """
     if channel_axis is None and not operands:
         raise ValueError(f"{layer_type.__name__} has neither a weight nor an operand to quantize.")
+    if len(operands) > MOST_OPERANDS:
+        raise ValueError(
+            f"{layer_type.__name__} has {len(operands)} operands; at most {MOST_OPERANDS} can be quantized."
+        )
     _KINDS[layer_type] = LayerKind(channel_axis, tuple(operands), tuple(output_token_axes))
 
 

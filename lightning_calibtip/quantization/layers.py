@@ -185,7 +185,7 @@ class QuantizedLayer:
     @property
     def _first_quantizer(self) -> Quantizer:
         """One that there always is: an embedding that is tied to another one has none of its own."""
-        return (self.quantizers or self.tied_to.quantizers)[0] if self.tied_to else self.quantizers[0]
+        return (*self.quantizers, *(self.tied_to.quantizers if self.tied_to else ()))[0]
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:

@@ -181,9 +181,14 @@ class QuantizedNetwork:
     @property
     def quantizable_parameters(self) -> int:
         """Weights of all layers that could be quantized, whether they are or not."""
-        floats = [self.model.get_submodule(name) for name in self.floats]
-        left = sum(weight.numel() for weight in map(_weight, floats))
-        return left + sum(layer.weight.numel() for layer in self.layers.values())
+        return sum(self.weights_of(name) for name in (*self.layers, *self.floats))
+
+    def weights_of(self, name: str) -> int:
+        """Number of weights of a quantizable layer; 0 if it has none of its own."""
+        if name in self.layers:
+            return self.layers[name].weight.numel()
+        weight = getattr(self.model.get_submodule(name), "weight", None)
+        return weight.numel() if isinstance(weight, Tensor) else 0
 
     @property
     def weight_bits_total(self) -> int:
@@ -378,11 +383,6 @@ class QuantizedNetwork:
         for parent, _, child in (name.rpartition(".") for name in layers):
             if child in PRODUCTS and parent in modules:
                 add_products(modules[parent])
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = getattr(layer, "weight", None)
-    return weight if isinstance(weight, Tensor) else torch.empty(0)
 
 
 def _fingerprint(model: nn.Module) -> str:

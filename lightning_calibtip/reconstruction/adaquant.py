@@ -105,14 +105,15 @@ def adaquant(
     importance: dict[str, Recording] = {}
     if how.loss is not None:
         importance = measure_importance(network, calibration, units, float_stream, how.loss)
+    weighs = how.loss is not None or calibration.padded
     results = []
     for position, unit in enumerate(units):
         result = progress.load(position, unit) if progress else None
         keeps = result is None and (how.mode == "parallel" or how.settings.drop_probability > 0)
         with network.quantized(False):
-            float_inputs, targets = _run_float(unit, float_stream, keeps)
-            if calibration.padded:
-                importance[unit.name] = _weigh_tokens(unit, targets, float_stream, importance.get(unit.name))
+            float_inputs, targets, weights = _run_float(
+                unit, float_stream, keeps, importance.pop(unit.name, None), weighs and result is None
+            )
         inputs = float_inputs
         if how.mode == "sequential":
             inputs = quantized_stream.recording(unit.name, unit.prefers_channels_last)
@@ -123,7 +124,7 @@ def adaquant(
             assert inputs is not None
             drawn = float_inputs if how.mode == "sequential" else None
             told = part_of(steps, position, len(units))
-            result = _optimize(unit, inputs, targets, drawn, importance.get(unit.name), how.settings, told)
+            result = _optimize(unit, inputs, targets, drawn, weights, how.settings, told)
             if progress:
                 progress.save(position, unit, result)
         results.append(result)
@@ -134,7 +135,7 @@ def adaquant(
         if how.mode == "sequential":
             assert inputs is not None
             quantized_stream.finish(unit.name, _outputs(unit, inputs, quantized_stream))
-        for recording in (inputs, float_inputs, importance.get(unit.name)):
+        for recording in (inputs, float_inputs, weights):
             if recording is not None:
                 recording.forget()
     for stream in (float_stream, quantized_stream):
@@ -164,27 +165,35 @@ def _optimize(
 
 
 @torch.no_grad()
-def _run_float(unit: Unit, stream: Replay, keep_inputs: bool) -> tuple[Recording | None, Recording]:
-    """Inputs, if they are to be kept, and outputs of a unit at all its calls."""
+def _run_float(
+    unit: Unit, stream: Replay, keep_inputs: bool, importance: Recording | None, weighs: bool
+) -> tuple[Recording | None, Recording, Recording | None]:
+    """Run a unit at all its calls.
+
+    Args:
+        unit: The unit.
+        stream: Of the float model.
+        keep_inputs: Whether its inputs will be wanted.
+        importance: Of its outputs' elements, by the loss; None for all alike.
+        weighs: Whether there is importance, or padding, which has none.
+
+    Returns:
+        Inputs, if they are to be kept; outputs; and the importance of these, padding left out, if it ``weighs``.
+    """
     inputs, outputs = (stream.recording(unit.name, unit.prefers_channels_last) for _ in range(2))
-    for calls in stream.capture(unit.name):
+    weights = stream.recording(unit.name, unit.prefers_channels_last)
+    for index, calls in enumerate(stream.capture(unit.name)):
         for call in calls:
             if keep_inputs:
                 inputs.append((call.args, call.kwargs))
-            outputs.append(unit(call))
-    return inputs if keep_inputs else None, outputs
-
-
-def _weigh_tokens(unit: Unit, targets: Recording, stream: Replay, importance: Recording | None) -> Recording:
-    """Importance that leaves out what belongs to padding."""
-    weights = stream.recording(unit.name)
-    for position in range(len(targets)):
-        tokens = stream.calibration.tokens(position // stream.calls(unit.name))
-        given = None if importance is None else importance[position]
-        weights.append(token_weights(unit, targets[position], tokens, given))
+            output = unit(call)
+            if weighs:
+                given = None if importance is None else importance[len(outputs)]
+                weights.append(token_weights(unit, output, stream.calibration.tokens(index), given))
+            outputs.append(output)
     if importance is not None:
         importance.forget()
-    return weights
+    return inputs if keep_inputs else None, outputs, weights if weighs else None
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..calibration.whole_file import write_whole
 from ..quantization.layers import LayerState, QuantizedLayer
 from .optimize import UnitResult
 from .units import Unit
@@ -33,7 +33,7 @@ class Progress:
         self.folder.mkdir(parents=True, exist_ok=True)
         description = self.folder / "run.json"
         if not description.exists():
-            _write(description, json.dumps(run, indent=2).encode())
+            write_whole(description, json.dumps(run, indent=2).encode())
         begun = json.loads(description.read_text())
         if other := [name for name in run if begun.get(name) != run[name]]:
             raise ValueError(
@@ -59,7 +59,7 @@ class Progress:
         ]
         content = io.BytesIO()
         torch.save({"states": states, "result": asdict(result)}, content)
-        _write(self._path(position), content.getvalue())
+        write_whole(self._path(position), content.getvalue())
 
     def _path(self, position: int) -> Path:
         return self.folder / f"{position:04d}.pt"
@@ -75,13 +75,3 @@ def describe_run(
         "calibrated state": digest_states(layer.save() for layer in layers),
         "calibration data": digest_data(calibration),
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

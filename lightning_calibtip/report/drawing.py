@@ -6,7 +6,6 @@ from typing import Any
 # Inches; beyond it matplotlib would refuse the picture.
 _WIDEST = 200.0
 
-
 # Inches of a letter of a name.
 _LETTER = 0.062
 

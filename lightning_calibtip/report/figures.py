@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .reconstruction import draw_errors
+
 
 def stage_figure(records: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The metric after each stage, one group of bars a run.
@@ -40,14 +42,8 @@ def layer_error_figure(record: Mapping[str, Any]) -> Figure:
     layers = [layer for layer in record["layers"] if layer["error_before"] is not None]
     if not layers:
         raise ValueError("The record has no reconstructed layer: run a pipeline with AdaQuant.")
-    figure = Figure(figsize=(max(6.0, 0.22 * len(layers) + 2), 4.5), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(layers))
-    axes.plot(places, [layer["error_before"] for layer in layers], "o-", label="before AdaQuant", markersize=4)
-    axes.plot(places, [layer["error_after"] for layer in layers], "s-", label="after AdaQuant", markersize=4)
-    axes.set_yscale("log")
-    axes.set_xticks(places, [layer["name"] for layer in layers], rotation=90, fontsize=7)
-    axes.set_ylabel("error / mean square of the output")
-    axes.set_xlabel("layer, in the order of execution")
-    axes.legend()
+    names = [layer["name"] for layer in layers]
+    figure: Figure = draw_errors(
+        names, [layer["error_before"] for layer in layers], [layer["error_after"] for layer in layers]
+    )
     return figure

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quantization.affine import dequantize
 from ..quantization.layers import QuantizedLayer
 from ..quantization.network import QuantizedNetwork
 from ..quantization.observers import HistogramObserver
@@ -47,23 +48,11 @@ def _loss(layer: QuantizedLayer) -> float:
     if layer.errors is not None and math.isfinite(layer.errors[1]):
         return layer.errors[1]
     on = layer.weight_quantizer
-    if on is None or not layer.weight.numel():
+    if on is None:
         return -1.0
     weight = layer.weight.detach()
-    error = (_dequantized(layer) - weight).square().mean() / weight.square().mean().clamp_min(1e-30)
-    # Below any error of a unit: these layers were left out of reconstruction.
-    return float(error) * (1e-6 if layer.errors is not None else 1.0)
-
-
-@torch.no_grad()
-def _dequantized(layer: QuantizedLayer) -> Tensor:
-    on = layer.weight_quantizer
-    assert on is not None
-    was, on.enabled = on.enabled, True
-    try:
-        return on(layer.weight.detach())
-    finally:
-        on.enabled = was
+    rounded = dequantize(layer.integer_weight(), on.scale.detach(), on.zero_point.detach(), on.axis)
+    return float((rounded - weight).square().mean() / weight.square().mean().clamp_min(1e-30))
 
 
 def _range(quantizer: Quantizer) -> tuple[float, float]:

@@ -3,19 +3,16 @@
 import base64
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..calibration.whole_file import write_whole
 from .exhibit import Exhibit
 
 # What stands for a value that there is none of; the page's script knows it too.
 MISSING = "-"
-
-# Dots per inch of the pictures: sharp on a phone, and 80 layers stay readable.
-_DPI = 130
 
 
 @dataclass(frozen=True)
@@ -66,21 +63,12 @@ def write_page(
     path: str | Path, record: Mapping[str, Any], sections: Sequence[Section], configuration: Mapping[str, Any]
 ) -> None:
     """Write the page: whole or not at all."""
-    path = Path(path)
-    content = render_page(record, sections, configuration)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, render_page(record, sections, configuration).encode())
 
 
 def _picture(exhibit: Exhibit) -> str | None:
     """The figure as a data URI, if there is one."""
-    picture = exhibit.png(_DPI)
-    return None if picture is None else f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    return None if exhibit.png is None else f"data:image/png;base64,{base64.b64encode(exhibit.png).decode()}"
 
 
 def _sort_key(value: float) -> str:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..calibration.whole_file import write_whole
 from ..quantization.network import QuantizedNetwork
 from .size import model_size
 from .table import text_table
@@ -91,14 +91,7 @@ def run_record(
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON: whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(json.dumps(_valid(record), indent=2, allow_nan=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, (json.dumps(_valid(record), indent=2, allow_nan=False) + "\n").encode())
 
 
 def _valid(value: Any) -> Any:

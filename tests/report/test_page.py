@@ -165,7 +165,7 @@ def test_names_that_matplotlib_would_take_for_formulas_and_failing_figures_end_n
     def fails():
         raise ValueError("no picture today")
 
-    assert Exhibit("failing", ["layer"], [["a"]], fails).png(100) is None
+    assert Exhibit("failing", ["layer"], [["a"]], fails).png is None
     assert "failing cannot be drawn (ValueError: no picture today)" in caplog.text
 
 
