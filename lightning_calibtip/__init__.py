@@ -1,29 +1,62 @@
 """Post-training quantization for PyTorch Lightning by CalibTIP: calibrate, reconstruct, allocate bits, re-tune."""
 
+from .allocation.costs import register_cost
+from .allocation.options import AllocationOptions
+from .calibration.options import StorageOptions
 from .callbacks.adaquant import AdaQuant
 from .callbacks.batch_norm_tuning import BatchNormTuning
 from .callbacks.bias_tuning import BiasTuning
 from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
-from .callbacks.calibtip import CalibTIP
-from .callbacks.stage import Stage
+from .callbacks.stage import Stage, StageResult
 from .module import QuantizationModule
-from .pipeline import make_stages, quantize, run_stages
-from .quantization.kinds import register_layer
+from .network.layer_types import Operand, register_layer
+from .network.scheme import QuantizationScheme
+from .pipeline.callback import CalibTIP
+from .pipeline.options import PipelineOptions
+from .pipeline.presets import make_stages
+from .pipeline.runner import quantize, run_stages
+from .quantization.observers import register_observer
+from .quantization.quantizers import register_quantizer
+from .quantization.ranges import RangeOptions, register_range_method
+from .quantization.spec import LayerConfig, TensorSpec
+from .reconstruction.objectives import register_objective
+from .reconstruction.options import AdaQuantOptions
+from .reconstruction.rounding import register_rounding
+from .tuning.batch_norm import BatchNormTuningOptions
+from .tuning.bias import BiasTuningOptions
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaQuant",
+    "AdaQuantOptions",
+    "AllocationOptions",
     "BatchNormTuning",
+    "BatchNormTuningOptions",
     "BiasTuning",
+    "BiasTuningOptions",
     "BitAllocation",
     "CalibTIP",
     "Calibration",
+    "LayerConfig",
+    "Operand",
+    "PipelineOptions",
     "QuantizationModule",
+    "QuantizationScheme",
+    "RangeOptions",
     "Stage",
+    "StageResult",
+    "StorageOptions",
+    "TensorSpec",
     "make_stages",
     "quantize",
+    "register_cost",
     "register_layer",
+    "register_objective",
+    "register_observer",
+    "register_quantizer",
+    "register_range_method",
+    "register_rounding",
     "run_stages",
 ]

@@ -8,18 +8,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from .calibration.calibration_set import FirstSamples
 from .callbacks.progress import progress_options
 from .callbacks.stage import Stage
-from .export.checkpoint import is_quantized
 from .module import QuantizationModule
-from .pipeline import make_stages, run_stages
+from .network.checkpoint import is_quantized
+from .network.scheme import QuantizationScheme
+from .pipeline.arguments import add_scheme_and_options, split_scheme_and_options
+from .pipeline.options import PipelineOptions
+from .pipeline.presets import PipelineName, make_stages
+from .pipeline.run import QuantizationRun
+from .pipeline.runner import run_stages
 from .report.record import record_table
-from .run import QuantizationRun
 
 
 class QuantizationTrainer(pl.Trainer):
@@ -31,22 +35,12 @@ class QuantizationTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         metric: str | None = None,
-        pipeline: str = "sequential",
+        pipeline: PipelineName = "sequential",
         stages: list[Stage] | None = None,
-        weight_bits: int = 8,
-        activation_bits: int = 8,
-        edge_bits: int | None = 8,
-        overrides: dict[str, int | list[int] | None] | None = None,
-        symmetric: bool = False,
-        per_channel: bool = True,
-        activation_symmetric: bool = False,
-        per_token: bool = False,
-        compression: float | list[float] | None = None,
-        candidates: list[int | list[int]] | None = None,
-        stage_options: dict[str, Any] | None = None,
         calibration_samples: int = 1024,
-        seed: int = 0,
         output: Path = Path("quantized"),
+        scheme: QuantizationScheme | None = None,
+        options: PipelineOptions | Mapping[str, Any] | None = None,
     ) -> QuantizationRun:
         """Quantize a trained model, and write result.json, report.html and quantized.ckpt.
 
@@ -61,63 +55,39 @@ class QuantizationTrainer(pl.Trainer):
             metric: Name of the validation metric that the report shows; the first one logged if None.
             pipeline: ``calibrate``, ``light``, ``advanced``, ``sequential`` or ``mixed``, see ``make_stages``.
             stages: Stages by class path, in place of ``pipeline``.
-            weight_bits: Width of weights, 2 to 16.
-            activation_bits: Width of the layers' inputs, 2 to 16.
-            edge_bits: Width of the first and last layer, or null.
-            overrides: Widths of layers by name or pattern; null for float.
-            symmetric: Whether weights are signed with a zero point of 0.
-            per_channel: Whether weights have a scale for each output channel.
-            activation_symmetric: The same as ``symmetric`` for the layers' inputs.
-            per_token: Whether each token gets a range of its own when it comes.
-            compression: Size budget of light, advanced and mixed.
-            candidates: Widths that these choose from; 4 and 8 if not given.
-            stage_options: Further arguments of ``make_stages``.
             calibration_samples: How many samples to calibrate on.
-            seed: Of everything random.
             output: Folder for the results.
+            scheme: Bit-widths and number formats; on the command line each of its fields is an argument.
+            options: Options of the stages; on the command line each of them is an argument
+                (``--adaquant.iterations``).
 
         Raises:
             ValueError: If a setting is out of its range, or there is no calibration data.
             RuntimeError: If ``stages`` do not begin with a Calibration.
         """
         output.mkdir(parents=True, exist_ok=True)
+        options = PipelineOptions.of(options)
         if is_overridden("configure_model", model):
             model.configure_model()
         if ckpt_path is not None:
             load_weights(model, ckpt_path)
-        wrapped = QuantizationModule(
-            model,
-            weight_bits,
-            activation_bits,
-            edge_bits,
-            overrides,
-            symmetric,
-            per_channel,
-            activation_symmetric,
-            per_token,
-        )
-        options = {
-            "compression": compression,
-            "candidates": candidates or [4, 8],
-            "seed": seed,
-            **(stage_options or {}),
-        }
+        wrapped = QuantizationModule(model, scheme)
         wrapped.take_batch_hooks(datamodule)
         if datamodule is not None:
             datamodule.trainer = self
         calibration, validation = _loaders(model, datamodule)
         names = [type(stage).__name__ for stage in stages or ()]
-        configuration = {"pipeline": names or pipeline, "ckpt_path": ckpt_path, **options, **wrapped.hparams}
+        configuration = {"pipeline": names or pipeline, "ckpt_path": ckpt_path, **options.to_dict(), **wrapped.hparams}
         run = run_stages(
             wrapped,
-            make_stages(pipeline, **options) if stages is None else stages,
+            make_stages(pipeline, options) if stages is None else stages,
             FirstSamples(calibration, calibration_samples),
             validation,
             self._stage_options(),
             {**configuration, "calibration_samples": calibration_samples},
         )
         run.save(output / "quantized.ckpt")
-        record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), seed)
+        record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed or 0)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         wrapped.print_summary()
@@ -164,12 +134,29 @@ class QuantizationCLI(LightningCLI):
         return {
             "fit": {*data, "train_dataloaders", "val_dataloaders"},
             "validate": {*data, "dataloaders"},
-            "quantize": data,
+            "quantize": {*data, "scheme", "options"},
         }
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Give ``quantize`` an argument for each field of the scheme and of the options."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "quantize":
+            add_scheme_and_options(parser)
+        return parser
+
+    @override
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Pass these fields on as the scheme and the options."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "quantize":
+            scheme, options, _ = split_scheme_and_options(self.config_init[subcommand].as_dict())
+            arguments |= {"scheme": scheme, "options": options}
+        return arguments
+
+    @override
     def _parse_ckpt_path(self) -> None:
-        """Take a model's arguments from its checkpoint; a quantized one holds widths instead."""
+        """Take a model's arguments from its checkpoint; a quantized one holds bit-widths instead."""
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         if not path or not is_quantized(path):

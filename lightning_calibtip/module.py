@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .calibration.calibration_set import CalibrationSet, attention_mask
-from .export.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
-from .quantization.attention import transformers_models
-from .quantization.network import QuantizedNetwork
-from .quantization.scheme import QuantizationScheme
-from .quantization.summary import LayerSummary
+from .network.attention import transformers_models
+from .network.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
+from .network.network import QuantizedNetwork
+from .network.plan import Target
+from .network.scheme import QuantizationScheme
+from .network.summary import LayerSummary
+from .option_fields import with_changes
 from .report.table import layer_table
 
 ValidationStep = Callable[["QuantizationModule", Any, int], Any]
@@ -56,26 +58,22 @@ class QuantizationModule(pl.LightningModule):
 
     Args:
         model: A trained ``LightningModule``, or any ``nn.Module``.
-        weight_bits: Width of weights, 2 to 16.
-        activation_bits: Width of the layers' inputs, 2 to 16.
-        edge_bits: Width of weights and inputs of the first and last layer; None to treat them like the rest.
-        overrides: Width by layer name or pattern (``{"head": None, "layer1.*": 8, "*.fc": (4, 8)}``): one width, a pair
-            ``(weight_bits, activation_bits)``, or None to leave the layer float. Of several matches the last counts.
-        symmetric: Whether weights are signed with a zero point of 0.
-        per_channel: Whether weights have a scale for each output channel.
-        activation_symmetric: The same as ``symmetric`` for the layers' inputs.
-        per_token: Whether each token of a layer's input (each sample of a convolution's) gets the range of its own
-            values when it comes, in place of one calibrated range. The values of attention keep one range, since they
-            are summed over tokens.
+        scheme: Bit-widths and number formats; the defaults of ``QuantizationScheme`` if None.
+        target: Engine that the quantized model is made for; None for no engine in particular.
         validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where
             ``module`` is this one (for ``module(x)`` and ``module.log``), for validation and test.
+        **changes: Fields of ``QuantizationScheme`` that differ from ``scheme``: ``weight_bits=4``, ``group_size=32``,
+            ``overrides={"head": None}``, ...
 
     Raises:
-        ValueError: If the model is quantized already, has no quantizable layer, a width is out of its range, or an
+        ValueError: If the model is quantized already, has no quantizable layer, a bit-width is out of its range, or an
             override matches no layer.
+        TypeError: If ``scheme`` is no ``QuantizationScheme``, or one of ``changes`` is none of its fields.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> QuantizationModule(net, weight_bits=4, activation_bits=None).hparams["weight_bits"]
+        4
         >>> QuantizationModule(net, weight_bits=4, overrides={"9": 8})
         Traceback (most recent call last):
         ...
@@ -85,32 +83,23 @@ class QuantizationModule(pl.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        weight_bits: int = 8,
-        activation_bits: int = 8,
-        edge_bits: int | None = 8,
-        overrides: Mapping[str, int | Sequence[int] | None] | None = None,
-        symmetric: bool = False,
-        per_channel: bool = True,
-        activation_symmetric: bool = False,
-        per_token: bool = False,
+        scheme: QuantizationScheme | None = None,
+        *,
+        target: Target | None = None,
         validation_step: ValidationStep | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        scheme = QuantizationScheme(
-            weight_bits,
-            activation_bits,
-            edge_bits,
-            overrides,
-            symmetric,
-            per_channel,
-            activation_symmetric,
-            per_token,
-        )
+        if scheme is not None and not isinstance(scheme, QuantizationScheme):
+            raise TypeError(
+                f"scheme must be a QuantizationScheme, got {scheme!r}; its fields are given by name: weight_bits=4."
+            )
+        scheme = with_changes(scheme or QuantizationScheme(), changes, type(self).__name__)
         self.save_hyperparameters(scheme.to_dict())
         if isinstance(model, QuantizationModule):
             raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
         self.model = _copy_of(model).eval()
-        self.network = QuantizedNetwork(self.model, scheme)
+        self.network = QuantizedNetwork(self.model, scheme, target)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
         self.automatic_optimization = False
@@ -138,7 +127,7 @@ class QuantizationModule(pl.LightningModule):
         return self.model(**inputs) if isinstance(batch, Mapping) else self.model(inputs)
 
     def token_mask(self, batch: Any) -> Tensor | None:
-        """Which tokens of a calibration batch count: those of padding do not. Override it for other batches.
+        """Mask of the tokens of a calibration batch that count: padding does not. Override it for other batches.
 
         By default the ``attention_mask`` of a mapping, if it has one of shape (batch, positions). Not for an encoder
         with a decoder: the mask is the encoder's, and what belongs to the decoder cannot be told apart by its shape.
@@ -177,13 +166,13 @@ class QuantizationModule(pl.LightningModule):
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:
-        """Inside, the model computes quantized (True), or as the float model that was passed in, BatchNorms folded
+        """Inside, the model computes quantized (True), or as the float model that was passed in, with BatchNorms folded
         (False)."""
         with self.network.quantized(enabled):
             yield
 
     def layer_summary(self) -> list[LayerSummary]:
-        """What has become of each layer: quantized at which widths, folded, or float and why."""
+        """Status of each layer: quantized at which bit-widths, folded, or float and why."""
         return self.network.summary()
 
     def print_summary(self) -> None:
@@ -229,7 +218,7 @@ class QuantizationModule(pl.LightningModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Complain if no batch came; the data are needed no longer."""
+        """Raise if no batch came; the data are needed no longer."""
         self.calibration.require()
         self.calibration.batches.clear()
 
@@ -298,12 +287,12 @@ class QuantizationModule(pl.LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put packed integers and the quantization config in the place of the quantized layers' weights."""
+        """Put packed integers and the quantization plan in the place of the quantized layers' weights."""
         checkpoint[CHECKPOINT_KEY] = pack_network(self.network, checkpoint["state_dict"], _PREFIX)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the quantized structure from the config, before Lightning loads the state dict.
+        """Apply the checkpoint's plan to the model, before Lightning loads the state dict.
 
         Raises:
             ValueError: If the checkpoint is not of a QuantizationModule, or of another model.

@@ -3,11 +3,14 @@
 import logging
 import sys
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning_calibtip import PipelineOptions
+from lightning_calibtip.pipeline.run import QuantizationRun
 from lightning_calibtip.report.record import record_table
-from lightning_calibtip.run import QuantizationRun
 
 
 def set_up_logging(level: int | str = logging.INFO) -> None:
@@ -24,10 +27,10 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
     """Write the checkpoint and the report of a run, log what belongs to the whole of it, and print its tables.
 
     Args:
-        run: The run.
-        record: Of it.
-        output: Folder.
-        logger: From ``make_logger``.
+        run: Outcome of the pipeline.
+        record: Figures of the run, for ``result.json``.
+        output: Folder for the results.
+        logger: Logger from ``make_logger``.
     """
     run.save(output / "quantized.ckpt")
     run.write_report(output, record)
@@ -47,9 +50,17 @@ def progress_options() -> dict[str, Any]:
     return {"enable_progress_bar": sys.stdout.isatty()}
 
 
-def state_folder(output: Path) -> Path:
-    """Where a run keeps what it has finished until it is complete."""
-    return output / "unfinished"
+def with_state_folder(options: PipelineOptions, output: Path) -> PipelineOptions:
+    """Options with a folder below ``output`` for what a run has finished until it is complete, unless they name one."""
+    return replace(options, state_folder=options.state_folder or output / "unfinished")
+
+
+def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run by name, for the report and for loggers: a recipe's arguments, those of the scheme and of the
+    options in the place of both."""
+    others = {name: value for name, value in arguments.items() if name not in ("scheme", "options")}
+    scheme, options = arguments["scheme"], arguments["options"]
+    return {**others, **scheme.to_dict(), **options.to_dict(), "seed": options.seed or 0}
 
 
 def make_logger(kind: str, output: Path, project: str) -> Any:

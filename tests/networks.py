@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader
 from lightning_calibtip.calibration.activation_store import ActivationStore
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
 from lightning_calibtip.calibration.recording import Recording
-from lightning_calibtip.quantization.network import QuantizedNetwork
-from lightning_calibtip.quantization.scheme import QuantizationScheme
+from lightning_calibtip.network.network import QuantizedNetwork
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.quantization.ranges import RangeOptions
 
 
 def calibration_set(model: nn.Module, *batches: Tensor) -> CalibrationSet:
@@ -26,13 +27,15 @@ def recorded(*values) -> Recording:
 
 
 def calibrated_network(
-    model: nn.Module, calibration: CalibrationSet, observer: str = "mse", **scheme
+    model: nn.Module, calibration: CalibrationSet, observer: str = "mse", target=None, **scheme
 ) -> QuantizedNetwork:
-    network = QuantizedNetwork(model, QuantizationScheme(**{"weight_bits": 4, "activation_bits": 4, **scheme}))
+    network = QuantizedNetwork(
+        model, QuantizationScheme(**{"weight_bits": 4, "activation_bits": 4, **scheme}), target
+    )
     network.prepare(lambda: calibration.run(0))
-    network.watch(observer, observer, 0.1, 99.99, 2.4)
-    with network.observing(), torch.no_grad():
-        for index in range(len(calibration)):
+    network.attach_observers(RangeOptions(observer, observer))
+    for index in range(len(calibration)):
+        with network.observing(calibration.tokens(index)), torch.no_grad():
             calibration.run(index)
     network.fit_ranges()
     return network

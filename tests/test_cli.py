@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_calibtip import Calibration
+from lightning_calibtip import Calibration, CalibTIP, PipelineOptions, QuantizationScheme
 from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer, load_weights
 from tests.cli_model import Blobs, Classifier
 
@@ -48,12 +49,20 @@ def config(tmp_path):
 def test_fit_with_the_callback_quantize_its_checkpoint_and_validate_what_came_of_it(config, tmp_path):
     callback = {
         "class_path": "lightning_calibtip.CalibTIP",
-        "init_args": {"pipeline": "calibrate", "calibration_samples": 32, "filename": "at_once"},
+        "init_args": {
+            "pipeline": "calibrate",
+            "options": {"calibration": {"percentile": 99.9}},
+            "weight_bits": 5,
+            "calibration_samples": 32,
+            "filename": "at_once",
+        },
     }
     trained = run(["fit", f"--config={config(trainer={'callbacks': [callback], 'max_epochs': 3})}"])
     assert (tmp_path / "at_once.ckpt").exists() and (tmp_path / "at_once_report" / "report.html").exists()
+    (callback,) = (c for c in trained.trainer.callbacks if isinstance(c, CalibTIP))
+    assert callback.options.calibration.percentile == 99.9 and callback.scheme.weight_bits == 5
     trained.trainer.save_checkpoint(tmp_path / "trained.ckpt")
-    options = ["--pipeline=sequential", "--weight_bits=4", '--stage_options={"adaquant": {"iterations": 5}}']
+    options = ["--pipeline=sequential", "--weight_bits=4", "--adaquant.iterations=5", "--bias_tuning.epochs=2"]
     arguments = [f"--ckpt_path={tmp_path / 'trained.ckpt'}", "--calibration_samples=48", f"--output={tmp_path / 'out'}"]
     run(["quantize", f"--config={config()}", *options, *arguments])
     record = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -65,7 +74,7 @@ def test_fit_with_the_callback_quantize_its_checkpoint_and_validate_what_came_of
     assert float(validated.trainer.callback_metrics["accuracy"]) == pytest.approx(record["quantized"])
 
 
-def test_stages_are_given_by_class_path_and_widths_from_yaml(config, tmp_path):
+def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_path):
     path = Path(config())
     content = yaml.safe_load(path.read_text())
     content |= {
@@ -88,8 +97,37 @@ def test_stages_are_given_by_class_path_and_widths_from_yaml(config, tmp_path):
 def test_every_option_of_quantize_is_in_its_help():
     command = [sys.executable, "-m", "lightning_calibtip", "quantize", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for option in ("--weight_bits", "--pipeline", "--stages", "--overrides", "--per_token", "--ckpt_path", "--output"):
-        assert option in text
+    options = {field.name: field for field in fields(PipelineOptions)}
+    nested = [f"{name}.{field.name}" for name in options for field in fields_of(getattr(PipelineOptions(), name))]
+    own = ("pipeline", "stages", "ckpt_path", "metric", "calibration_samples", "output")
+    for name in (*own, *options, *nested, *(field.name for field in fields(QuantizationScheme))):
+        assert f"--{name} " in text, name
+
+
+def fields_of(value):
+    return fields(value) if is_dataclass(value) else ()
+
+
+def test_nested_options_come_from_yaml_and_words_and_null_means_float(config, tmp_path):
+    path = Path(config())
+    content = yaml.safe_load(path.read_text())
+    content |= {"pipeline": "light", "allocation": {"candidates": [4, 8], "checks": 0}, "activation_bits": None}
+    content |= {"edge_bits": None, "output": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump(content))
+    run(["quantize", f"--config={path}", "--allocation.compression=0.2", "--batch_norm_tuning.reference=training"])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["Calibration", "BitAllocation", "BatchNormTuning"]
+    assert {layer["activation_bits"] for layer in record["layers"]} == {None}
+    assert {layer["weight_bits"] for layer in record["layers"]} <= {4, 8}
+    assert record["stages"][1]["figures"]["compression"] <= 0.2
+
+
+def test_a_wrong_option_or_value_is_said_before_anything_runs(config, capsys):
+    with pytest.raises(SystemExit):
+        run(["quantize", f"--config={config()}", "--adaquant.speed=5"])
+    assert "adaquant.speed" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="iterations must be an integer of at least 1, got 0"):
+        run(["quantize", f"--config={config()}", "--adaquant.iterations=0"])
 
 
 def test_bad_checkpoints_and_data_are_named(tmp_path):
@@ -119,9 +157,9 @@ def test_a_calibration_dataloader_of_its_own_is_preferred(tmp_path):
     trainer = QuantizationTrainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    run = trainer.quantize(Classifier(), Own(), stages=[Calibration("minmax")], output=tmp_path)
+    run = trainer.quantize(Classifier(), Own(), stages=[Calibration(observer="minmax")], output=tmp_path)
     assert run.calibration_samples == 10
-    assert float(run.module.network.layers["net.0"].inputs[0].scale) * 255 > 100
+    assert run.module.network.layers["net.0"].input_quantizers[0].step_size() * 255 > 100
 
 
 def test_batches_go_through_the_datamodules_hooks_in_calibration_and_evaluation(tmp_path):
@@ -139,10 +177,10 @@ def test_batches_go_through_the_datamodules_hooks_in_calibration_and_evaluation(
     trainer = QuantizationTrainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    run = trainer.quantize(model, data, stages=[Calibration("minmax")], output=tmp_path)
+    run = trainer.quantize(model, data, stages=[Calibration(observer="minmax")], output=tmp_path)
     points = data.points.tensors[0] * 50
     reach = float(points.max() - points.min())
-    assert float(run.module.network.layers["net.0"].inputs[0].scale) * 255 == pytest.approx(reach, rel=1e-3)
+    assert run.module.network.layers["net.0"].input_quantizers[0].step_size() * 255 == pytest.approx(reach, rel=1e-3)
     (found,) = trainer.validate(model, ckpt_path=tmp_path / "quantized.ckpt", datamodule=data, verbose=False)
     assert found["accuracy"] == pytest.approx(run.metrics["accuracy"])
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule
+from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule, QuantizationScheme, quantize
 from tests.conftest import TinyClassifier, TinyResNet
 from tests.networks import as_loader, logits_of
 
@@ -106,9 +107,8 @@ def test_calibration_batches_of_each_kind_become_a_forward_call(kind, images, ma
         "mapping": [{"pixels": images, "labels": torch.zeros(len(images))}],
     }[kind]
     module = QuantizationModule(Named())
-    make_trainer(Calibration("minmax")).fit(module, as_loader(*batches))
-    on_input = module.network.layers["stem"].inputs[0]
-    reach = float(on_input.scale) * 255
+    make_trainer(Calibration(observer="minmax")).fit(module, as_loader(*batches))
+    reach = module.network.layers["stem"].input_quantizers[0].step_size() * 255
     assert reach == pytest.approx(float(images.max() - images.min()), rel=1e-3)
 
 
@@ -123,8 +123,8 @@ def test_calibration_step_can_be_overridden(images, make_trainer):
             return self.model(batch["deep"]["pixels"] / 2)
 
     module = Halved(TinyResNet())
-    make_trainer(Calibration("minmax")).fit(module, as_loader({"deep": {"pixels": images}}))
-    reach = float(module.network.layers["stem"].inputs[0].scale) * 255
+    make_trainer(Calibration(observer="minmax")).fit(module, as_loader({"deep": {"pixels": images}}))
+    reach = module.network.layers["stem"].input_quantizers[0].step_size() * 255
     assert reach == pytest.approx(float(images.max() - images.min()) / 2, rel=1e-3)
 
 
@@ -134,8 +134,8 @@ def test_only_calibration_batches_move_observers(tiny_classifier, loader, images
     for options in ({"val_dataloaders": far}, {}):
         module = QuantizationModule(tiny_classifier)
         make_trainer(Calibration(), num_sanity_val_steps=2).fit(module, loader, **options)
-        scales.append(torch.stack([layer.inputs[0].scale for layer in module.network.layers.values()]))
-    assert torch.equal(scales[0], scales[1])
+        scales.append([layer.input_quantizers[0].step_size() for layer in module.network.layers.values()])
+    assert scales[0] == scales[1]
 
 
 def test_dropout_and_left_over_batch_norm_do_not_move(loader, images, make_trainer):
@@ -277,3 +277,27 @@ def test_min_epochs_does_not_run_a_stage_twice(tiny_classifier, loader, make_tra
     module = QuantizationModule(tiny_classifier)
     trainer.fit(module, loader)
     assert runs == [48]
+
+
+def test_fields_of_the_scheme_are_given_by_name_or_as_a_scheme(tiny_resnet):
+    scheme = QuantizationScheme(weight_bits=3, symmetric=True)
+    module = QuantizationModule(tiny_resnet, scheme, activation_bits=None)
+    assert module.network.scheme == replace(scheme, activation_bits=None)
+    assert dict(module.hparams) == module.network.scheme.to_dict()
+
+
+def test_wrong_settings_are_named(tiny_resnet):
+    with pytest.raises(TypeError, match="QuantizationModule: unknown option 'weight_bit'; did you mean 'weight_bits'"):
+        QuantizationModule(tiny_resnet, weight_bit=4)
+    with pytest.raises(TypeError, match=r"scheme must be a QuantizationScheme, got 4; .* weight_bits=4"):
+        QuantizationModule(tiny_resnet, 4)
+    with pytest.raises(ValueError, match="weight_bits must be"):
+        QuantizationModule(tiny_resnet, weight_bits=1)
+
+
+def test_a_checkpoint_is_loaded_with_the_scheme_that_it_was_saved_with(tiny_classifier, loader, images, tmp_path):
+    run = quantize(tiny_classifier, loader, pipeline="calibrate", weight_bits=4, activation_bits=None, group_size=4)
+    run.save(tmp_path / "quantized.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=TinyClassifier())
+    assert loaded.hparams == run.module.hparams == run.module.network.scheme.to_dict()
+    assert torch.equal(logits_of(loaded, images), logits_of(run.module, images))

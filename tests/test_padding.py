@@ -15,7 +15,7 @@ from tests.networks import as_loader
 
 def calibrated(net, make_trainer, batches, *stages, observer="mse", **options):
     module = QuantizationModule(net, **{"weight_bits": 8, **options})
-    make_trainer(Calibration(observer), *stages).fit(module, as_loader(*batches))
+    make_trainer(Calibration(observer=observer), *stages).fit(module, as_loader(*batches))
     return module
 
 
@@ -28,7 +28,7 @@ def padded_to(tokens, length):
 
 @pytest.mark.parametrize("observer", ["minmax", "mse", "percentile"])
 def test_padding_changes_neither_ranges_nor_predictions(observer, make_trainer):
-    """The same sequences padded to 16, to 24 (no other size) and to 32 (the width of the model)."""
+    """The same sequences padded to 16, to 24 (no other size) and to 32 (the size of the model)."""
     tokens = models.padded_tokens()
     present = tokens["attention_mask"].bool()
     modules = {
@@ -38,7 +38,7 @@ def test_padding_changes_neither_ranges_nor_predictions(observer, make_trainer):
         for length in (16, 24, 32)
     }
     scales = {
-        length: torch.stack([q.scale[0] for layer in module.network.layers.values() for q in layer.inputs])
+        length: torch.stack([q.scale[0] for layer in module.network.layers.values() for q in layer.input_quantizers])
         for length, module in modules.items()
     }
     with torch.no_grad():
@@ -62,11 +62,11 @@ def test_without_the_mask_padding_would_widen_ranges(make_trainer):
     tokens = padded_to(models.padded_tokens(), 40)
     masked = calibrated(models.bert(), make_trainer, models.batches_of(tokens), observer="minmax")
     unmasked = Unmasked(models.bert(), weight_bits=8)
-    make_trainer(Calibration("minmax")).fit(unmasked, as_loader(*models.batches_of(tokens)))
+    make_trainer(Calibration(observer="minmax")).fit(unmasked, as_loader(*models.batches_of(tokens)))
     ratios = [
-        float(unmasked.network.layers[name].inputs[0].scale / layer.inputs[0].scale)
+        float(unmasked.network.layers[name].input_quantizers[0].scale / layer.input_quantizers[0].scale)
         for name, layer in masked.network.layers.items()
-        if layer.inputs
+        if layer.input_quantizers
     ]
     assert min(ratios) > 0.9999 and max(ratios) > 1.05
 
@@ -120,7 +120,7 @@ def test_of_an_encoder_and_a_decoder_no_layer_is_masked_and_each_layer_is_a_bloc
     with torch.no_grad(), module.quantized(False):
         module.model(**batch)
     handle.remove()
-    assert float(layer.inputs[0].scale) * 255 == pytest.approx(
+    assert float(layer.input_quantizers[0].scale) * 255 == pytest.approx(
         float(spans["seen"].max() - spans["seen"].min()), rel=1e-3
     )
     units = [unit.name for unit in find_units(module.network, "block") if "layers" in unit.name]
@@ -144,7 +144,7 @@ def test_a_batch_of_nothing_but_padding_is_passed_over(make_trainer):
     module = calibrated(models.distilbert(), make_trainer, [batches[0], empty, batches[1]], observer="minmax")
     without = calibrated(models.distilbert(), make_trainer, batches[:2], observer="minmax")
     for name, layer in module.network.layers.items():
-        for quantizer, other in zip(layer.inputs, without.network.layers[name].inputs, strict=True):
+        for quantizer, other in zip(layer.input_quantizers, without.network.layers[name].input_quantizers, strict=True):
             assert torch.equal(quantizer.scale, other.scale)
 
 
@@ -167,7 +167,7 @@ def test_padding_of_scores_does_not_count_where_products_are_units(make_trainer)
     errors = []
     for length in (16, 32):
         batches = models.batches_of(padded_to(models.padded_tokens(), length))
-        adaquant = AdaQuant("parallel", "layer", iterations=1, batch_size=4)
+        adaquant = AdaQuant(mode="parallel", granularity="layer", iterations=1, batch_size=4)
         module = calibrated(models.bert(), make_trainer, batches, adaquant, weight_bits=4, activation_bits=4)
         layers = [layer for name, layer in module.network.layers.items() if name.endswith("_product")]
         errors.append([layer.errors[0] for layer in layers])
@@ -181,5 +181,5 @@ def test_bias_tuning_leaves_padding_out(make_trainer):
         batches = models.batches_of(padded_to(models.padded_tokens(), length))
         module = calibrated(models.gpt2(), make_trainer, batches, tuning, weight_bits=3)
         found.append(torch.cat([layer.bias for layer in module.network.layers.values() if layer.bias is not None]))
-    assert tuning.figures["divergence_after"] < tuning.figures["divergence_before"]
+    assert tuning.result.figures["divergence_after"] < tuning.result.figures["divergence_before"]
     assert float((found[1] - found[0]).abs().median()) < 1e-5

@@ -7,10 +7,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from jsonargparse import auto_cli
 
 from lightning_calibtip import Calibration, QuantizationModule
-from lightning_calibtip.pipeline import run_stages
+from lightning_calibtip.pipeline.runner import run_stages
+from recipes.command_line import run_recipe
 from recipes.resnet_cifar10.__main__ import main
 
 README = Path(__file__).parents[1] / "README.md"
@@ -34,11 +34,9 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
     # Few steps are enough to see that the code runs.
-    monkeypatch.setattr("lightning_calibtip.reconstruction.settings.AdaQuantSettings.rate_at", lambda self, step: 0.1)
+    monkeypatch.setattr("lightning_calibtip.reconstruction.options.AdaQuantOptions.rate_at", lambda self, step: 0.1)
     short = code.replace('AdaQuant(mode="sequential")', 'AdaQuant(mode="sequential", iterations=3)')
-    short = short.replace(
-        "calibration_samples=512", 'calibration_samples=48, stage_options={"adaquant": {"iterations": 3}}'
-    )
+    short = short.replace("calibration_samples=512", 'calibration_samples=48, options={"adaquant": {"iterations": 3}}')
     names = {
         "model": tiny_classifier,
         "train_loader": loader,
@@ -52,14 +50,13 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
     elif "cheapest" in names:
         for stage in (names["stage"], names["cheapest"]):
             QuietTrainer(callbacks=[Calibration(), stage]).fit(QuantizationModule(tiny_classifier), loader)
-        assert len(names["stage"].allocation.curve) == 3 and names["stage"].figures["compression"] <= 0.16
-        assert names["cheapest"].figures["measured_loss"] <= 0.02
+        assert len(names["stage"].allocation.curve) == 3 and names["stage"].result.figures["compression"] <= 0.16
+        assert names["cheapest"].result.figures["measured_loss"] <= 0.02
     elif "stage" in names:
-        settings = names["stage"].reconstruction.settings
-        names["stage"].reconstruction.settings = replace(settings, iterations=2)
+        names["stage"].options = replace(names["stage"].options, iterations=2)
         module = QuantizationModule(tiny_classifier, weight_bits=4)
         run_stages(module, [Calibration(), names["stage"]], loader)
-        assert names["stage"].figures["units"] == 5 and not (tmp_path / "runs" / "state").exists()
+        assert names["stage"].result.figures["units"] == 5 and not (tmp_path / "runs" / "state").exists()
     else:
         assert "6 quantized, 5 folded, 0 float" in printed
         with torch.no_grad():
@@ -78,8 +75,8 @@ def test_readme_recipe_command_runs_as_written(tmp_path, tiny_cifar, cifar_check
     values = dict(zip(words[::2], words[1::2], strict=True))
     assert values["--data"] == "cifar10" and values["--output"].startswith("runs/")
     values |= {"--checkpoint": str(cifar_checkpoint), "--data": str(tiny_cifar), "--output": str(tmp_path / "out")}
-    values |= {"--calibration_samples": "32", "--adaquant": '{"iterations": 2}', "--accelerator": "cpu"}
-    auto_cli(main, as_positional=False, args=[word for pair in values.items() for word in pair])
+    values |= {"--calibration_samples": "32", "--adaquant.iterations": "2", "--accelerator": "cpu"}
+    run_recipe(main, [word for pair in values.items() for word in pair])
     assert (tmp_path / "out" / "result.json").exists() and (tmp_path / "out" / "quantized.ckpt").exists()
 
 
@@ -89,6 +86,6 @@ def test_recipe_takes_its_options_from_yaml(tmp_path, tiny_cifar, cifar_checkpoi
         f"checkpoint: {cifar_checkpoint}\ndata: {tiny_cifar}\npipeline: calibrate\nweight_bits: 5\n"
         f"calibration_samples: 16\naccelerator: cpu\noutput: {tmp_path / 'yaml'}\n"
     )
-    auto_cli(main, as_positional=False, args=["--config", str(config)])
+    run_recipe(main, ["--config", str(config)])
     record = json.loads((tmp_path / "yaml" / "result.json").read_text())
     assert record["layers"][1]["weight_bits"] == 5

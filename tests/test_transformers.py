@@ -7,10 +7,12 @@ from torch import nn
 from torchmetrics.text import Perplexity
 
 from lightning_calibtip import AdaQuant, BiasTuning, BitAllocation, Calibration, QuantizationModule, quantize
-from lightning_calibtip.allocation.costs import bit_operations, measure_work
+from lightning_calibtip.allocation.costs import CostInputs, cost_table, open_candidates
+from lightning_calibtip.allocation.work import measure_work
 from lightning_calibtip.calibration.calibration_set import output_logits
 from lightning_calibtip.calibration.logits import sample_divergences
 from lightning_calibtip.quantization.affine import choose_qparams, fake_quantize
+from lightning_calibtip.quantization.spec import BitWidths, TensorSpec
 from lightning_calibtip.reconstruction.units import find_units
 from tests import transformer_models as models
 from tests.networks import as_loader
@@ -33,7 +35,7 @@ def batches_for(make):
 
 def calibrated(net, make_trainer, batches, *stages, observer="mse", **options):
     module = QuantizationModule(net, **{"weight_bits": 8, **options})
-    make_trainer(Calibration(observer), *stages).fit(module, as_loader(*batches))
+    make_trainer(Calibration(observer=observer), *stages).fit(module, as_loader(*batches))
     return module
 
 
@@ -43,20 +45,20 @@ def test_a_transformers_layer_is_a_block_with_its_attention_and_all_are_reconstr
     units = {unit.name: unit for unit in find_units(module.network, "block")}
     assert [name for name in units if name in LAYERS[make]] == LAYERS[make]
     for name in LAYERS[make]:
-        kinds = [type(layer.module).__name__ for layer in units[name].layers]
-        assert kinds.count("QueryKeyProduct") == kinds.count("ProbabilityValueProduct") == 1 and len(kinds) > 5
+        types = [type(layer.module).__name__ for layer in units[name].layers]
+        assert types.count("QueryKeyProduct") == types.count("ProbabilityValueProduct") == 1 and len(types) > 5
     before = {name: layer.save() for name, layer in module.network.layers.items()}
     adaquant = AdaQuant(iterations=40, batch_size=4, drop_probability=0.3, rounding="learned")
     make_trainer(adaquant).fit(module, as_loader(*batches_for(make)))
-    assert adaquant.figures["error_after"] < 0.97 * adaquant.figures["error_before"]
+    assert adaquant.result.figures["error_after"] < 0.97 * adaquant.result.figures["error_before"]
     kept = [name for name in LAYERS[make] if units[name].layers[0].errors[1] < units[name].layers[0].errors[0]]
     assert kept
     for name in kept:
         for layer in units[name].layers:
             pairs = zip(before[layer.name].qparams, layer.save().qparams, strict=True)
             assert any(not torch.equal(was, now) for was, now in pairs), f"{layer.name} has learned no range"
-            for quantizer in layer.inputs:
-                assert not quantizer.operand.unsigned or float(quantizer.zero_point) == 0
+            for quantizer in layer.input_quantizers:
+                assert not quantizer.spec.nonnegative or float(quantizer.zero_point) == 0
 
 
 def test_ranges_of_tokens_are_those_of_their_own_values(make_trainer):
@@ -66,16 +68,16 @@ def test_ranges_of_tokens_are_those_of_their_own_values(make_trainer):
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     x[:, 3] *= 50
     rows = [
-        fake_quantize(row, *choose_qparams(row.min().view(1), row.max().view(1), 4, False), 0, 15)
+        fake_quantize(row, *choose_qparams(row.min().view(1), row.max().view(1), TensorSpec(4)), 0, 15)
         for row in x.view(-1, 32)
     ]
-    torch.testing.assert_close(layer.inputs[0](x), torch.stack(rows).view_as(x))
+    torch.testing.assert_close(layer.input_quantizers[0](x), torch.stack(rows).view_as(x))
     products = [layer for name, layer in module.network.layers.items() if name.endswith("_product")]
-    dynamic = [[quantizer.dynamic for quantizer in product.inputs] for product in products]
+    dynamic = [[quantizer.spec.dynamic for quantizer in product.input_quantizers] for product in products]
     assert dynamic == [[True, True], [True, False]] * 2, "values are summed over tokens: they keep one range"
     keys = torch.randn(1, 4, 8, 5, generator=torch.Generator().manual_seed(0))
-    of_keys = products[0].inputs[1](keys)
-    alone = products[0].inputs[1](keys[..., 2:3])
+    of_keys = products[0].input_quantizers[1](keys)
+    alone = products[0].input_quantizers[1](keys[..., 2:3])
     torch.testing.assert_close(of_keys[..., 2:3], alone)
 
 
@@ -148,7 +150,7 @@ def test_embeddings_have_a_scale_for_each_row_or_one(make_trainer):
     for per_channel, scales in ((True, 50), (False, 1)):
         module = calibrated(models.bert(), make_trainer, batches_for(models.bert), per_channel=per_channel)
         layer = module.network.layers["bert.embeddings.word_embeddings"]
-        assert layer.weight_quantizer.scale.numel() == scales and layer.inputs == ()
+        assert layer.weight_quantizer.scale.numel() == scales and layer.input_quantizers == ()
 
 
 class LanguageModel(pl.LightningModule):
@@ -172,7 +174,7 @@ class LanguageModel(pl.LightningModule):
 def test_a_causal_decoder_is_quantized_and_its_perplexity_evaluated(make):
     batches = models.batches_of(models.padded_tokens(16))
     options = {"adaquant": {"iterations": 30, "batch_size": 4}}
-    run = quantize(LanguageModel(make()), batches, as_loader(*batches), "sequential", None, options, weight_bits=4)
+    run = quantize(LanguageModel(make()), batches, as_loader(*batches), "sequential", options, weight_bits=4)
     float_perplexity = run.float_metrics["perplexity"]
     found = {stage.name: stage.metrics["perplexity"] for stage in run.stages}
     assert float_perplexity > 1 and found["Calibration"] != float_perplexity
@@ -186,30 +188,31 @@ def test_products_embeddings_and_heads_take_part_in_allocation(make_trainer):
     make_trainer(Calibration(), stage).fit(module, as_loader(*batches_for(models.roberta)))
     losses = stage.allocation.sensitivity.losses
     product = losses["roberta.encoder.layer.0.attention.self.query_key_product"]
-    assert product[4, 4] == product[8, 4] != product[4, 8], "a product has no weight: only activation bits act on it"
-    assert product[4, 8] == stage.allocation.sensitivity.base_loss
+    w4a4, w4a8, w8a4 = BitWidths(4, 4), BitWidths(4, 8), BitWidths(8, 4)
+    assert product[w4a4] == product[w8a4] != product[w4a8], "a product has no weight: only activation bits act on it"
+    assert product[w4a8] == stage.allocation.sensitivity.base_loss
     embedding = losses["roberta.embeddings.position_embeddings"]
-    assert embedding[4, 4] == embedding[4, 8] != embedding[8, 4]
+    assert embedding[w4a4] == embedding[w4a8] != embedding[w8a4]
     bits = {
         line.name: (line.weight_bits, line.activation_bits)
         for line in module.layer_summary()
         if line.kind == "quantized"
     }
     assert bits["roberta.encoder.layer.0.attention.self.query_key_product"][0] is None
-    assert stage.figures["compression"] <= 0.2
-    weights = sum(layer.weight.numel() * layer.bits[0] for layer in module.network.layers.values())
-    assert weights / 32 / module.network.quantizable_parameters == pytest.approx(stage.figures["compression"])
+    assert stage.result.figures["compression"] <= 0.2
+    layers = module.network.layers.values()
+    weights = sum(layer.weight.numel() * layer.config.weight.bits for layer in layers if layer.has_weight)
+    assert weights / 32 / module.network.quantizable_parameters == pytest.approx(stage.result.figures["compression"])
 
 
 def test_the_mixed_pipeline_runs_on_a_transformer():
     options = {
         "adaquant": {"iterations": 5},
         "preparation": {"iterations": 3},
-        "candidates": [(3, 8), (8, 8)],
-        "compression": 0.16,
+        "allocation": {"candidates": [(3, 8), (8, 8)], "compression": 0.16},
     }
-    run = quantize(models.bert(), batches_for(models.bert), None, "mixed", None, options)
-    assert {layer.bits[0] for layer in run.module.network.layers.values() if layer.weight.numel()} == {3, 8}
+    run = quantize(models.bert(), batches_for(models.bert), None, "mixed", options)
+    assert {layer.config.weight.bits for layer in run.module.network.layers.values() if layer.has_weight} == {3, 8}
 
 
 def test_work_of_products_counts_both_operands(make_trainer):
@@ -219,33 +222,36 @@ def test_work_of_products_counts_both_operands(make_trainer):
     product = work["bert.encoder.layer.0.attention.self.query_key_product"]
     assert product.multiply_accumulates == 4 * 16 * 16 * 8 and product.input_elements == 2 * 4 * 16 * 8
     assert work["bert.embeddings.word_embeddings"].input_elements == 0
-    costs = bit_operations({"p": product, "l": product}, {"p": [(2, 8)], "l": [(2, 8)]}, products=["p"])
-    assert (
-        costs["p"][2, 8] == 64 * product.multiply_accumulates and costs["l"][2, 8] == 16 * product.multiply_accumulates
-    )
+    w2a8 = BitWidths(2, 8)
+    options = open_candidates(module.network, [w2a8])
+    costs = cost_table("bit_operations", CostInputs(module.network, module.calibration, options))
+    name = "bert.encoder.layer.0.attention.self.query"
+    assert costs[name][w2a8] == 16 * work[name].multiply_accumulates
+    assert costs["bert.encoder.layer.0.attention.self.query_key_product"][w2a8] == 64 * product.multiply_accumulates
 
 
-def test_layers_that_share_a_weight_agree_on_its_width():
+def test_layers_that_share_a_weight_agree_on_its_bit_width():
     options = {"weight_bits": 3, "edge_bits": None}
     batch = models.padded_tokens()
 
     def bits(make=models.gpt2, **more):
         module = QuantizationModule(make(), **{**options, **more})
         module.network.prepare(lambda: module.model(**batch))
-        return {name: layer.bits for name, layer in module.network.layers.items()}, module.network
+        return {name: layer.config.bit_widths for name, layer in module.network.layers.items()}, module.network
 
     found, network = bits(overrides={"lm_head": [8, 6]})
-    assert found["transformer.wte"][0] == 8 and found["lm_head"] == (8, 6)
-    assert {"lm_head", "transformer.wte"} <= network.fixed
+    assert found["transformer.wte"].weight == 8 and found["lm_head"] == BitWidths(8, 6)
+    assert {"lm_head", "transformer.wte"} <= set(network.pinned_layers)
     found, network = bits(models.t5, edge_bits=8)
-    assert found["shared"][0] == found["encoder.embed_tokens"][0] == 8 and "shared" in network.fixed
-    with pytest.raises(ValueError, match="overrides give one weight, which these layers share, several widths"):
+    assert found["shared"].weight == found["encoder.embed_tokens"].weight == 8 and "shared" in network.pinned_layers
+    with pytest.raises(ValueError, match="overrides give one weight, which these layers share, several"):
         bits(overrides={"lm_head": 8, "transformer.wte": 4})
     _, network = bits(overrides={"transformer.wte": None})
-    assert "copy of its own" in network.notes["lm_head"]
+    notes = {line.name: line.note for line in network.summary()}
+    assert "copy of its own" in notes["lm_head"]
 
 
-def test_a_tied_head_costs_operations_at_the_width_of_its_weight(make_trainer):
+def test_a_tied_head_costs_operations_at_the_bit_width_of_its_weight(make_trainer):
     module = QuantizationModule(models.gpt2(), edge_bits=None)
     stage = BitAllocation(bit_operations=1.2e7, candidates=[(2, 8), (4, 8), (8, 8)], checks=4)
     make_trainer(Calibration(), stage).fit(module, as_loader(*batches_for(models.gpt2)))
@@ -254,9 +260,10 @@ def test_a_tied_head_costs_operations_at_the_width_of_its_weight(make_trainer):
     work = measure_work(network, module.calibration)
     true = 0.0
     for name, layer in network.layers.items():
-        weight_bits = (layer.tied_to or layer).bits[0] if layer.kind.channel_axis is not None else layer.bits[1]
-        true += work[name].multiply_accumulates * weight_bits * layer.bits[1]
-    assert true == pytest.approx(stage.figures["bit_operations"]) and true <= 1.2e7
+        bit_widths = layer.config.bit_widths
+        weight_bits = (layer.tied_to or layer).config.bit_widths.weight
+        true += work[name].multiply_accumulates * (weight_bits or bit_widths.activation) * (bit_widths.activation or 32)
+    assert true == pytest.approx(stage.result.figures["bit_operations"]) and true <= 1.2e7
 
 
 def test_a_model_of_embeddings_alone_is_quantized(make_trainer):

@@ -9,14 +9,16 @@ from pathlib import Path
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.losses import Loss
-from ..calibration.steps import Steps, untold
-from ..quantization.network import QuantizedNetwork
-from ..quantization.scheme import Bits
+from ..calibration.progress import ProgressCallback, no_progress
+from ..network.network import QuantizedNetwork
+from ..network.trial import trial
+from ..quantization.spec import BitWidths, LayerConfig
 from .check import Assignment, improve
 from .integer_program import InfeasibleBudgetError
-from .outcome import Allocation, Point, Sweep
-from .problem import Goal, Problem
-from .sensitivity import Measurement, base_bits, describe_conditions, keep_states, measure_sensitivity
+from .options import AllocationOptions
+from .outcome import Allocation, Point
+from .problem import Problem
+from .sensitivity import SensitivityOptions, base_bits, describe_conditions, keep_states, measure_sensitivity
 from .table import Conditions, SensitivityTable, read_table
 
 log = logging.getLogger(__name__)
@@ -30,122 +32,147 @@ _TIGHTER = 0.8
 def allocate(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
-    candidates: Sequence[Bits],
-    goal: Goal,
-    measurement: Measurement | None = None,
-    sweep: Sweep | None = None,
-    checks: int = 16,
+    options: AllocationOptions | None = None,
     store: ActivationStore | None = None,
     evaluate: Evaluate | None = None,
-    steps: Steps = untold,
+    progress: ProgressCallback = no_progress,
+    table_path: str | Path | None = None,
 ) -> Allocation:
-    """Give each free layer its own width, in place; where that fails, the layers are as they were.
+    """Give each searchable layer its own bit-widths, in place; where that fails, the layers are as they were.
 
-    Layers whose width is fixed (first, last, overrides) keep it and count against the budgets, and so do quantizable
-    layers that were left float, with 32 bits.
+    Layers whose bit-widths are pinned (first, last, overrides) keep them and count against the budgets, and so do
+    quantizable layers that stay in float, with 32 bits.
 
     Args:
-        network: Calibrated.
-        calibration: The samples.
-        candidates: ``(weight_bits, activation_bits)`` pairs.
-        goal: What is minimised and limited.
-        measurement: What is measured, and on which samples; see ``Measurement``.
-        sweep: Budgets of ``compression`` to solve for, in place of the goal's one.
-        checks: How many alternatives to each solution have their true loss measured, see ``improve``.
-        store: Where activations are kept while measuring.
+        network: Calibrated network.
+        calibration: Calibration set.
+        options: See ``AllocationOptions``; ``output_folder`` and ``reset_to_float`` are left to the caller.
+        store: Store of captured activations while measuring; all in memory if None.
         evaluate: The user's own evaluation of the model as it is; called for each point of a sweep.
-        steps: Told of each measurement of a sensitivity.
+        progress: Progress callback, called after each measurement of a sensitivity.
+        table_path: CSV file for the measurements in place of ``options.table``.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
         InfeasibleBudgetError: If no choice keeps the budgets; states what is reachable.
-        ValueError: If no layer is free, a measured loss is not finite (names layer and width), a table to be
-            taken again is of another model, or no point of a sweep meets the rule.
+        ValueError: If no layer is searchable, a measured loss is not finite (names layer and bit-widths), a table to be
+            reused is of another model, or no point of a sweep meets the rule.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> from lightning_calibtip.quantization.ranges import RangeOptions
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.randn(8, 4))
+        >>> network = QuantizedNetwork(model, QuantizationScheme(activation_bits=None, edge_bits=None))
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> network.attach_observers(RangeOptions())
+        >>> with network.observing():
+        ...     _ = calibration.run(0)
+        >>> network.fit_ranges()
+        >>> outcome = allocate(network, calibration, AllocationOptions(compression=0.2, candidates=[4, 8]))
+        >>> sorted(bits.label for bits in outcome.chosen.bits.values())
+        ['W4', 'W8']
+        >>> outcome.chosen.compression
+        0.1875
     """
     if not network.calibrated:
         raise RuntimeError("Bit allocation measures the quantized model: run Calibration first.")
     calibration.require()
-    if not network.free_layers:
-        raise ValueError("No layer's width is free: overrides and edge_bits fix them all.")
-    measurement, sweep = measurement or Measurement(), sweep or Sweep()
-    problem = Problem(network, calibration, candidates, goal)
-    budgets = [{**goal.limits, "compression": value} for value in sweep.compression] or [dict(goal.limits)]
+    if not network.searchable_layers:
+        raise ValueError("No layer's bit-widths are free to be chosen: overrides and edge_bits pin them all.")
+    options = options or AllocationOptions()
+    candidates, constraints, sweep = options.bit_widths(network.scheme), options.constraints, options.sweep
+    problem = Problem(network, calibration, candidates, constraints)
+    budgets = [{**constraints.limits, "compression": value} for value in sweep.compression]
+    budgets = budgets or [dict(constraints.limits)]
     for limits in budgets:
         # What cannot be solved must show before hours of measuring.
         problem.solve({name: limit for name, limit in limits.items() if name != "loss"}, "compression")
-    initial = {name: network.layers[name].bits for name in network.free_layers}
     keep_states(network)
-    try:
+    with trial([network.layers[name] for name in network.searchable_layers]):
+        measurement = options.sensitivity_options(table_path)
         loss = Loss(network, calibration, measurement.metric, measurement.samples)
-        if measurement.again is None:
-            table = measure_sensitivity(network, loss, candidates, measurement.path, store, steps)
-            model = Model(network, loss, table.base_loss)
-        else:
-            present = describe_conditions(network, loss, base_bits(candidates))
-            table = _take_again(measurement.again, present, problem)
-            model = Model(network, loss, table.base_loss)
-            if table.conditions != present:
-                log.warning(
-                    "%s was measured with other states of the layers, or on other samples: the solution is not checked "
-                    "by its true loss, which is that of the present states.",
-                    measurement.again,
-                )
-                checks, model = 0, Model(network, loss, _base_loss(network, loss, base_bits(candidates)))
+        table, base_loss, comparable = _sensitivities(network, loss, problem, measurement, store, progress)
+        model, checks = Model(network, loss, base_loss), options.checks if comparable else 0
         problem.set_losses(table)
         curve, uniform = [], []
         for limits in budgets:
             bits, measured, proved = _best(problem, limits, model.measure, checks)
-            label = f"{limits.get('compression', goal.minimise)}"
+            label = f"{limits.get('compression', constraints.minimise)}"
             curve.append(_point(problem, model, label, bits, measured, proved, evaluate if sweep.compression else None))
         for candidate in candidates if sweep.compression else ():
             bits = problem.uniform(candidate)
-            label = "W{}A{}".format(*candidate)
-            uniform.append(_point(problem, model, label, bits, model.measure(bits), True, evaluate))
+            uniform.append(_point(problem, model, candidate.label, bits, model.measure(bits), True, evaluate))
         chosen = sweep.pick(curve) if sweep.compression else curve[0]
         model.apply(chosen.bits)
-    except BaseException:
-        for name, widths in initial.items():
-            network.layers[name].take(widths)
-        raise
     return Allocation(chosen, curve, uniform, table)
+
+
+def _sensitivities(
+    network: QuantizedNetwork,
+    loss: Loss,
+    problem: Problem,
+    options: SensitivityOptions,
+    store: ActivationStore | None,
+    progress: ProgressCallback,
+) -> tuple[SensitivityTable, float, bool]:
+    """The table, measured or reused; the loss of the present states at the base; and whether both tell of the same."""
+    base = base_bits(problem.candidates)
+    if options.reuse is None:
+        table = measure_sensitivity(network, loss, problem.candidates, options.path, store, progress)
+        return table, table.base_loss, True
+    present = describe_conditions(network, loss, base)
+    table = _read_again(options.reuse, present, problem)
+    if table.conditions == present:
+        return table, table.base_loss, True
+    log.warning(
+        "%s was measured with other states of the layers, or on other samples: the solution is not checked by its true "
+        "loss, which is that of the present states.",
+        options.reuse,
+    )
+    for name in network.searchable_layers:
+        network.switch(name, base)
+    return table, loss(), False
 
 
 @dataclass
 class Model:
-    """The model whose widths are being chosen, and its true losses, each measured once.
+    """The model whose bit-widths are being chosen, and its true losses, each measured once.
 
     Args:
-        network: Its layers are put into the states for each choice.
+        network: Its layers are switched to each choice.
         loss: What is measured.
-        base_loss: With all free layers at the base.
+        base_loss: Loss with all searchable layers at the base.
+
+    Example:
+        See ``allocate``.
     """
 
     network: QuantizedNetwork
     loss: Loss
     base_loss: float
-    _measured: dict[tuple[Bits, ...], float] = field(default_factory=dict)
+    _measured: dict[tuple[LayerConfig, ...], float] = field(default_factory=dict)
 
     def apply(self, bits: Assignment) -> None:
-        """Give the free layers these widths."""
-        for name in self.network.free_layers:
-            if self.network.layers[name].bits != bits[name]:
-                self.network.layers[name].take(bits[name])
+        """Give the searchable layers these bit-widths."""
+        for name, config in self._configs(bits).items():
+            if self.network.layers[name].config != config:
+                self.network.layers[name].switch(config)
 
     def measure(self, bits: Assignment) -> float:
         """Rise of the true loss over the base; infinite where it is not a number."""
-        key = tuple(bits[name] for name in self.network.free_layers)
+        key = tuple(self._configs(bits).values())
         if key not in self._measured:
             self.apply(bits)
             rise = self.loss() - self.base_loss
             self._measured[key] = math.inf if math.isnan(rise) else rise
         return self._measured[key]
 
-
-def _base_loss(network: QuantizedNetwork, loss: Loss, base: Bits) -> float:
-    """Loss of the present states at the base."""
-    for name in network.free_layers:
-        network.layers[name].take(base)
-    return loss()
+    def _configs(self, bits: Assignment) -> dict[str, LayerConfig]:
+        return {name: self.network.config_for(name, bits[name]) for name in self.network.searchable_layers}
 
 
 def _point(
@@ -162,18 +189,18 @@ def _point(
         model.apply(bits)
         metrics = dict(evaluate())
     costs = {name: problem.total(name, bits) for name in problem.costs}
-    free = {name: bits[name] for name in problem.free}
-    return Point(label, free, costs["compression"], problem.total("loss", bits), measured, costs, metrics, proved)
+    chosen = {name: bits[name] for name in problem.searchable}
+    return Point(label, chosen, costs["compression"], problem.total("loss", bits), measured, costs, metrics, proved)
 
 
 def _best(
     problem: Problem, limits: Mapping[str, float], measure: Callable[[Assignment], float], checks: int
-) -> tuple[Assignment, float, bool]:
+) -> tuple[Mapping[str, BitWidths], float, bool]:
     """The program's solution, checked by its true loss; and whether the solver had proved it."""
     choice = problem.solve(limits)
     if not choice.proved:
         log.warning("time_limit ended the search: a better choice may exist.")
-    if problem.goal.minimise == "loss":
+    if problem.constraints.minimise == "loss":
         return *improve(problem, choice.candidates, limits, measure, checks), choice.proved
     # The cheapest model is wanted: only its loss has to be right.
     wanted = limits["loss"]
@@ -198,7 +225,7 @@ def _best(
     return last.candidates, measured, last.proved
 
 
-def _take_again(path: Path, wanted: Conditions, problem: Problem) -> SensitivityTable:
+def _read_again(path: Path, wanted: Conditions, problem: Problem) -> SensitivityTable:
     """A table from a file, if it fits the model and the candidates."""
     table = read_table(path)
     if table.conditions.model != wanted.model or table.losses.keys() - problem.options.keys():
@@ -206,14 +233,21 @@ def _take_again(path: Path, wanted: Conditions, problem: Problem) -> Sensitivity
             f"{path} was measured on another model (digest {table.conditions.model}, this one's is {wanted.model}): "
             "measure this one, without sensitivity=."
         )
-    for what in ("metric", "base"):
-        there, here = getattr(table.conditions, what), getattr(wanted, what)
+    compared: Sequence[tuple[str, str, str]] = (
+        ("metric", table.conditions.metric, wanted.metric),
+        ("base", table.conditions.base.label, wanted.base.label),
+    )
+    for what, there, here in compared:
         if there != here:
             raise ValueError(f"{path} was measured with {what} {there}, this run has {here}: measure it anew.")
-    missing = {
-        name: [bits for bits in problem.options[name] if bits != wanted.base and bits not in table.losses.get(name, {})]
-        for name in problem.free
+    lacking = {
+        name: [
+            bits.label
+            for bits in problem.options[name]
+            if bits != wanted.base and bits not in table.losses.get(name, {})
+        ]
+        for name in problem.searchable
     }
-    if lacking := {name: bits for name, bits in missing.items() if bits}:
+    if lacking := {name: labels for name, labels in lacking.items() if labels}:
         raise ValueError(f"{path} lacks measurements: {lacking}. Measure it anew, or leave those candidates out.")
     return table

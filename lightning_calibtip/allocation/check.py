@@ -4,15 +4,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 
-from ..quantization.scheme import Bits
+from ..quantization.spec import BitWidths
 from .problem import Problem
 
-Assignment = Mapping[str, Bits]
+Assignment = Mapping[str, BitWidths]
 
-# How many uniform widths are measured, the most promising first.
+# Number of candidates that are measured in all layers at once, the most promising first.
 _UNIFORM = 2
 
-# Of each kind, how many changes of one layer or group are combined.
+# Number of changes of one layer or group that are combined, of those that raise bits and of those that lower them.
 _MOVES = 24
 
 
@@ -25,22 +25,25 @@ def improve(
 ) -> tuple[Assignment, float]:
     """Measure the choice and up to ``checks`` alternatives within the same limits; the best so far is kept.
 
-    First come the best uniform widths that fit, which no mix should lose to; then the neighbours of the best choice
+    First come the best uniform bit-widths that fit, which no mix should lose to; then the neighbours of the best choice
     that promise most by the predicted losses: one layer (or group) raised, or one raised and another lowered. A
     neighbour that measures better becomes the new best choice.
 
     Args:
-        problem: With its losses.
+        problem: Allocation problem that has its losses.
         chosen: The program's choice, for all layers.
-        limits: Of its costs.
-        measure: Puts a choice into the model and gives its loss.
-        checks: How many alternatives are measured, at least 0.
+        limits: Limits of its costs by name.
+        measure: Switches the model to a choice and gives its loss.
+        checks: Number of alternatives to measure, at least 0.
 
     Returns:
         The best choice and its measured loss.
 
     Raises:
         ValueError: If none of the measured losses is finite.
+
+    Example:
+        See ``allocate``, which calls it with the program's choice.
     """
     best, least = dict(chosen), measure(chosen)
     tried = {_key(chosen)}
@@ -73,11 +76,12 @@ def improve(
     return best, least
 
 
-def _key(bits: Assignment) -> tuple[tuple[str, Bits], ...]:
-    return tuple(sorted(bits.items()))
+def _key(bits: Assignment) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """What tells choices apart, and orders them."""
+    return tuple(sorted((name, of_layer.sort_key) for name, of_layer in bits.items()))
 
 
-def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float]) -> Iterator[dict[str, Bits]]:
+def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float]) -> Iterator[dict[str, BitWidths]]:
     """Choices that differ in one or two slots and keep the limits, the most promising first."""
     losses = problem.losses
     moves = [
@@ -96,7 +100,7 @@ def _neighbours(problem: Problem, bits: Assignment, limits: Mapping[str, float])
             yield neighbour
 
 
-def _moves(problem: Problem, bits: Assignment) -> Iterator[dict[str, Bits]]:
+def _moves(problem: Problem, bits: Assignment) -> Iterator[dict[str, BitWidths]]:
     """Changes of one slot to another of its candidates."""
     for slot in problem.groups:
         for candidate in problem.options[slot[0]]:

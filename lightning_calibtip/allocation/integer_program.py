@@ -31,6 +31,9 @@ class Budget(Generic[Candidate]):
         name: For messages and for ``Choice.costs``: ``"compression"``, ``"bit operations"``, ...
         costs: Layer -> candidate -> cost, in any unit.
         limit: Greatest allowed sum, in the same unit.
+
+    Example:
+        See ``choose_candidates``.
     """
 
     name: str
@@ -49,6 +52,10 @@ class Solver:
 
     Raises:
         ValueError: If a value is out of its range, or the solver is not installed.
+
+    Example:
+        >>> Solver(gap=0.01).name
+        'cbc'
     """
 
     name: str = "cbc"
@@ -82,6 +89,9 @@ class Choice(Generic[Candidate]):
         objective: Sum of the chosen entries of the minimised table.
         costs: Sum of the chosen costs by the budgets' names, each at most its limit.
         proved: Whether the solver has proved that nothing better (by more than the gap) exists; False if time ran out.
+
+    Example:
+        See ``choose_candidates``.
     """
 
     candidates: dict[str, Candidate]
@@ -91,7 +101,15 @@ class Choice(Generic[Candidate]):
 
 
 class InfeasibleBudgetError(ValueError):
-    """No choice of candidates keeps all budgets."""
+    """No choice of candidates keeps all budgets.
+
+    Example:
+        >>> sizes = {"a": {4: 40, 8: 80}}
+        >>> choose_candidates(sizes, [Budget("bytes", sizes, 20)])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lightning_calibtip.allocation.integer_program.InfeasibleBudgetError: bytes=20 is out of reach: ...
+    """
 
 
 @dataclass
@@ -114,14 +132,14 @@ def choose_candidates(
     losses as a budget, its other formulation.
 
     Args:
-        objective: Layer -> candidate -> what is added up and minimised; may be negative. A layer whose width is fixed
-            has a single candidate.
+        objective: Layer -> candidate -> what is added up and minimised; may be negative. A layer whose
+            candidate is given has a single one.
         budgets: Limits, whose tables have the same layers and candidates.
         groups: Layers that must take the same candidate; groups with a layer in common are one.
         solver: See ``Solver``; CBC to the optimum if None.
 
     Returns:
-        The best choice. Of several equally good candidates of a layer the cheapest is taken, whatever the order of the
+        The best choice. Among equally good candidates of a layer the cheapest is taken, whatever the order of the
         tables.
 
     Raises:
@@ -180,6 +198,10 @@ def merge_groups(layers: Iterable[str], groups: Iterable[Sequence[str]]) -> list
 
     Raises:
         ValueError: If a group is empty or names an unknown layer.
+
+    Example:
+        >>> merge_groups(["a", "b", "c", "d"], [["a", "c"], ["c", "d"]])
+        [('a', 'c', 'd'), ('b',)]
     """
     slot_of = {layer: {layer} for layer in layers}
     for group in groups:

@@ -1,10 +1,10 @@
-"""Outcome of a bit allocation, and of a sweep over budgets the rule by which one is taken."""
+"""Outcome of a bit allocation, and the rule by which one point of a sweep over budgets is picked."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..quantization.scheme import Bits
+from ..quantization.spec import BitWidths
 from .table import SensitivityTable
 
 
@@ -13,18 +13,22 @@ class Point:
     """One model of the trade-off.
 
     Args:
-        label: ``"0.13"`` for the budget it was solved for, ``"W4A8"`` for a uniform width.
-        bits: Width of each free layer.
+        label: ``"0.13"`` for the budget it was solved for, ``"W4A8"`` for uniform bit-widths.
+        bits: Bit-widths of each searchable layer.
         compression: Bits of the weights over 32 bits each.
         predicted_loss: Sum of the single-layer losses.
         measured_loss: True rise of the loss over the base.
-        costs: All costs that the goal names.
-        metrics: What the user's own evaluation gave, if there is one.
+        costs: All costs that the constraints name.
+        metrics: Metrics of the user's own evaluation, if there is one.
         proved: Whether the solver had proved that no better choice exists (by the predicted losses).
+
+    Example:
+        >>> Point("W4A8", {"fc": BitWidths(4, 8)}, 0.125, 0.02, 0.03, {}).bits["fc"].label
+        'W4A8'
     """
 
     label: str
-    bits: dict[str, Bits]
+    bits: dict[str, BitWidths]
     compression: float
     predicted_loss: float
     measured_loss: float
@@ -40,8 +44,11 @@ class Allocation:
     Args:
         chosen: The model as it now is.
         curve: All solved points, in the order of the budgets; one without a sweep.
-        uniform: Every candidate in all free layers, for comparison (with a sweep only).
-        sensitivity: The table that was solved.
+        uniform: Every candidate in all searchable layers, for comparison (with a sweep only).
+        sensitivity: Table of sensitivities that was solved.
+
+    Example:
+        See ``allocate``.
     """
 
     chosen: Point
@@ -52,16 +59,21 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Several budgets solved from one table, and the rule by which one of the points is taken.
+    """Several budgets solved from one table, and the rule by which one of the points is picked.
 
     Args:
         compression: The budgets, each above 0 and at most 1; none for no sweep.
-        under: Only points of at most this compression are taken; None for all.
-        max_degradation: Take the smallest point whose measured loss lies at most this much above the base; None for the
-            one of least loss.
+        under: Greatest compression of a point that may be picked; None for any.
+        max_degradation: The smallest point whose measured loss is at most this much above the base is picked; None for
+            the one of least loss.
 
     Raises:
         ValueError: If a budget is out of its range, or there is a rule but no sweep.
+
+    Example:
+        >>> small, large = Point("0.1", {}, 0.1, 0.5, 0.6, {}), Point("0.2", {}, 0.2, 0.1, 0.1, {})
+        >>> Sweep([0.1, 0.2]).pick([small, large]).label, Sweep([0.1, 0.2], under=0.15).pick([small, large]).label
+        ('0.2', '0.1')
     """
 
     compression: Sequence[float] = ()

@@ -1,4 +1,4 @@
-"""Sensitivity: the loss when one layer takes a candidate width and all others stay at the base."""
+"""Sensitivity: the loss when one layer has a candidate's bit-widths and all others those of the base."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,12 +14,11 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import output_logits
 from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..calibration.losses import Loss, LossFunction, check_metric
-from ..calibration.recording import Recording
+from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.replay import CalledAgainError, Replay
-from ..calibration.steps import Steps, untold
-from ..quantization.layers import QuantizedLayer
-from ..quantization.network import QuantizedNetwork
-from ..quantization.scheme import Bits
+from ..network.layers import QuantizedLayer
+from ..network.network import QuantizedNetwork
+from ..quantization.spec import BitWidths
 from .table import Conditions, SensitivityFile, SensitivityTable
 
 log = logging.getLogger(__name__)
@@ -29,23 +28,27 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """How sensitivities come about.
+class SensitivityOptions:
+    """How sensitivities are measured.
 
     Args:
         metric: See ``Loss``.
-        samples: How many calibration samples to measure on; all if None.
+        samples: Number of calibration samples to measure on; all if None.
         path: CSV file that gets the measurements as they are made, see ``measure_sensitivity``.
-        again: CSV file of an earlier run, to be taken instead of measuring.
+        reuse: CSV file of an earlier run, whose measurements are reused instead of measuring.
 
     Raises:
         ValueError: If a value is out of its range.
+
+    Example:
+        >>> SensitivityOptions(samples=256).metric
+        'kl'
     """
 
     metric: str | LossFunction = "kl"
     samples: int | None = None
     path: Path | None = None
-    again: Path | None = None
+    reuse: Path | None = None
 
     def __post_init__(self) -> None:
         check_metric(self.metric)
@@ -53,20 +56,34 @@ class Measurement:
             raise ValueError(f"samples must be at least 1, got {self.samples}.")
 
 
-def base_bits(candidates: Sequence[Bits]) -> Bits:
-    """The width of all layers that are not being measured: the widest weights and the widest activations."""
-    return max(weight for weight, _ in candidates), max(activation for _, activation in candidates)
+def base_bits(candidates: Sequence[BitWidths]) -> BitWidths:
+    """Bit-widths of all layers that are not being measured: the widest weights and the widest activations.
+
+    Args:
+        candidates: Candidates; float is wider than any bit-width.
+
+    Example:
+        >>> base_bits([BitWidths(2, 8), BitWidths(8, 4)]).label, base_bits([BitWidths(2, 8), BitWidths(4, None)]).label
+        ('W8A8', 'W4')
+    """
+    weights, activations = [bits.weight for bits in candidates], [bits.activation for bits in candidates]
+    return BitWidths(_widest(weights), _widest(activations))
+
+
+def _widest(bits: list[int | None]) -> int | None:
+    known = [number for number in bits if number is not None]
+    return max(known) if len(known) == len(bits) else None
 
 
 def measure_sensitivity(
     network: QuantizedNetwork,
     loss: Loss,
-    candidates: Sequence[Bits],
+    candidates: Sequence[BitWidths],
     path: str | Path | None = None,
     store: ActivationStore | None = None,
-    steps: Steps = untold,
+    progress: ProgressCallback = no_progress,
 ) -> SensitivityTable:
-    """Measure the loss for every free layer and candidate.
+    """Measure the loss for every searchable layer and candidate.
 
     Layers are measured in the order of execution. What comes before the measured layer is replayed from the
     activations of the base, so that a measurement costs the layer and what follows it. Whether the replayed model
@@ -74,48 +91,69 @@ def measure_sensitivity(
     leave the graph, side effects), a warning says so and the rest is measured by whole passes. So are layers inside
     other layers, and those that the first batch does not reach.
 
-    A layer keeps its present state for its present width (whatever stages have done to it before); it takes another
-    width with the parameters that AdaQuant found for it there, if it has (``variants``), else with ranges alone.
+    A layer keeps its present state for its present format (whatever stages have done to it before); it is switched to
+    another format with the parameters that AdaQuant found for it there, if it has (``variants``), else with ranges
+    alone. Candidates that come to the same format of a layer are measured once.
 
     Args:
-        network: Calibrated; left at the base.
+        network: Calibrated network; left at the base.
         loss: What is measured, and on which samples.
-        candidates: ``(weight_bits, activation_bits)`` pairs.
-        path: CSV file that gets each measurement as it is made; one that a killed run has left is gone on with.
-        store: Where activations are kept; all in memory if None.
-        steps: Told of each measurement.
+        candidates: Candidate bit-widths.
+        path: CSV file that gets each measurement as it is made; one that a killed run has left is resumed.
+        store: Store of captured activations; all in memory if None.
+        progress: Progress callback, called after each measurement.
 
     Raises:
         ValueError: If a loss is not finite (names layer and candidate), or the file at ``path`` is of another run.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.calibration.calibration_set import CalibrationSet
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> from lightning_calibtip.quantization.ranges import RangeOptions
+        >>> model = nn.Sequential(nn.Linear(2, 3)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.randn(8, 2))
+        >>> network = QuantizedNetwork(model, QuantizationScheme(edge_bits=None))
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> network.attach_observers(RangeOptions())
+        >>> with network.observing():
+        ...     _ = calibration.run(0)
+        >>> network.fit_ranges()
+        >>> candidates = [BitWidths(2, None), BitWidths(8, None)]
+        >>> table = measure_sensitivity(network, Loss(network, calibration), candidates)
+        >>> table.conditions.base.label, table.rise("0", candidates[0]) > 0
+        ('W8', True)
     """
     base = base_bits(candidates)
     keep_states(network)
     conditions = describe_conditions(network, loss, base)
-    for name in network.free_layers:
-        network.layers[name].take(base)
+    searchable = network.searchable_layers
+    for name in searchable:
+        network.switch(name, base)
     with TemporaryDirectory() as folder, SensitivityFile(path or Path(folder) / "table.csv", conditions) as file:
         table = file.table or file.add_base(loss())
 
         def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
             try:
-                # Widths that differ only in a part that does not act on the layer have the same loss.
-                known = {layer.acting(base): table.base_loss}
+                known = {network.config_for(layer.name, base): table.base_loss}
                 for bits in candidates:
                     if bits != base and bits not in table.losses.get(layer.name, {}):
-                        if (acting := layer.acting(bits)) not in known:
-                            layer.take(bits)
-                            known[acting] = loss(run)
-                        file.add(layer.name, bits, known[acting])
-                        told = f"{layer.name} at W{bits[0]}A{bits[1]}: loss {table.rise(layer.name, bits):+.4g}"
-                        log.info(told)
+                        config = network.config_for(layer.name, bits)
+                        if config not in known:
+                            layer.switch(config)
+                            known[config] = loss(run)
+                        file.add(layer.name, bits, known[config])
+                        text = f"{layer.name} at {bits.label}: loss {table.rise(layer.name, bits):+.4g}"
+                        log.info(text)
                         done = sum(len(of_layer) for of_layer in table.losses.values())
-                        steps(done, (len(candidates) - (base in candidates)) * len(network.free_layers), told)
+                        progress(done, (len(candidates) - (base in candidates)) * len(searchable), text)
             finally:
-                layer.take(base)
+                network.switch(layer.name, base)
 
-        done = _measure_by_replay(network, loss, store or ActivationStore(), measure)
-        for name in network.free_layers:
-            if name not in done:
+        measured = _measure_by_replay(network, loss, store or ActivationStore(), measure)
+        for name in searchable:
+            if name not in measured:
                 measure(network.layers[name], loss.calibration.run)
     return table
 
@@ -128,14 +166,15 @@ def _measure_by_replay(
 ) -> set[str]:
     """Measure as many layers as replay serves, all others being at the base; returns their names."""
     assert network.structure is not None
-    running = [name for name in network.structure.calls_of if name in network.free_layers]
+    searchable = set(network.searchable_layers)
+    running = [name for name in network.structure.calls_of if name in searchable]
     names = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
     stream = Replay(network.model, network.structure, loss.calibration, names, store, to_end=True)
     wanted = _output(loss, loss.calibration.run)
-    done = set()
+    measured = set()
     for name in names:
         try:
-            outputs = _outputs(stream, network.layers[name])
+            outputs = stream.record(name).outputs
             if right := _is_close(_output(loss, stream.run), wanted):
                 measure(network.layers[name], stream.run)
         except CalledAgainError:
@@ -143,10 +182,11 @@ def _measure_by_replay(
         if not right:
             log.warning("%s: the model cannot be replayed from here on; the rest is measured by whole passes.", name)
             break
-        done.add(name)
+        measured.add(name)
+        assert outputs is not None
         stream.finish(name, outputs)
     stream.forget()
-    return done
+    return measured
 
 
 @torch.no_grad()
@@ -161,26 +201,35 @@ def _is_close(output: list[Tensor], wanted: list[Tensor]) -> bool:
     )
 
 
-@torch.no_grad()
-def _outputs(stream: Replay, layer: QuantizedLayer) -> Recording:
-    """What the layer, as it is, gives at all its calls."""
-    outputs = stream.recording(layer.name)
-    for calls in stream.capture(layer.name):
-        for call in calls:
-            outputs.append(layer.module(*call.args, **call.kwargs))
-    return outputs
-
-
 def keep_states(network: QuantizedNetwork) -> None:
-    """Let every free layer come back to its present state whenever it comes back to its present width."""
-    for name in network.free_layers:
+    """Let every searchable layer come back to its present state whenever it comes back to its present format.
+
+    Args:
+        network: Calibrated network.
+
+    Example:
+        See ``measure_sensitivity``, which begins with it.
+    """
+    for name in network.searchable_layers:
         layer = network.layers[name]
-        layer.variants[layer.bits] = layer.save()
+        layer.variants[layer.config] = layer.save()
 
 
-def describe_conditions(network: QuantizedNetwork, loss: Loss, base: Bits) -> Conditions:
-    """What measurements with this base depend on."""
-    layers = network.layers.values()
-    states = [state for layer in layers for state in [layer.save(), *(s for _, s in sorted(layer.variants.items()))]]
+def describe_conditions(network: QuantizedNetwork, loss: Loss, base: BitWidths) -> Conditions:
+    """Describe what measurements with this base depend on.
+
+    Args:
+        network: Calibrated network.
+        loss: What is measured, and on which samples.
+        base: Bit-widths of the base.
+
+    Example:
+        See ``measure_sensitivity``, whose table holds them.
+    """
+    states = [
+        state
+        for layer in network.layers.values()
+        for state in [layer.save(), *(s for _, s in sorted(layer.variants.items(), key=lambda item: repr(item[0])))]
+    ]
     everything = digest([digest_states(states), digest_data(loss.calibration)])
     return Conditions(network.fingerprint[:16], everything[:16], loss.name, loss.calibration.samples, base)

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from ..quantization.scheme import Bits
+from ..quantization.spec import BitWidths
 
-_VERSION = 1
+# Version 1 had no bit-width None.
+_VERSION = 2
+_READABLE = (1, 2)
 _COLUMNS = ["layer", "weight_bits", "activation_bits", "loss", "rise"]
 
 
@@ -23,33 +25,42 @@ class Conditions:
         model: Digest of the float model.
         states: Digest of the layers' states and of the samples.
         metric: Name of the loss.
-        samples: Number of samples it was measured on.
-        base: Width ``(weight_bits, activation_bits)`` of all other layers.
+        samples: Number of samples that it was measured on.
+        base: Bit-widths of all other layers.
+
+    Example:
+        See ``SensitivityTable``.
     """
 
     model: str
     states: str
     metric: str
     samples: int
-    base: Bits
+    base: BitWidths
 
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """Loss of the model when a single layer takes a candidate width and the rest stay at the base.
+    """Loss of the model when a single layer has a candidate's bit-widths and the others those of the base.
 
     Args:
         conditions: See ``Conditions``.
         base_loss: Loss with all layers at the base.
         losses: Layer -> candidate -> loss.
+
+    Example:
+        >>> conditions = Conditions("model", "states", "kl", 16, BitWidths(8, None))
+        >>> table = SensitivityTable(conditions, 0.25, {"conv1": {BitWidths(4, None): 0.75}})
+        >>> table.rise("conv1", BitWidths(4, None)), table.rise("conv1", BitWidths(8, None))
+        (0.5, 0.0)
     """
 
     conditions: Conditions
     base_loss: float
-    losses: dict[str, dict[Bits, float]] = field(default_factory=dict)
+    losses: dict[str, dict[BitWidths, float]] = field(default_factory=dict)
 
-    def rise(self, layer: str, bits: Bits) -> float:
-        """How far the loss lies above that of the base."""
+    def rise(self, layer: str, bits: BitWidths) -> float:
+        """How far the loss is above that of the base."""
         return 0.0 if bits == self.conditions.base else self.losses[layer][bits] - self.base_loss
 
     def write(self, path: str | Path) -> None:
@@ -65,32 +76,42 @@ class SensitivityTable:
 def read_table(path: str | Path) -> SensitivityTable:
     """Read a table back.
 
+    Args:
+        path: CSV file.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no such table, has no base, or holds a value that is not finite; the message names file and
             line.
+
+    Example:
+        See ``SensitivityFile``.
     """
     path = Path(path)
     with path.open(newline="") as file:
-        conditions = _read_conditions(path, file.readline())
+        _, conditions = _read_conditions(path, file.readline())
         table = _read_lines(path, file, conditions)
     if table is None:
         raise ValueError(f"{path}: the table has no measurement of the base; measure it anew.")
     return table
 
 
-def _read_conditions(path: Path, line: str) -> Conditions:
+def _read_conditions(path: Path, line: str) -> tuple[int, Conditions]:
+    """Version and conditions from the first line."""
     try:
         values = json.loads(line.removeprefix("#"))
         version = values.pop("version")
-        conditions = Conditions(**{**values, "base": tuple(values["base"])})
+        weight, activation = values["base"]
+        conditions = Conditions(**{**values, "base": BitWidths(weight, activation)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is no sensitivity table: its first line must be '#' and the conditions as JSON, got {line[:80]!r}."
         ) from error
-    if version != _VERSION:
-        raise ValueError(f"{path} has version {version}, this is version {_VERSION}; measure it anew.")
-    return conditions
+    if version not in _READABLE:
+        raise ValueError(
+            f"{path} has version {version}, this release reads versions 1 and {_VERSION}; measure it anew."
+        )
+    return version, conditions
 
 
 def _read_lines(path: Path, file: TextIO, conditions: Conditions) -> SensitivityTable | None:
@@ -101,39 +122,62 @@ def _read_lines(path: Path, file: TextIO, conditions: Conditions) -> Sensitivity
         if row == _COLUMNS:
             continue
         try:
-            layer, weight_bits, activation_bits, loss = row[0], int(row[1]), int(row[2]), float(row[3])
+            layer, loss = row[0], float(row[3])
+            bits = BitWidths(int(row[1]) if row[1] else None, int(row[2]) if row[2] else None)
         except (ValueError, IndexError) as error:
             raise ValueError(
                 f"{path}, line {number}: expected {', '.join(_COLUMNS)}, got {','.join(row)!r}."
             ) from error
-        check_finite(loss, layer, (weight_bits, activation_bits), f"{path}, line {number}: ")
+        check_finite(loss, layer, bits, f"{path}, line {number}: ")
         if not layer:
             table = SensitivityTable(conditions, loss)
         elif table is None:
             raise ValueError(f"{path}, line {number}: the base (a line without a layer) must come first.")
         else:
-            table.losses.setdefault(layer, {})[weight_bits, activation_bits] = loss
+            table.losses.setdefault(layer, {})[bits] = loss
     return table
 
 
-def check_finite(loss: float, layer: str, bits: Bits, where: str = "") -> None:
-    """Raise ``ValueError`` if a measured loss is NaN or infinite."""
+def check_finite(loss: float, layer: str, bits: BitWidths, where: str = "") -> None:
+    """Raise ``ValueError`` if a measured loss is NaN or infinite.
+
+    Args:
+        loss: The loss.
+        layer: Layer that it was measured for; ``""`` for all of them.
+        bits: Bit-widths that it was measured at.
+        where: Text put before the message.
+
+    Example:
+        >>> check_finite(0.5, "conv1", BitWidths(4, 8))
+    """
     if not math.isfinite(loss):
+        weight = "float weights" if bits.weight is None else f"{bits.weight} bits of weight"
+        activation = "float activations" if bits.activation is None else f"{bits.activation} of activation"
         raise ValueError(
-            f"{where}the loss with {layer or 'all layers'} at {bits[0]} bits of weight and {bits[1]} of activation is "
-            f"{loss}. Look at the model's outputs there, leave that candidate out, or fix the layer by an override."
+            f"{where}the loss with {layer or 'all layers'} at {weight} and {activation} is {loss}. Look at the model's "
+            "outputs there, leave that candidate out, or pin the layer's bit-widths by an override."
         )
 
 
 class SensitivityFile:
-    """A table on disk that grows by a line a measurement; one that a killed run has left is gone on with.
+    """A table on disk that grows by one line with each measurement; one that a killed run has left is resumed.
 
     Args:
-        path: Of the CSV file.
-        conditions: Of the run.
+        path: CSV file.
+        conditions: Conditions of the run.
 
     Raises:
         ValueError: If the file holds another run's table, or none at all.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> conditions = Conditions("model", "states", "kl", 16, BitWidths(8, None))
+        >>> with TemporaryDirectory() as folder:
+        ...     with SensitivityFile(f"{folder}/table.csv", conditions) as file:
+        ...         _ = file.add_base(0.25)
+        ...         file.add("conv1", BitWidths(4, None), 0.75)
+        ...     read_table(f"{folder}/table.csv").losses
+        {'conv1': {BitWidths(weight=4, activation=None): 0.75}}
     """
 
     def __init__(self, path: str | Path, conditions: Conditions) -> None:
@@ -141,11 +185,12 @@ class SensitivityFile:
         self.table: SensitivityTable | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and b"\n" in (content := self.path.read_bytes()):
-            self._take_up(content)
+            self._resume(content)
             self._file = self.path.open("a", newline="")
         else:
             self._file = self.path.open("w", newline="")
-            self._file.write(f"# {json.dumps({'version': _VERSION, **asdict(conditions)})}\n")
+            base = [conditions.base.weight, conditions.base.activation]
+            self._file.write(f"# {json.dumps({'version': _VERSION, **asdict(conditions), 'base': base})}\n")
             self._write(_COLUMNS)
 
     def __enter__(self) -> "SensitivityFile":
@@ -158,10 +203,10 @@ class SensitivityFile:
         """Write the loss of the base, which comes first; the table begins with it."""
         check_finite(loss, "", self.conditions.base)
         self.table = SensitivityTable(self.conditions, loss)
-        self._write(["", *self.conditions.base, repr(loss), repr(0.0)])
+        self._write(["", self.conditions.base.weight, self.conditions.base.activation, repr(loss), repr(0.0)])
         return self.table
 
-    def add(self, layer: str, bits: Bits, loss: float) -> None:
+    def add(self, layer: str, bits: BitWidths, loss: float) -> None:
         """Write a measurement.
 
         Raises:
@@ -170,13 +215,19 @@ class SensitivityFile:
         assert self.table is not None, "the base comes first"
         check_finite(loss, layer, bits)
         self.table.losses.setdefault(layer, {})[bits] = loss
-        self._write([layer, *bits, repr(loss), repr(loss - self.table.base_loss)])
+        self._write([layer, bits.weight, bits.activation, repr(loss), repr(loss - self.table.base_loss)])
 
-    def _take_up(self, content: bytes) -> None:
+    def _resume(self, content: bytes) -> None:
         """Read what is there, without a last line that was cut off."""
         with self.path.open(newline="") as file:
-            begun = _read_conditions(self.path, file.readline())
-            if different := [name for name, value in asdict(self.conditions).items() if getattr(begun, name) != value]:
+            version, begun = _read_conditions(self.path, file.readline())
+            if version != _VERSION:
+                raise ValueError(
+                    f"{self.path} was begun by an earlier release (version {version} of the table, this is version "
+                    f"{_VERSION}): remove the file to measure anew, or finish that run with the earlier release."
+                )
+            names = Conditions.__dataclass_fields__
+            if different := [name for name in names if getattr(begun, name) != getattr(self.conditions, name)]:
                 raise ValueError(
                     f"{self.path} was begun with another {', '.join(different)}: repeat that run to finish it, or "
                     "remove the file to measure anew."

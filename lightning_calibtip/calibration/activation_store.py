@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .blocks import Block, FileBlock, MemoryBlock
+from .storage import Buffer, FileBuffer, MemoryBuffer
 
 _UNITS = {
     "": 1,
@@ -37,8 +37,8 @@ def parse_bytes(value: int | str | None, what: str) -> int | None:
     """Number of bytes that ``value`` stands for; None stays None.
 
     Args:
-        value: A number of bytes, or a string such as ``"2GB"``, ``"1.5 GiB"`` or ``"500MB"``.
-        what: Its name, for the message.
+        value: Number of bytes, or a string such as ``"2GB"``, ``"1.5 GiB"`` or ``"500MB"``.
+        what: Name of the value, for the message.
 
     Raises:
         ValueError: If it is not positive or cannot be read.
@@ -60,8 +60,16 @@ def parse_bytes(value: int | str | None, what: str) -> int | None:
 def parse_precision(value: str, what: str) -> torch.dtype | None:
     """Type in which float32 activations are kept; None for their own.
 
+    Args:
+        value: ``"float32"`` or ``"bfloat16"``.
+        what: Name of the value, for the message.
+
     Raises:
-        ValueError: If ``value`` is neither ``"float32"`` nor ``"bfloat16"``.
+        ValueError: If ``value`` is neither.
+
+    Example:
+        >>> parse_precision("bfloat16", "precision")
+        torch.bfloat16
     """
     if value not in _PRECISIONS:
         raise ValueError(f"{what} must be one of {', '.join(_PRECISIONS)}, got {value!r}.")
@@ -69,13 +77,24 @@ def parse_precision(value: str, what: str) -> torch.dtype | None:
 
 
 class ActivationStore(AbstractContextManager["ActivationStore"]):
-    """Where activations are kept; leaving the context frees the memory and removes the files.
+    """Storage of captured activations; leaving the context frees the memory and removes the files.
 
     Args:
-        budget: Bytes that may lie in memory, a part of which is left to what is on its way; None for no limit. What is
-            captured first has the first claim.
+        budget: Bytes that may be held in memory, a part of which is left to what is on its way; None for no limit. What
+            is captured first has the first claim.
         precision: Type in which float32 tensors are kept; None for their own.
-        folder: Where a scratch folder is made when the budget is used up; the system's temporary folder if None.
+        folder: Folder in which a scratch folder is made when the budget is used up; the system's temporary folder if
+            None.
+
+    Attributes:
+        most_held: Greatest number of bytes that were held at once, in memory and in files.
+
+    Example:
+        >>> with ActivationStore() as store:
+        ...     series = store.series(1)
+        ...     series.append(torch.ones(2, 3))
+        ...     store.in_memory
+        24
     """
 
     def __init__(
@@ -85,7 +104,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         self.most_held = 0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._files = 0
-        self._sizes: dict[Block, int] = {}
+        self._sizes: dict[Buffer, int] = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -93,9 +112,9 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         self.close()
 
     def close(self) -> None:
-        """Free all blocks and remove the scratch folder."""
-        for block in list(self._sizes):
-            self.release(block)
+        """Free all buffers and remove the scratch folder."""
+        for buffer in list(self._sizes):
+            self.release(buffer)
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
@@ -104,45 +123,45 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         """An empty series that is expected to get ``length`` tensors."""
         return TensorSeries(self, length, channels_last)
 
-    def block(self, elements: int, dtype: torch.dtype, device: torch.device) -> Block:
-        """Room for so many elements: in memory if the budget allows it, else in a file.
+    def buffer(self, elements: int, dtype: torch.dtype, device: torch.device) -> Buffer:
+        """A buffer for so many elements: in memory if the budget allows it, else in a file.
 
         Raises:
             OSError: If the disk has not as much free space.
         """
         size = elements * dtype.itemsize
         fits = self.budget is None or self.in_memory + size <= _SHARE_KEPT * self.budget
-        block = MemoryBlock(elements, dtype, device) if fits else FileBlock(self._new_file(size), dtype)
-        self._sizes[block] = size
+        buffer = MemoryBuffer(elements, dtype, device) if fits else FileBuffer(self._new_file(size), dtype)
+        self._sizes[buffer] = size
         self.most_held = max(self.most_held, self.in_memory + self.on_disk)
-        return block
+        return buffer
 
-    def release(self, block: Block) -> None:
-        """Take a block back, if it has not been before."""
-        if self._sizes.pop(block, None) is not None:
-            block.free()
+    def release(self, buffer: Buffer) -> None:
+        """Take a buffer back, if it has not been before."""
+        if self._sizes.pop(buffer, None) is not None:
+            buffer.free()
 
     @property
     def in_memory(self) -> int:
-        """Bytes that lie in memory."""
-        return sum(size for block, size in self._sizes.items() if isinstance(block, MemoryBlock))
+        """Bytes that are held in memory."""
+        return sum(size for buffer, size in self._sizes.items() if isinstance(buffer, MemoryBuffer))
 
     @property
     def on_disk(self) -> int:
-        """Bytes of the files, those included that are still to be written."""
-        return sum(size for block, size in self._sizes.items() if isinstance(block, FileBlock))
+        """Bytes of the files, including those that are still to be written."""
+        return sum(size for buffer, size in self._sizes.items() if isinstance(buffer, FileBuffer))
 
     def _new_file(self, size: int) -> Path:
         if self._scratch is None:
             if self.folder is not None:
                 Path(self.folder).mkdir(parents=True, exist_ok=True)
             self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
-        unwritten = sum(size - block.written for block, size in self._sizes.items() if isinstance(block, FileBlock))
+        unwritten = sum(size - buffer.written for buffer, size in self._sizes.items() if isinstance(buffer, FileBuffer))
         free = shutil.disk_usage(self._scratch.name).free - unwritten
         if size > _MOST_OF_FREE_SPACE * free:
             raise OSError(
                 f"Captured activations need {size:,} bytes in {self._scratch.name}, which has {free:,} free: raise "
-                'activation_budget, use storage="bfloat16" or fewer calibration samples, or name another '
+                'activation_budget, use precision="bfloat16" or fewer calibration samples, or name another '
                 "scratch_folder."
             )
         self._files += 1
@@ -152,13 +171,24 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
 class TensorSeries:
     """Tensors of one type, appended one after the other and read back one by one or by rows.
 
-    All lie in one flat memory block or file, so that those that agree in all dimensions but the first also form one
-    long tensor. While they are all the same (masks that broadcast, constants), ``constant``, one is kept.
+    All are kept in one buffer, so that those that agree in all dimensions but the first also form one long tensor.
 
     Args:
-        store: What it belongs to.
-        length: How many tensors are expected.
-        channels_last: Whether tensors of four dimensions lie, and rows are given, in the channels-last memory format.
+        store: Store that the series belongs to.
+        length: Number of tensors that are expected.
+        channels_last: Whether tensors of four dimensions are kept, and rows are given, in the channels-last memory
+            format.
+
+    Attributes:
+        constant: Whether all tensors so far are the same (masks that broadcast, constants); only one is then kept.
+
+    Example:
+        >>> series = ActivationStore().series(2)
+        >>> for value in (1.0, 2.0):
+        ...     series.append(torch.full((2, 1), value))
+        >>> series.rows(torch.tensor([3, 0]))
+        tensor([[2.],
+                [1.]])
     """
 
     def __init__(self, store: ActivationStore, length: int, channels_last: bool = False) -> None:
@@ -168,7 +198,7 @@ class TensorSeries:
         self._end = self._room = 0
         self._dtype = self._kept_dtype = torch.float32
         self._device = torch.device("cpu")
-        self._block: Block | None = None
+        self._buffer: Buffer | None = None
         self.constant = True
 
     def __len__(self) -> int:
@@ -200,24 +230,24 @@ class TensorSeries:
     def __getitem__(self, position: int) -> Tensor:
         """A fresh copy of the tensor at ``position``."""
         shape = self.shapes[position]
-        assert self._block is not None
-        kept = self._shaped(self._block.read(self._starts[position], shape.numel()), shape)
+        assert self._buffer is not None
+        kept = self._shaped(self._buffer.read(self._starts[position], shape.numel()), shape)
         return torch.empty(shape, dtype=self._dtype, device=self._device).copy_(kept)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (int64, shape (n,)) of the long tensor that the aligned tensors form."""
-        assert self._block is not None
+        assert self._buffer is not None
         if self.constant:
             index = index % self.shapes[0][0]
-        rows = self._block.rows(index, self.shapes[0][1:].numel())
+        rows = self._buffer.rows(index, self.shapes[0][1:].numel())
         shape = torch.Size([len(index), *self.shapes[0][1:]])
         return self._shaped(rows.view(-1), shape).to(self._device, self._dtype)
 
     def free(self) -> None:
         """Give up what is kept; the shapes stay known."""
-        if self._block is not None:
-            self._store.release(self._block)
-        self._block = None
+        if self._buffer is not None:
+            self._store.release(self._buffer)
+        self._buffer = None
 
     def zeros(self, position: int) -> Tensor:
         """A tensor like the one at ``position``, of zeros."""
@@ -237,10 +267,10 @@ class TensorSeries:
             self._write(first)
 
     def _make_room(self, elements: int) -> None:
-        """Get a block; if there is one already, move its content there."""
-        before, self._block = self._block, self._store.block(elements, self._kept_dtype, self._device)
+        """Get a buffer; if there is one already, move its content there."""
+        before, self._buffer = self._buffer, self._store.buffer(elements, self._kept_dtype, self._device)
         if before is not None:
-            before.copy_to(self._block, self._end)
+            before.copy_to(self._buffer, self._end)
             self._store.release(before)
         self._room = elements
 
@@ -251,8 +281,8 @@ class TensorSeries:
             self._make_room(max(stop, start * 3 // 2))
         if self._is_permuted(tensor.shape):
             tensor = tensor.permute(0, 2, 3, 1)
-        assert self._block is not None
-        self._block.write(start, tensor.reshape(-1).to(self._kept_dtype))
+        assert self._buffer is not None
+        self._buffer.write(start, tensor.reshape(-1).to(self._kept_dtype))
         self._starts.append(start)
         self._end = stop
 

@@ -16,19 +16,32 @@ _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions")
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The ``attention_mask`` of a mapping as bool of shape (batch, positions); None if there is none of two
-    dimensions."""
+    """The ``attention_mask`` of a mapping, bool, shape (batch, positions); None if there is none of two dimensions.
+
+    Args:
+        batch: Any batch.
+
+    Example:
+        >>> attention_mask({"attention_mask": torch.tensor([[1, 0]])})
+        tensor([[ True, False]])
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class CalibrationSet:
-    """Batches kept to be run again by each stage.
+    """Batches that are kept so that each stage can run them again.
 
     Args:
         forward: ``forward(batch, batch_idx)`` passes a batch through the model and returns the model's output.
         token_mask: ``token_mask(batch)`` says which tokens of a batch count: bool, shape (batch, positions), or None if
             all do.
+
+    Example:
+        >>> calibration = CalibrationSet(lambda batch, index: batch * 2)
+        >>> calibration.append(torch.ones(2, 1))
+        >>> calibration.samples, calibration.run(0).tolist()
+        (2, [[2.0], [2.0]])
     """
 
     def __init__(self, forward: Forward, token_mask: TokenMask = attention_mask) -> None:
@@ -42,8 +55,8 @@ class CalibrationSet:
         """Keep a batch.
 
         Args:
-            batch: Any nesting of tensors.
-            inputs: The part of it that the model sees, which must be finite; the whole batch if None.
+            batch: Batch, any nesting of tensors.
+            inputs: Part of the batch that the model sees, which must be finite; the whole batch if None.
 
         Raises:
             ValueError: If a tensor of the inputs has a NaN or infinity; the message says which batch and which part of
@@ -85,23 +98,50 @@ class CalibrationSet:
 
 
 def batch_size(batch: Any) -> int:
-    """Length of the first tensor of a batch that has dimensions; 1 if there is none."""
+    """Number of samples of a batch: the length of its first tensor that has dimensions; 1 if there is none.
+
+    Args:
+        batch: Any nesting of tensors.
+
+    Example:
+        >>> batch_size({"pixels": torch.zeros(4, 3)})
+        4
+    """
     return next((len(leaf) for leaf in tree_leaves(plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def plain(batch: Any) -> Any:
-    """Mappings of any class (a tokenizer's ``BatchEncoding``) as a dict, whose parts torch knows how to find."""
+    """A mapping of any class (a tokenizer's ``BatchEncoding``) as a dict, whose parts torch knows how to find.
+
+    Args:
+        batch: Any batch; what is no mapping is returned as it is.
+
+    Example:
+        >>> from collections import UserDict
+        >>> plain(UserDict(a=1))
+        {'a': 1}
+    """
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def named_logits(output: Any) -> list[tuple[str, Tensor]]:
     """The floating-point tensors of a model's output, with their names where it is a mapping.
 
-    Of a mapping (such as a transformers output) these are all values but the loss, a cache, and what was computed on
-    the way (hidden states, attention, the encoder's output).
+    From a mapping (such as a transformers output) the loss, a cache, and what was computed on the way (hidden states,
+    attention, the encoder's output) are left out.
+
+    Args:
+        output: Output of the model.
+
+    Returns:
+        Pairs of name and tensor; the name is ``""`` where the output is no mapping.
 
     Raises:
-        TypeError: If there is none.
+        TypeError: If there is no such tensor.
+
+    Example:
+        >>> [name for name, _ in named_logits({"loss": torch.zeros(1), "logits": torch.zeros(2, 3)})]
+        ['logits']
     """
     items: list[tuple[str, Any]] = [("", output)]
     if isinstance(output, Mapping):
@@ -123,7 +163,15 @@ def named_logits(output: Any) -> list[tuple[str, Tensor]]:
 
 
 def output_logits(output: Any) -> list[Tensor]:
-    """The tensors of ``named_logits``."""
+    """The tensors of ``named_logits``.
+
+    Args:
+        output: Output of the model.
+
+    Example:
+        >>> len(output_logits((torch.zeros(2, 3), torch.zeros(2, 4))))
+        2
+    """
     return [tensor for _, tensor in named_logits(output)]
 
 
@@ -132,7 +180,14 @@ class FirstSamples:
 
     Args:
         loader: Any iterable of batches.
-        samples: At least 1.
+        samples: Number of samples, at least 1.
+
+    Raises:
+        ValueError: If ``samples`` is less than 1.
+
+    Example:
+        >>> [len(batch) for batch in FirstSamples([torch.zeros(4)] * 5, 6)]
+        [4, 4]
     """
 
     def __init__(self, loader: Iterable[Any], samples: int) -> None:

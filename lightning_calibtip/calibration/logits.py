@@ -6,16 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantization.network import QuantizedNetwork
+from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, named_logits, output_logits
 
-# How the names of outputs begin whose classes are the positions of the input.
+# Prefixes of the names of outputs whose classes are the positions of the input.
 POSITION_LOGITS = ("start", "end")
 
 
 @torch.no_grad()
 def float_logits(network: QuantizedNetwork, calibration: CalibrationSet) -> list[list[Tensor]]:
-    """Logits of the float model: for each batch, each output tensor."""
+    """Logits of the float model. See ``measure_divergences``.
+
+    Args:
+        network: Network with its float weights.
+        calibration: Calibration set.
+
+    Returns:
+        For each batch, a list of its output tensors.
+    """
     with network.quantized(False):
         return [[logits.detach() for logits in output_logits(calibration.run(i))] for i in range(len(calibration))]
 
@@ -23,21 +31,26 @@ def float_logits(network: QuantizedNetwork, calibration: CalibrationSet) -> list
 def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
     """Divergence of each sample's quantized outputs from its float ones, in nats, summed over output tensors.
 
-    Where an output holds logits of classes, the Kullback-Leibler divergence KL(float || quantized), averaged over
-    positions; classes lie along the last dimension, or along dimension 1 of tensors with four or more (segmentation).
-    Where it has one value a sample (regression, a single logit), the squared error over twice the float output's mean
-    square, which is the divergence of two Gaussians of that variance.
+    For an output of class logits this is the Kullback-Leibler divergence KL(float || quantized), averaged over
+    positions; classes run along the last dimension, or along dimension 1 of tensors with four or more (segmentation).
+    For an output of one value a sample (regression, a single logit) it is the squared error over twice the float
+    output's mean square, which is the divergence of two Gaussians of that variance.
 
-    Tokens that do not count are left out: of the positions that are averaged over, and of the classes where these are
-    the positions themselves (outputs named ``start...`` and ``end...``: of an answer).
+    Tokens that do not count are left out of the positions that are averaged over, and of the classes where these are
+    the positions themselves (outputs named ``start...`` and ``end...``, of an answer).
 
     Args:
-        output: What the quantized model returned.
+        output: Output of the quantized model.
         target: Float output tensors of the same batch, the samples along the first dimension.
         tokens: Which tokens count, bool, shape (samples, positions); all if None.
 
     Returns:
-        Shape (samples,).
+        Divergences, float32, shape (samples,).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0]])
+        >>> sample_divergences(logits, [logits])
+        tensor([0.])
     """
     return sum(
         (
@@ -64,13 +77,38 @@ def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None, of_posit
 
 
 def kl_divergence(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
-    """Mean of ``sample_divergences`` over the samples."""
+    """Mean of ``sample_divergences`` over the samples.
+
+    Args:
+        output: Output of the quantized model.
+        target: Float output tensors of the same batch.
+        tokens: Which tokens count, bool, shape (samples, positions); all if None.
+
+    Example:
+        >>> kl_divergence(torch.tensor([[0.0, 1.0]]), [torch.tensor([[0.0, 2.0]])]).item() > 0
+        True
+    """
     return sample_divergences(output, target, tokens).mean()
 
 
 @torch.no_grad()
 def measure_divergences(calibration: CalibrationSet, targets: list[list[Tensor]], indices: list[int]) -> Tensor:
-    """Divergences of the model as it is from ``targets``, of all samples of the batches ``indices``."""
+    """Divergences of the model, as it is now, from its float outputs.
+
+    Args:
+        calibration: Calibration set, which runs the model.
+        targets: Float output tensors of each batch, see ``float_logits``.
+        indices: Batches to measure on.
+
+    Returns:
+        Divergence of each sample of these batches, shape (samples,).
+
+    Example:
+        >>> calibration = CalibrationSet(lambda batch, index: batch)
+        >>> calibration.append(torch.tensor([[0.0, 1.0]]))
+        >>> measure_divergences(calibration, [[torch.tensor([[0.0, 1.0]])]], [0])
+        tensor([0.])
+    """
     return torch.cat(
         [sample_divergences(calibration.run(index), targets[index], calibration.tokens(index)) for index in indices]
     )

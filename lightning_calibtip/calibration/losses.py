@@ -1,4 +1,4 @@
-"""The loss that tells how much a quantized model has lost: of the model as it is, over the calibration set."""
+"""Loss of a model as it is, over the calibration set: how much quantization has cost."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization.network import QuantizedNetwork
+from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, batch_size, named_logits
 from .fingerprint import digest
 from .logits import POSITION_LOGITS, float_logits, sample_divergences
@@ -17,24 +17,42 @@ METRICS = ("kl", "mse")
 
 
 def check_metric(metric: str | LossFunction) -> None:
-    """Raise ``ValueError`` unless ``metric`` is one of ``METRICS`` or a function."""
+    """Raise ``ValueError`` unless ``metric`` is one of ``METRICS`` or a function.
+
+    Args:
+        metric: Name or function.
+
+    Example:
+        >>> check_metric("kl")
+    """
     if not callable(metric) and metric not in METRICS:
         raise ValueError(f"metric must be {', '.join(METRICS)} or a function metric(output, batch), got {metric!r}.")
 
 
 class Loss:
-    """Mean loss a sample of the model as it is at the time of the call.
+    """Mean loss per sample of the model as it is at the time of the call.
 
     Args:
-        network: Calibrated; its float model gives the targets of the unlabelled metrics.
-        calibration: The samples.
+        network: Calibrated network, whose float model gives the targets of the unlabelled metrics.
+        calibration: Calibration set.
         metric: ``"kl"``: KL divergence to the float logits, in nats (see ``sample_divergences``). ``"mse"``: mean
             squared difference from the float outputs, over their mean square. Or a function ``metric(output, batch)``
             whose mean over a batch counts, less being better: the user's labelled loss, or anything else.
-        samples: How many samples to measure on (the first whole batches that hold as many); all if None.
+        samples: Number of samples to measure on (the first whole batches that hold as many); all if None.
 
     Raises:
         ValueError: If ``metric`` is unknown.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> model = nn.Sequential(nn.Linear(2, 2)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.ones(1, 2))
+        >>> network = QuantizedNetwork(model, QuantizationScheme())
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> Loss(network, calibration, "mse")()
+        0.0
     """
 
     def __init__(
@@ -54,7 +72,7 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """Of the metric: its word; or the function's name with a digest of its code, so that lambdas differ."""
+        """Name of the metric; for a function, with a digest of its code, so that lambdas differ."""
         if isinstance(self.metric, str):
             return self.metric
         function = getattr(self.metric, "func", self.metric)
@@ -69,7 +87,7 @@ class Loss:
         """Measure.
 
         Args:
-            run: ``run(index)`` gives the output for a batch; the calibration set's own if None.
+            run: ``run(index)`` gives the output for a batch; that of the calibration set if None.
         """
         run = run or self.calibration.run
         total = 0.0

@@ -1,5 +1,6 @@
-"""What a module was given, or gave, at each of its calls: nested tensors kept in an activation store."""
+"""Recordings: what a module was given, or returned, at each of its calls, kept in an activation store."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -8,20 +9,60 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from .activation_store import ActivationStore, TensorSeries
 
 
+class UnitCall(NamedTuple):
+    """Arguments of one call of a module, without gradients.
+
+    Being a tuple, it is itself a nested value that a ``Recording`` keeps and that ``tree_map`` goes through.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Example:
+        >>> UnitCall((1, 2), {"scale": 3}).kwargs["scale"]
+        3
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class UnitRecord(NamedTuple):
+    """Recordings of all calls of one unit over the calibration set.
+
+    Args:
+        inputs: ``UnitCall`` of each call; None if inputs were not to be kept.
+        outputs: Output of each call; None if outputs were not to be kept.
+
+    Example:
+        See ``Replay.record``.
+    """
+
+    inputs: "Recording | None"
+    outputs: "Recording | None"
+
+
 class _Kept(NamedTuple):
-    """Stands for a tensor that lies in a series."""
+    """Stands for a tensor that is kept in a series."""
 
     series: TensorSeries
     position: int
 
 
 class Recording:
-    """A list of nested values, whose tensors lie in a store.
+    """List of nested values whose tensors are kept in an activation store.
 
     Args:
-        store: Where the tensors are kept.
-        length: How many values are to come.
-        channels_last: See ``TensorSeries``.
+        store: Store of the tensors.
+        length: Number of values to come.
+        channels_last: Whether tensors of four dimensions are kept in the channels-last memory format.
+
+    Example:
+        >>> import torch
+        >>> recording = Recording(ActivationStore(), 1)
+        >>> recording.append(UnitCall((torch.ones(2),), {"flag": True}))
+        >>> recording[0]
+        UnitCall(args=(tensor([1., 1.]),), kwargs={'flag': True})
     """
 
     def __init__(self, store: ActivationStore, length: int, channels_last: bool = False) -> None:
@@ -33,6 +74,9 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[position] for position in range(len(self)))
 
     def append(self, value: Any) -> None:
         """Keep a copy of a value."""
@@ -49,7 +93,7 @@ class Recording:
         self._values.append((spec, kept))
 
     def __getitem__(self, position: int) -> Any:
-        """A fresh copy of a value, for what follows may change it in place; zeros for what was forgotten."""
+        """A fresh copy of a value, since the caller may change it in place; zeros for what was forgotten."""
         spec, leaves = self._values[position]
         read = TensorSeries.zeros if self._forgotten else TensorSeries.__getitem__
         return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else leaf for leaf in leaves], spec)
@@ -60,8 +104,11 @@ class Recording:
         return all(spec == self._values[0][0] for spec, _ in self._values)
 
     def columns(self) -> tuple[list[Any], TreeSpec] | None:
-        """For each position in the nesting the ``TensorSeries`` of all values, or what is there instead in all of them;
-        and the nesting. None if the values do not agree."""
+        """The values column by column, and their nesting; None if the values do not agree.
+
+        A column is one position in the nesting: the ``TensorSeries`` of all values, or the object that is at this
+        position in all of them.
+        """
         if not self.nested_alike:
             return None
         columns = []

@@ -1,4 +1,4 @@
-"""Replay: the inputs of one unit after the other, at the cost of a constant number of passes over the calibration set.
+"""Replay: inputs and outputs of one unit after the other, at a constant number of passes over the calibration set.
 
 Finished modules answer with their stored outputs instead of computing, and each pass stops at the unit in work. Once
 all units inside a parent are finished, the parent itself is stored and its insides are no longer run; so are modules
@@ -14,23 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..quantization.layers import INPUT_QUANTIZERS
-from ..quantization.structure import Structure
+from ..network.dataflow import is_closed, live_modules
+from ..network.structure import Structure
 from .activation_store import ActivationStore
 from .calibration_set import CalibrationSet
-from .recording import Recording
+from .recording import Recording, UnitCall, UnitRecord
 
-
-@dataclass
-class UnitCall:
-    """Arguments of one call of a unit's module, without gradients."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Observe = Callable[[int, UnitCall, Any], None]
 
 
 class CalledAgainError(RuntimeError):
-    """A batch calls a module more often than the first batch did, so that stored outputs cannot answer for it."""
+    """A batch calls a module more often than the first batch did, so that stored outputs cannot answer for it.
+
+    Example:
+        See ``Replay``.
+    """
 
 
 class _ReachedUnit(BaseException):
@@ -42,12 +40,24 @@ class Replay:
     """One stream (float or quantized) of the calibration set through a model.
 
     Args:
-        model: Must be in eval mode.
+        model: Model in eval mode.
         structure: Its observed structure.
-        calibration: The batches.
-        units: Names of the modules whose inputs will be asked for, in this order, none inside another.
-        store: Where outputs are kept.
+        calibration: Calibration batches.
+        units: Names of the modules that will be asked for, in this order, none inside another.
+        store: Store of the outputs.
         to_end: Whether ``run`` will be called, which needs what the model's own output depends on as well.
+
+    Example:
+        >>> from lightning_calibtip.network.observe import record
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.ones(3, 2))
+        >>> structure = record(model, lambda: calibration.run(0))
+        >>> replay = Replay(model, structure, calibration, ["0", "1"])
+        >>> first = replay.record("0")
+        >>> replay.finish("0", first.outputs)
+        >>> replay.record("1", keep_inputs=True).inputs[0].args[0].shape
+        torch.Size([3, 2])
     """
 
     model: nn.Module
@@ -68,11 +78,14 @@ class Replay:
         """An empty recording with room for each call of the unit in each batch."""
         return Recording(self.store, self.calls(unit) * len(self.calibration), channels_last)
 
-    def capture(self, unit: str) -> Iterator[list[UnitCall]]:
-        """Inputs of ``unit``, batch by batch: the arguments of each call.
+    def capture(self, unit: str) -> Iterator[tuple[int, UnitCall]]:
+        """The arguments of each call of a unit, call by call, each with the index of its batch.
 
         Stored outputs stand in for everything finished. A module that is called several times is followed to its last
         call, with what lies between computing as it is now.
+
+        Args:
+            unit: Name of the unit.
 
         Raises:
             RuntimeError: If a batch does not reach the unit.
@@ -80,29 +93,104 @@ class Replay:
         calls, batches = self.calls(unit), len(self.calibration)
         promoted = {name: Recording(self.store, batches) for name in self._to_store(unit)}
         for index in range(batches):
-            yield self._capture_batch(index, unit, calls, promoted)
+            for call in self._capture_batch(index, unit, calls, promoted):
+                yield index, call
         for name, outputs in promoted.items():
             if len(outputs) == batches:
                 self._store(name, outputs)
 
+    def outputs(self, unit: str) -> Iterator[Any]:
+        """The output of each call of a unit, one by one, of which none is kept.
+
+        Args:
+            unit: Name of the unit.
+
+        Raises:
+            RuntimeError: If a batch does not reach the unit.
+        """
+        module = self.model.get_submodule(unit)
+        for _, call in self.capture(unit):
+            with torch.no_grad():
+                output = module(*call.args, **call.kwargs)
+            yield output
+
+    def record(
+        self,
+        unit: str,
+        keep_inputs: bool = False,
+        keep_outputs: bool = True,
+        channels_last: bool = False,
+        each: Observe | None = None,
+    ) -> UnitRecord:
+        """Record the inputs and the outputs of a unit at all its calls, over all batches.
+
+        Args:
+            unit: Name of the unit.
+            keep_inputs: Whether its inputs are kept.
+            keep_outputs: Whether the unit is run, as the model is now, and its outputs are kept.
+            channels_last: Whether tensors of four dimensions are kept in the channels-last memory format.
+            each: ``each(batch_index, call, output)`` is called after each run of the unit; it needs ``keep_outputs``.
+
+        Returns:
+            The recordings.
+
+        Raises:
+            RuntimeError: If a batch does not reach the unit.
+        """
+        module = self.model.get_submodule(unit)
+        inputs = self.recording(unit, channels_last) if keep_inputs else None
+        outputs = self.recording(unit, channels_last) if keep_outputs else None
+        for index, call in self.capture(unit):
+            # Kept first, since the unit may change its arguments in place.
+            if inputs is not None:
+                inputs.append(call)
+            if outputs is not None:
+                with torch.no_grad():
+                    output = module(*call.args, **call.kwargs)
+                    if each is not None:
+                        each(index, call, output)
+                outputs.append(output)
+        return UnitRecord(inputs, outputs)
+
+    @torch.no_grad()
+    def record_again(self, unit: str, inputs: Recording, channels_last: bool = False) -> Recording:
+        """Outputs of a unit, as the model is now, for inputs that were recorded before.
+
+        Args:
+            unit: Name of the unit.
+            inputs: Recorded inputs.
+            channels_last: See ``record``.
+        """
+        module = self.model.get_submodule(unit)
+        outputs = self.recording(unit, channels_last)
+        for call in inputs:
+            outputs.append(module(*call.args, **call.kwargs))
+        return outputs
+
     @torch.no_grad()
     def run(self, index: int) -> Any:
-        """Pass batch ``index`` through the whole model, where everything finished answers with its stored outputs, and
-        return the model's output (``to_end`` only)."""
+        """Pass batch ``index`` through the whole model (``to_end`` only), and return the model's output.
+
+        Everything finished answers with its stored outputs.
+        """
         with ExitStack() as stack:
             self._answer(stack, index)
             return self.calibration.run(index)
 
     def forget(self) -> None:
-        """Free everything that is stored; the replay is over."""
+        """Free everything that is stored, at the end of the replay."""
         for outputs in self._stored.values():
             outputs.forget()
         self._stored.clear()
 
     def finish(self, unit: str, outputs: Recording) -> None:
-        """From now on ``unit`` answers with ``outputs`` (of each call, batch by batch).
+        """From now on, let ``unit`` answer with ``outputs`` (its output at each call, batch by batch).
 
         What nothing to come depends on is freed; ``outputs`` itself only when the next unit is finished.
+
+        Args:
+            unit: Name of the unit.
+            outputs: Its outputs.
         """
         self._finished.add(unit)
         if self.calls(unit) == 1:
@@ -110,7 +198,8 @@ class Replay:
         else:
             # It will compute again, wherever it is called.
             outputs.forget()
-        live = self._live() | {unit}
+        pending = [name for name in self.units if not any(_is_inside(name, stored) for stored in self._stored)]
+        live = live_modules(self.structure, list(self._stored), pending, self.to_end) | {unit}
         for name, stored in self._stored.items():
             if name not in live:
                 stored.forget()
@@ -126,8 +215,8 @@ class Replay:
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
             copy = Tensor.clone if calls > 1 else Tensor.detach
-            args, kwargs = tree_map(lambda leaf: copy(leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-            captured.append(UnitCall(args, kwargs))
+            call = UnitCall(args, kwargs)
+            captured.append(tree_map(lambda leaf: copy(leaf) if isinstance(leaf, Tensor) else leaf, call))
             if len(captured) == calls:
                 raise _ReachedUnit
 
@@ -173,64 +262,9 @@ class Replay:
         return [name for name in names if not any(_is_inside(name, other) and name != other for other in names)]
 
     def _is_closed(self, name: str) -> bool:
-        """Whether a module is called once, what it computes leaves it by its return value alone, and it changes nothing
-        that it is given."""
         if name not in self._closed:
-            self._closed[name] = self._looks_closed(name)
+            self._closed[name] = is_closed(self.structure, name)
         return self._closed[name]
-
-    def _looks_closed(self, name: str) -> bool:
-        calls = self.structure.calls_of.get(name, [])
-        if len(calls) != 1:
-            return False
-        call = calls[0]
-        returned = {value.storage for value in call.writes}
-        inside = self.structure.operators[call.start : call.stop]
-        made = {value.storage for operator in inside for value in operator.writes}
-        if made & {value.storage for value in call.reads}:
-            return False
-        read_outside = {
-            read.storage
-            for operator in (*self.structure.operators[: call.start], *self.structure.operators[call.stop :])
-            for read in operator.reads
-        }
-        return not (made - returned) & read_outside
-
-    def _live(self) -> set[str]:
-        """Stored modules whose outputs some unit to come, or the end, depends on: the operators are walked
-        backwards."""
-        structure = self.structure
-        stored_calls = {structure.calls_of[name][0].index: name for name in self._stored}
-        pending = [name for name in self.units if not any(_is_inside(name, stored) for stored in self._stored)]
-        waiting = self._ends() if self.to_end else []
-        for name in pending:
-            for call in structure.calls_of[name]:
-                waiting += [value.storage for value in call.reads]
-                for operator in structure.operators[call.start : call.stop]:
-                    waiting += [value.storage for value in operator.reads]
-        live: set[str] = set()
-        seen: set[int] = set()
-        while waiting:
-            storage = waiting.pop()
-            if storage in seen:
-                continue
-            seen.add(storage)
-            for name in self._stored:
-                if any(value.storage == storage for value in structure.calls_of[name][0].writes):
-                    live.add(name)
-            for operator in structure.writers.get(storage, []):
-                inside = next((stored_calls[index] for index in operator.scope if index in stored_calls), None)
-                if inside is not None:
-                    live.add(inside)
-                else:
-                    waiting += [value.storage for value in operator.reads]
-        return live
-
-    def _ends(self) -> list[int]:
-        """Storages that may be the model's output: what outermost calls return, and what nothing reads."""
-        written = {value.storage for operator in self.structure.operators for value in operator.writes}
-        returned = {value.storage for call in self.structure.calls if call.outermost for value in call.writes}
-        return [*returned, *(written - self.structure.readers.keys())]
 
 
 def _is_inside(name: str, parent: str) -> bool:
@@ -244,8 +278,6 @@ def _keep_in(outputs: Recording) -> Callable[..., None]:
 @contextmanager
 def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[None]:
     """Inside, calling ``module`` gives the output of batch ``index`` and computes nothing."""
-    quantizers = [getattr(module, name) for name in INPUT_QUANTIZERS if hasattr(module, name)]
-    enabled = [quantizer.enabled for quantizer in quantizers]
     had = module.__dict__.get("forward")
     answered = False
 
@@ -260,14 +292,37 @@ def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[No
         return outputs[index]
 
     module.forward = answer
-    for quantizer in quantizers:
-        quantizer.enabled = False
-    try:
-        yield
-    finally:
-        if had is None:
-            del module.forward
-        else:
-            module.forward = had
+    with ExitStack() as stack:
+        _bypass_quantizers(stack, module)
+        try:
+            yield
+        finally:
+            if had is None:
+                del module.forward
+            else:
+                module.forward = had
+
+
+def _bypass_quantizers(stack: ExitStack, module: nn.Module) -> None:
+    """Within ``stack``, a layer's own quantizers are disabled while the layer is being called, and only then.
+
+    A quantizer may be shared with a layer that does compute, so it cannot be disabled for the whole pass.
+    """
+    inputs = getattr(module, "input_quantizers", None)
+    output = getattr(module, "output_quantizer", None)
+    quantizers = [*(inputs.values() if isinstance(inputs, nn.ModuleDict) else ()), *filter(None, (output,))]
+    enabled = [quantizer.enabled for quantizer in quantizers]
+    if not any(enabled):
+        return
+
+    def disable(module: nn.Module, args: Any) -> None:
+        for quantizer in quantizers:
+            quantizer.enabled = False
+
+    def restore(*_: Any) -> None:
         for quantizer, was in zip(quantizers, enabled, strict=True):
             quantizer.enabled = was
+
+    stack.callback(restore)
+    stack.callback(module.register_forward_pre_hook(disable, prepend=True).remove)
+    stack.callback(module.register_forward_hook(restore).remove)

@@ -1,48 +1,56 @@
 """BatchNormTuning: re-estimate the statistics of folded BatchNorms on the quantized model."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from typing_extensions import override
 
-from ..calibration.activation_store import ActivationStore, parse_bytes
+from ..calibration.options import StorageOptions
 from ..module import QuantizationModule
-from ..tuning.batch_norm import REFERENCES, tune_batch_norm
-from .stage import Stage
+from ..tuning.batch_norm import BatchNormTuningOptions, tune_batch_norm
+from .options import merge_fields, storage_options
+from .stage import Stage, StageResult
 
 
 class BatchNormTuning(Stage):
     """Rebuilds each folded BatchNorm, re-estimates its statistics on the quantized model and folds it again.
 
     Args:
-        reference: What channels are brought back to: ``"float"``, the float model's statistics over the calibration
-            set, or ``"training"``, BatchNorm's own gamma and beta, as in the paper.
-        activation_budget: Bytes of captured activations that may lie in memory, see ``AdaQuant``.
-        scratch_folder: Where the rest lies meanwhile, see ``AdaQuant``.
+        options: What the statistics are brought back to; the defaults of ``BatchNormTuningOptions`` if None.
+        storage: Where captured activations are kept: ``StorageOptions``, or a mapping of its fields
+            (``{"activation_budget": "2GB"}``).
+        **changes: Fields of ``BatchNormTuningOptions`` that differ: ``reference``.
 
     Raises:
-        ValueError: If ``reference`` is unknown.
+        TypeError: If an option does not exist.
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> BatchNormTuning(reference="training").options.reference
+        'training'
     """
 
     def __init__(
         self,
-        reference: str = "float",
-        activation_budget: int | str | None = None,
-        scratch_folder: str | Path | None = None,
+        options: BatchNormTuningOptions | None = None,
+        *,
+        storage: StorageOptions | Mapping[str, Any] | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        if reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}.")
-        self.reference = reference
-        self.activation_budget = parse_bytes(activation_budget, "activation_budget")
-        self.scratch_folder = scratch_folder
+        changes = merge_fields(self.name, BatchNormTuningOptions, options, changes)
+        self.options = BatchNormTuningOptions(**changes)
+        self.storage = storage_options(self.name, storage)
 
     @override
-    def run(self, module: QuantizationModule) -> dict[str, float]:
+    def run(self, module: QuantizationModule) -> StageResult:
         """Tune layer by layer, in the order of execution."""
-        with ActivationStore(self.activation_budget, folder=self.scratch_folder) as store:
-            result = tune_batch_norm(module.network, module.calibration, self.reference, store, self.steps)
-        return {
-            "layers": float(len(result.layers)),
-            "divergence_before": result.divergence_before,
-            "divergence_after": result.divergence_after,
-        }
+        with self.storage.open() as store:
+            result = tune_batch_norm(module.network, module.calibration, self.options, store, self.progress)
+        return StageResult(
+            {
+                "layers": float(len(result.layers)),
+                "divergence_before": result.divergence_before,
+                "divergence_after": result.divergence_after,
+            }
+        )

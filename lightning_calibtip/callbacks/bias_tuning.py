@@ -1,39 +1,38 @@
 """BiasTuning: tune the biases of the quantized model to the float model's logits."""
 
+from typing import Any
+
 from typing_extensions import override
 
 from ..module import QuantizationModule
-from ..tuning.bias import BiasTuningSettings, tune_bias
-from .stage import Stage
+from ..tuning.bias import BiasTuningOptions, tune_bias
+from .options import merge_fields
+from .stage import Stage, StageResult
 
 
 class BiasTuning(Stage):
     """Minimises the KL divergence to the float model's logits over biases (and scales, if asked), end to end.
 
     Args:
-        epochs: Passes over the calibration set.
-        rate: Learning rate of biases, as a fraction of the root mean square of each layer's output.
-        scale_rate: Learning rate of scales, as a fraction of each tensor's mean scale; 0 leaves them alone.
-        holdout: Share of the calibration batches that decides whether the result is kept, at least 0 and below 1.
-        seed: Of the order of batches.
+        options: How biases are tuned; the defaults of ``BiasTuningOptions`` if None.
+        **changes: Fields of ``BiasTuningOptions`` that differ: ``epochs``, ``rate``, ...
 
     Raises:
-        ValueError: If a setting is out of its range.
+        TypeError: If an option does not exist.
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> BiasTuning(epochs=2).options.epochs
+        2
     """
 
-    def __init__(
-        self,
-        epochs: int = BiasTuningSettings.epochs,
-        rate: float = BiasTuningSettings.rate,
-        scale_rate: float = BiasTuningSettings.scale_rate,
-        holdout: float = BiasTuningSettings.holdout,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, options: BiasTuningOptions | None = None, **changes: Any) -> None:
         super().__init__()
-        self.settings = BiasTuningSettings(epochs, rate, scale_rate, holdout, seed)
+        changes = merge_fields(self.name, BiasTuningOptions, options, changes)
+        self.options = BiasTuningOptions(**changes)
 
     @override
-    def run(self, module: QuantizationModule) -> dict[str, float]:
+    def run(self, module: QuantizationModule) -> StageResult:
         """Tune and keep the better state."""
-        result = tune_bias(module.network, module.calibration, self.settings, self.steps)
-        return {"divergence_before": result.divergence_before, "divergence_after": result.divergence_after}
+        result = tune_bias(module.network, module.calibration, self.options, self.progress)
+        return StageResult({"divergence_before": result.divergence_before, "divergence_after": result.divergence_after})

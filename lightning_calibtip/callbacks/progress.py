@@ -10,17 +10,26 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from typing_extensions import override
 
-from ..calibration.steps import Steps, untold
+from ..calibration.progress import ProgressCallback, no_progress
 
 
 def shows_progress(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer shows anything of its progress, on a terminal or in a file."""
+    """Whether the Trainer shows anything of its progress, on a terminal or in a file.
+
+    Example:
+        >>> shows_progress(pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False))
+        False
+    """
     bar: Any = trainer.progress_bar_callback
     return bar is not None and not getattr(bar, "is_disabled", False)
 
 
 class NoBar(ProgressBar):
-    """Stands for a progress bar in a file, where Lightning's own would write a line for every step."""
+    """Stands for a progress bar in a file, where Lightning's own would write a line for every step.
+
+    Example:
+        See ``progress_options``.
+    """
 
     is_enabled, is_disabled = True, False
 
@@ -34,9 +43,14 @@ class NoBar(ProgressBar):
 
 
 def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
-    """Options by which another Trainer, while this one is still there, shows its progress as this one does: by a bar of
+    """Options by which another Trainer, while this one still exists, shows its progress as this one does: by a bar of
     the same kind on a terminal, by a line for each stage in a file. A live Rich display of this one ends here, for
-    there can be only one."""
+    there can be only one.
+
+    Example:
+        >>> progress_options(pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False))
+        {'enable_progress_bar': False}
+    """
     bar: Any = trainer.progress_bar_callback
     if not shows_progress(trainer):
         return {"enable_progress_bar": False}
@@ -50,49 +64,55 @@ def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 @contextmanager
-def stage_progress(trainer: pl.Trainer, name: str) -> Iterator[Steps]:
-    """Inside, steps of a stage are shown by a bar under its name; not in files, which would get a line for every one.
+def stage_progress(trainer: pl.Trainer, name: str) -> Iterator[ProgressCallback]:
+    """Inside, the progress of a stage is shown by a bar under its name; not in files, which would get a line for every
+    step.
 
     Args:
-        trainer: Whose progress bar is used; without one, nothing is shown.
-        name: Of the stage.
+        trainer: Trainer whose progress bar is used; without one, nothing is shown.
+        name: Name of the stage.
+
+    Example:
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        >>> with stage_progress(trainer, "AdaQuant") as progress:
+        ...     progress(1, 2, "conv1")
     """
     bar: Any = trainer.progress_bar_callback
     if not shows_progress(trainer) or not sys.stdout.isatty():
-        yield untold
+        yield no_progress
     elif isinstance(bar, RichProgressBar) and bar.progress is not None:
-        with _rich(bar, name) as steps:
-            yield steps
+        with _rich(bar, name) as progress:
+            yield progress
     elif isinstance(bar, TQDMProgressBar):
-        with _tqdm(name) as steps:
-            yield steps
+        with _tqdm(name) as progress:
+            yield progress
     else:
-        yield untold
+        yield no_progress
 
 
 @contextmanager
-def _tqdm(name: str) -> Iterator[Steps]:
+def _tqdm(name: str) -> Iterator[ProgressCallback]:
     # Below the bar of the epoch, which is still there.
     with Tqdm(desc=name, position=1, leave=False, dynamic_ncols=True, file=sys.stdout) as bar:
 
-        def steps(done: int, total: int, what: str) -> None:
+        def progress(done: int, total: int, what: str) -> None:
             bar.total, bar.n = total, done
             bar.set_description_str(f"{name}: {what}", refresh=True)
 
-        yield steps
+        yield progress
 
 
 @contextmanager
-def _rich(bar: Any, name: str) -> Iterator[Steps]:
-    progress = bar.progress
-    task = progress.add_task(name, total=1.0)
+def _rich(bar: Any, name: str) -> Iterator[ProgressCallback]:
+    display = bar.progress
+    task = display.add_task(name, total=1.0)
 
-    def steps(done: int, total: int, what: str) -> None:
-        progress.update(task, completed=done, total=total, description=f"{name}: {what}")
+    def progress(done: int, total: int, what: str) -> None:
+        display.update(task, completed=done, total=total, description=f"{name}: {what}")
         bar.refresh(hard=True)
 
     try:
-        yield steps
+        yield progress
     finally:
-        progress.remove_task(task)
+        display.remove_task(task)
         bar.refresh(hard=True)

@@ -3,22 +3,35 @@
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
-from ..calibration.steps import Steps, untold
+from ..calibration.progress import ProgressCallback, no_progress
 from ..module import QuantizationModule
-from ..report.exhibit import Exhibit
-from .exhibits import log_exhibits
+from ..report.item import ReportItem
+from ..report.loggers import log_items
 from .progress import shows_progress, stage_progress
 
 log = logging.getLogger(__name__)
 
 
 def check_precision(name: str, trainer: pl.Trainer) -> None:
-    """Refuse a Trainer whose weights are not float32, in which scales and zero points could not be kept."""
+    """Refuse a Trainer whose weights are not float32, in which scales and zero points could not be kept.
+
+    Args:
+        name: Name of the callback, for the message.
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If its precision is another one.
+
+    Example:
+        >>> check_precision("CalibTIP", pl.Trainer(accelerator="cpu", logger=False))
+    """
     if trainer.precision not in ("32-true", "16-mixed", "bf16-mixed"):
         raise MisconfigurationException(
             f"{name} needs float32 weights, got Trainer(precision={trainer.precision!r}): use 32-true, 16-mixed or "
@@ -26,33 +39,64 @@ def check_precision(name: str, trainer: pl.Trainer) -> None:
         )
 
 
+@dataclass(frozen=True)
+class StageResult:
+    """What a run of a stage has found.
+
+    Args:
+        figures: Single values by name; loggers get them.
+        items: Tables and pictures for the report and for loggers.
+
+    Example:
+        See ``Stage``.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    items: list[ReportItem] = field(default_factory=list)
+
+
 class Stage(pl.Callback, ABC):
     """A step of post-training quantization as a callback: ``run`` does the work.
 
     Stages run in the order of the Trainer's callback list, all at the end of the one epoch that ``fit`` spends on the
-    calibration data. ``seconds`` says how long the last run took, ``figures`` what it found,
-    ``exhibits`` what it has to show as tables and pictures; loggers get them all. ``run`` tells ``steps`` how far it
-    is, which the Trainer's progress bar shows; where the output goes to a file, there is one line at the end.
+    calibration data. ``result`` holds what the last run has found, which loggers get too, and ``seconds`` the time that
+    it took. ``run`` may report to ``progress``, which the Trainer's progress bar shows; where the output goes to a
+    file, there is one line at the end. ``evaluate``, a function without arguments that gives metrics of the model as it
+    is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation.
+
+    Example:
+        >>> class CountSamples(Stage):
+        ...     def run(self, module):
+        ...         return StageResult({"samples": float(module.calibration.samples)})
+        >>> stage = CountSamples()
+        >>> stage.name, stage.result.figures
+        ('CountSamples', {})
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.figures: dict[str, float] = {}
-        self.exhibits: list[Exhibit] = []
-        self.steps: Steps = untold
+        self.result = StageResult()
+        self.progress: ProgressCallback = no_progress
+        self.evaluate: Callable[[], Mapping[str, float]] | None = None
 
     @property
     def name(self) -> str:
         """Name in records and logs."""
         return type(self).__name__
 
-    @abstractmethod
-    def run(self, module: QuantizationModule) -> dict[str, float]:
-        """Do the stage's work on a module whose calibration set is complete.
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of the last run."""
+        return self.result.figures
 
-        Returns:
-            Figures to log, by name.
-        """
+    @property
+    def items(self) -> list[ReportItem]:
+        """Report items of the last run."""
+        return self.result.items
+
+    @abstractmethod
+    def run(self, module: QuantizationModule) -> StageResult:
+        """Do the stage's work on a module whose calibration set is complete."""
 
     def clean_up(self) -> None:
         """Remove what the stage has kept on disk for a run that breaks off; called when the whole run is over."""
@@ -75,22 +119,24 @@ class Stage(pl.Callback, ABC):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when all calibration batches have been seen: run the stage and log its figures."""
+        """Called when all calibration batches have been seen: run the stage and log what it has found."""
         assert isinstance(pl_module, QuantizationModule)
         if pl_module.calibration_done:
             # A Trainer with min_epochs goes on; the first epoch was the calibration.
             return
         started = time.monotonic()
-        with trainer.precision_plugin.forward_context(), stage_progress(trainer, self.name) as self.steps:
-            self.figures = self.run(pl_module)
-        self.steps = untold
-        self.seconds = time.monotonic() - started
-        figures = {f"{self.name}/{key}": value for key, value in {**self.figures, "seconds": self.seconds}.items()}
+        with trainer.precision_plugin.forward_context(), stage_progress(trainer, self.name) as self.progress:
+            result = self.run(pl_module)
+        self.progress = no_progress
+        if not isinstance(result, StageResult):
+            raise TypeError(f"{self.name}.run must return a StageResult(figures, items), got {type(result).__name__}.")
+        self.result, self.seconds = result, time.monotonic() - started
+        figures = {f"{self.name}/{key}": value for key, value in {**result.figures, "seconds": self.seconds}.items()}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-        log_exhibits(trainer.loggers, self.name, self.exhibits, trainer.global_step)
+        log_items(trainer.loggers, self.name, result.items, trainer.global_step)
         line = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        tables = [f"\n{self.name}: {exhibit.name}\n{exhibit.text}\n" for exhibit in self.exhibits]
+        tables = [f"\n{self.name}: {item.name}\n{item.text}\n" for item in result.items]
         for text in [*tables, line]:
             if log.isEnabledFor(logging.INFO):
                 log.info(text)

@@ -1,30 +1,22 @@
-"""Affine (uniform) quantization as pure functions of tensors.
+"""Affine (uniform) quantization as pure functions of tensors: the one place that rounds.
 
 A real number ``x`` is stored as the integer ``q = clamp(round(x / scale) + zero_point, qmin, qmax)`` and read back as
-``(q - zero_point) * scale``. All functions take ``scale`` and ``zero_point`` either with one element (per tensor) or
-with one element for each index of ``axis`` (per channel).
+``(q - zero_point) * scale``. Halves are rounded to the even neighbour, and zero points are whole numbers from ``qmin``
+to ``qmax``: what ONNX QuantizeLinear and DequantizeLinear compute. All functions take ``scale`` and ``zero_point`` with
+one element (per tensor), with one element for each index of ``axis`` (per channel), or, without ``axis``, in any shape
+that broadcasts to the tensor.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MIN_BITS, MAX_BITS = 2, 16
+from .spec import TensorSpec
 
-# Smaller scales would overflow when inverted; a range this narrow holds nothing but zeros.
+# Smaller scales would overflow when divided by; a range this narrow holds nothing but zeros.
 SMALLEST_SCALE = 1e-30
-
-
-def check_bits(bits: int, what: str) -> int:
-    """Return ``bits`` if it is an integer from 2 to 16.
-
-    Raises:
-        ValueError: naming ``what``, the value and the allowed range.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{what} must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}.")
-    return bits
 
 
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -34,74 +26,113 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
         >>> integer_range(4, symmetric=True), integer_range(4, symmetric=False)
         ((-8, 7), (0, 15))
     """
-    if symmetric:
-        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    return 0, 2**bits - 1
+    spec = TensorSpec(bits, symmetric)
+    return spec.qmin, spec.qmax
 
 
-def choose_qparams(
-    minimum: Tensor, maximum: Tensor, bits: int, symmetric: bool, one_sided: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that map the real range ``[minimum, maximum]`` onto the integers of ``bits`` bits.
+def choose_qparams(minimum: Tensor, maximum: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """Choose the scale and zero point that map the real range ``[minimum, maximum]`` onto the integers of a spec.
 
     The range is widened to contain zero, so that zero (padding, pruned weights) is always exact. A range that is only
-    zero gets the scale 1.
+    zero gets the scale 1. The range of a nonnegative tensor begins at zero.
 
     Args:
         minimum: Smallest real values, any shape.
         maximum: Greatest real values, same shape.
-        bits: 2 to 16.
-        symmetric: Whether the signed integer range is used with a zero point of 0.
-        one_sided: Whether a symmetric range without negative values (after a ReLU) may put its zero point at ``qmin``
-            instead of wasting half of the integers.
+        spec: Bit-width, symmetry, whether a range without negative values may have its zero point at ``qmin``, and
+            whether the tensor is never negative.
 
     Returns:
         ``(scale, zero_point)``, float32 tensors of the shape of ``minimum``; zero points are whole numbers in
         ``[qmin, qmax]``.
 
     Example:
-        >>> choose_qparams(torch.tensor(-1.0), torch.tensor(3.0), bits=2, symmetric=False)
+        >>> choose_qparams(torch.tensor(-1.0), torch.tensor(3.0), TensorSpec(bits=2))
         (tensor(1.3333), tensor(1.))
     """
-    qmin, qmax = integer_range(bits, symmetric)
-    low = minimum.float().clamp(max=0)
+    low = torch.zeros_like(minimum, dtype=torch.float32) if spec.nonnegative else minimum.float().clamp(max=0)
     high = maximum.float().clamp(min=0)
-    if symmetric:
-        shifted = (low == 0) & one_sided
+    if spec.symmetric:
+        shifted = (low == 0) & spec.one_sided
         reach = torch.maximum(-low, high)
-        scale = torch.where(shifted, reach, 2 * reach) / (qmax - qmin)
-        zero_point = torch.where(shifted, float(qmin), 0.0)
+        scale = torch.where(shifted, reach, 2 * reach) / (spec.qmax - spec.qmin)
+        zero_point = torch.where(shifted, float(spec.qmin), 0.0)
     else:
-        scale = (high - low) / (qmax - qmin)
+        scale = (high - low) / (spec.qmax - spec.qmin)
         scale = torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale)
-        zero_point = (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+        zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
     return torch.where(scale < SMALLEST_SCALE, torch.ones_like(scale), scale), zero_point
 
 
-def _along(parameter: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """View a per-channel parameter so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
-    if axis is None:
-        return parameter
-    return parameter.view([-1 if dim == axis else 1 for dim in range(ndim)])
+def along(parameter: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """View a per-channel parameter so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions.
+
+    Example:
+        >>> along(torch.ones(3), ndim=4, axis=1).shape
+        torch.Size([1, 3, 1, 1])
+    """
+    return parameter if axis is None else parameter.view([-1 if dim == axis else 1 for dim in range(ndim)])
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
-    """Integers (int32) that stand for ``x``; values outside the range saturate, halves go to the even neighbour."""
-    inverse = _along(scale.float().reciprocal(), x.dim(), axis)
-    rounded = torch.round(x.float() * inverse) + _along(zero_point.round(), x.dim(), axis)
-    return rounded.clamp(qmin, qmax).to(torch.int32)
+def encode(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: float,
+    qmax: float,
+    axis: int | None = None,
+    rounding: Callable[[Tensor], Tensor] = torch.round,
+) -> Tensor:
+    """Encode real numbers as integers; values outside the range saturate.
+
+    Args:
+        x: Floating-point tensor.
+        scale: Positive, one element or one for each index of ``axis``.
+        zero_point: Same shape as ``scale``; rounded and clamped to ``[qmin, qmax]`` before use.
+        qmin: Smallest integer; minus infinity for no limit.
+        qmax: Greatest integer; infinity for no limit.
+        axis: Channel dimension of ``x``, or None for one scale for the whole tensor.
+        rounding: How ``x / scale`` becomes a whole number: to the nearest, with ties to even, or ``torch.floor``.
+
+    Returns:
+        float32 tensor of whole numbers, of the shape of ``x``.
+
+    Example:
+        >>> encode(torch.tensor([-1.0, 0.25, 9.0]), torch.tensor([0.5]), torch.tensor([1.0]), 0, 3)
+        tensor([0., 1., 3.])
+    """
+    point = along(_whole(zero_point, qmin, qmax), x.dim(), axis)
+    return _encode(x.float(), along(scale.float(), x.dim(), axis), point, rounding).clamp_(qmin, qmax)
 
 
-def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None = None) -> Tensor:
-    """Real numbers (float32) that the integers ``q`` stand for."""
-    shifted = q.float() - _along(zero_point.round(), q.dim(), axis)
-    return shifted * _along(scale.float(), q.dim(), axis)
+def decode(q: Tensor, scale: Tensor, zero_point: Tensor, qmin: float, qmax: float, axis: int | None = None) -> Tensor:
+    """Decode integers as the real numbers (float32) that they stand for; differentiable in ``q`` and ``scale``.
+
+    Args:
+        q: Whole numbers of any type.
+        scale: See ``encode``.
+        zero_point: See ``encode``.
+        qmin: See ``encode``.
+        qmax: See ``encode``.
+        axis: See ``encode``.
+
+    Example:
+        >>> decode(torch.tensor([0, 1, 3]), torch.tensor([0.5]), torch.tensor([1.0]), 0, 3)
+        tensor([-0.5000,  0.0000,  1.0000])
+    """
+    point = along(_whole(zero_point, qmin, qmax), q.dim(), axis)
+    return (q.float() - point) * along(scale.float(), q.dim(), axis)
+
+
+def _whole(zero_point: Tensor, qmin: float, qmax: float) -> Tensor:
+    """The zero point that acts: a whole number within the range of the integers."""
+    return zero_point.detach().float().round().clamp(qmin, qmax)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
 ) -> Tensor:
-    """``dequantize(quantize(x))``, differentiable by the straight-through estimator.
+    """Encode and decode, differentiable by the straight-through estimator.
 
     Gradients follow LSQ+ (Bhalgat et al. 2020; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
     ``x`` is inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated
@@ -110,7 +141,7 @@ def fake_quantize(
     Args:
         x: Floating-point tensor; computed in float32 and returned in its own type.
         scale: Positive, one element or one for each index of ``axis``.
-        zero_point: Same shape as ``scale``; rounded to whole numbers before use.
+        zero_point: Same shape as ``scale``; rounded and clamped to ``[qmin, qmax]`` before use.
         qmin: Smallest integer.
         qmax: Greatest integer.
         axis: Channel dimension of ``x``, or None for one scale for the whole tensor.
@@ -126,6 +157,18 @@ def fake_quantize(
     return output
 
 
+def _encode(
+    x: Tensor, step: Tensor, point: Tensor, rounding: Callable[[Tensor], Tensor] = torch.Tensor.round_
+) -> Tensor:
+    """Integers before they are clamped, in fresh memory."""
+    return rounding(x / step).add_(point)
+
+
+def _decode_(integers: Tensor, step: Tensor, point: Tensor) -> Tensor:
+    """Real numbers in the place of their integers."""
+    return integers.sub_(point).mul_(step)
+
+
 class _FakeQuantize(torch.autograd.Function):
     """In-place float arithmetic throughout: on a CPU several times as fast as torch's fused kernels and as masks of
     bool."""
@@ -135,12 +178,12 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
     ) -> Tensor:
         real = x.float()
-        step = _along(scale.float(), x.dim(), axis)
-        point = _along(zero_point.round().clamp(qmin, qmax), x.dim(), axis)
-        integers = (real * step.reciprocal()).round_().add_(point)
+        step = along(scale.float(), x.dim(), axis)
+        point = along(_whole(zero_point, qmin, qmax), x.dim(), axis)
+        integers = _encode(real, step, point)
         differentiable = any(ctx.needs_input_grad)
         clamped = integers.clamp(qmin, qmax) if differentiable else integers.clamp_(qmin, qmax)
-        output = clamped.sub_(point).mul_(step)
+        output = _decode_(clamped, step, point)
         ctx.axis, ctx.ends = axis, (qmin, qmax)
         if differentiable:
             ctx.save_for_backward(integers, *((real, output, scale) if any(ctx.needs_input_grad[1:3]) else ()))
@@ -176,8 +219,13 @@ def _dot(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product over all dimensions of two tensors of the same shape, of which none is copied if both lie in the
-    same memory format."""
+    """Compute the inner product over all dimensions of two tensors of the same shape, without a copy if both have the
+    same memory format.
+
+    Example:
+        >>> dot(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor(11.)
+    """
     if a.dim() == 4 and not a.is_contiguous() and a.is_contiguous(memory_format=torch.channels_last):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1), b.reshape(-1))

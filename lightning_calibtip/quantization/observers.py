@@ -5,19 +5,67 @@ them all.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .ranges import check_range_method, lp_optimal_range
+from .ranges import OBSERVER_NAMES, RangeOptions, lp_optimal_range
+from .spec import TensorSpec
 
 Range = tuple[Tensor, Tensor]
+MakeObserver = Callable[[RangeOptions], "Observer"]
+
+_OBSERVERS: dict[str, MakeObserver] = {}
+
+
+def register_observer(name: str) -> Callable[[MakeObserver], MakeObserver]:
+    """Register an observer, as the ``observer`` of that name.
+
+    Args:
+        name: Name for ``RangeOptions.observer``.
+
+    Returns:
+        Decorator for a function that makes a new observer from ``RangeOptions``.
+
+    Example:
+        >>> @register_observer("half_range")
+        ... def half_range(options):
+        ...     class HalfRange(MinMaxObserver):
+        ...         def _range(self, spec):
+        ...             return self.minimum / 2, self.maximum / 2
+        ...     return HalfRange()
+        >>> make_observer(RangeOptions("half_range")).seen
+        False
+    """
+
+    def register(make: MakeObserver) -> MakeObserver:
+        if name not in OBSERVER_NAMES:
+            OBSERVER_NAMES.append(name)
+        _OBSERVERS[name] = make
+        return make
+
+    return register
+
+
+def make_observer(options: RangeOptions) -> "Observer":
+    """Make the observer that the options name.
+
+    Example:
+        >>> type(make_observer(RangeOptions("minmax"))).__name__
+        'MinMaxObserver'
+    """
+    return _OBSERVERS[options.observer](options)
 
 
 class Observer(Metric):
-    """What all observers share: an update with each activation, and a range for any bit width at the end."""
+    """Remembers what calibration needs of the activations that pass, and gives a range for any format at the end.
+
+    Example:
+        See ``MinMaxObserver``.
+    """
 
     full_state_update = False
 
@@ -26,8 +74,8 @@ class Observer(Metric):
         """Whether anything was observed."""
         return bool(self.update_count > 0)
 
-    def compute_range(self, bits: int, symmetric: bool) -> Range:
-        """Range for ``bits`` bits, each end of shape (1,), over all processes.
+    def compute_range(self, spec: TensorSpec) -> Range:
+        """Compute the range for a format, each end of shape (1,), over all processes.
 
         Raises:
             RuntimeError: If nothing was observed yet.
@@ -35,14 +83,14 @@ class Observer(Metric):
         if not self.seen:
             raise RuntimeError("This observer has seen no data: run at least one calibration batch through the model.")
         with self.sync_context(should_sync=self._to_sync):
-            return self._range(bits, symmetric)
+            return self._range(spec)
 
     def compute(self) -> Range:
-        """The range for 8 bits (``compute_range`` gives it for any width)."""
-        return self._range(8, False)
+        """Compute the range for 8 bits (``compute_range`` gives it for any format)."""
+        return self._range(TensorSpec(8))
 
     @abstractmethod
-    def _range(self, bits: int, symmetric: bool) -> Range:
+    def _range(self, spec: TensorSpec) -> Range:
         """The range that this process's state gives."""
 
 
@@ -53,7 +101,7 @@ class MinMaxObserver(Observer):
         >>> observer = MinMaxObserver()
         >>> observer.update(torch.tensor([-1.0, 2.0]))
         >>> observer.update(torch.tensor([0.0, 5.0]))
-        >>> observer.compute_range(bits=8, symmetric=False)
+        >>> observer.compute_range(TensorSpec(8))
         (tensor([-1.]), tensor([5.]))
     """
 
@@ -71,7 +119,7 @@ class MinMaxObserver(Observer):
         self.minimum = torch.minimum(self.minimum, low)
         self.maximum = torch.maximum(self.maximum, high)
 
-    def _range(self, bits: int, symmetric: bool) -> Range:
+    def _range(self, spec: TensorSpec) -> Range:
         return self.minimum, self.maximum
 
 
@@ -80,6 +128,13 @@ class MovingAverageObserver(Observer):
 
     Args:
         momentum: Weight of the newest batch, above 0 and at most 1.
+
+    Example:
+        >>> observer = MovingAverageObserver(momentum=0.5)
+        >>> observer.update(torch.tensor([-1.0, 2.0]))
+        >>> observer.update(torch.tensor([0.0, 4.0]))
+        >>> observer.compute_range(TensorSpec(8))
+        (tensor([-0.5000]), tensor([3.]))
     """
 
     minimum: Tensor
@@ -100,7 +155,7 @@ class MovingAverageObserver(Observer):
         self.minimum = torch.lerp(self.minimum, low, weight)
         self.maximum = torch.lerp(self.maximum, high, weight)
 
-    def _range(self, bits: int, symmetric: bool) -> Range:
+    def _range(self, spec: TensorSpec) -> Range:
         return self.minimum, self.maximum
 
 
@@ -112,6 +167,11 @@ def merge_histograms(stacked: Tensor) -> Tensor:
 
     Returns:
         One such row, its reach the greatest of all.
+
+    Example:
+        >>> rows = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 1.0], [2.0, -2.0, 2.0, 1.0, 0.0, 0.0, 1.0]])
+        >>> merge_histograms(rows)
+        tensor([ 2., -2.,  2.,  1.,  1.,  1.,  1.])
     """
     reach = stacked[:, 0].max()
     rows = [widen(row[3:], float(row[0]), float(reach)) for row in stacked]
@@ -120,8 +180,18 @@ def merge_histograms(stacked: Tensor) -> Tensor:
 
 
 def widen(histogram: Tensor, reach: float, wanted: float) -> Tensor:
-    """The same counts over ``[-wanted, wanted]``; both reaches are powers of two, so bins merge in pairs and nothing
-    blurs."""
+    """Return the same counts over ``[-wanted, wanted]``; both reaches are powers of two, so bins merge in pairs and
+    nothing blurs.
+
+    Args:
+        histogram: Counts over ``[-reach, reach]``; the number of bins is a multiple of 4.
+        reach: Present reach.
+        wanted: Reach of the result.
+
+    Example:
+        >>> widen(torch.tensor([1.0, 2.0, 3.0, 4.0]), reach=1.0, wanted=2.0)
+        tensor([0., 3., 7., 0.])
+    """
     while 0 < reach < wanted:
         quarter = histogram.numel() // 4
         merged = histogram.view(-1, 2).sum(1)
@@ -142,6 +212,12 @@ class HistogramObserver(Observer):
         percentile: Share of the values, in per cent, that stays inside on each side, above 50 and at most 100.
         p: Exponent of the error for ``"lp"``, above 0.
         bins: Number of bins, a multiple of 4.
+
+    Example:
+        >>> observer = HistogramObserver("percentile", percentile=90.0, bins=8)
+        >>> observer.update(torch.tensor([0.1, 0.2, 0.3, 0.4, 1.0]))
+        >>> float(observer.row[3:].sum())
+        5.0
     """
 
     row: Tensor
@@ -177,7 +253,7 @@ class HistogramObserver(Observer):
         else:
             self.row[3 + self.bins // 2] += values.numel()
 
-    def _range(self, bits: int, symmetric: bool) -> Range:
+    def _range(self, spec: TensorSpec) -> Range:
         reach, low, high = self.row[:3].split(1)
         counts = self.row[3:]
         width = 2 * reach / self.bins
@@ -191,18 +267,21 @@ class HistogramObserver(Observer):
         used = counts > 0
         values, weights = centres[used].clamp(low, high).unsqueeze(0), counts[used]
         p = 2.0 if self.method == "mse" else self.p
-        return lp_optimal_range(values, weights, low, high, bits, symmetric, p, one_sided=True)
+        return lp_optimal_range(values, weights, low, high, spec, p)
 
 
-def make_observer(method: str, momentum: float = 0.1, percentile: float = 99.99, p: float = 2.4) -> Observer:
-    """Observer for a range method by name.
+@register_observer("minmax")
+def _min_max(options: RangeOptions) -> Observer:
+    return MinMaxObserver()
 
-    Raises:
-        ValueError: If ``method`` is not one of ``RANGE_METHODS``, or a setting is out of its range.
-    """
-    check_range_method(method, "observer")
-    if method == "minmax":
-        return MinMaxObserver()
-    if method == "moving_average":
-        return MovingAverageObserver(momentum)
-    return HistogramObserver(method, percentile, p)
+
+@register_observer("moving_average")
+def _moving_average(options: RangeOptions) -> Observer:
+    return MovingAverageObserver(options.momentum)
+
+
+@register_observer("percentile")
+@register_observer("mse")
+@register_observer("lp")
+def _histogram(options: RangeOptions) -> Observer:
+    return HistogramObserver(options.observer, options.percentile, options.p)

@@ -1,66 +1,157 @@
-"""Search for the clipping range that loses least, of a tensor or a histogram: min-max, percentile, L_p-optimal."""
+"""Clipping ranges of tensors that are known whole, and the search for the range that loses least."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .affine import choose_qparams, integer_range
+from .affine import choose_qparams, fake_quantize
+from .spec import PerChannel, PerGroup, TensorSpec
 
-RANGE_METHODS = ("minmax", "moving_average", "percentile", "mse", "lp")
+RangeMethod = Callable[[Tensor, TensorSpec, "RangeOptions"], tuple[Tensor, Tensor]]
 
 # Fractions of the full range that the search tries, coarse over everything and then fine around the best.
 _COARSE = torch.linspace(1.0, 0.1, 46)
 _FINE = torch.linspace(0.02, -0.02, 9)
 
-# Weights that are searched at once.
+# Number of weights that are searched at once.
 _CACHED = 2**17
 
+_RANGE_METHODS: dict[str, RangeMethod] = {}
 
-def check_range_method(method: str, what: str) -> str:
-    """Return ``method`` if it is one of ``RANGE_METHODS``, else raise ``ValueError`` naming ``what``."""
-    if method not in RANGE_METHODS:
-        raise ValueError(f"{what} must be one of {', '.join(RANGE_METHODS)}, got {method!r}.")
-    return method
+# Names that ``register_observer`` has added. They are kept here, where options are checked, because observers are made
+# from these options and so import this module.
+OBSERVER_NAMES: list[str] = []
 
 
-def weight_range(
-    weight: Tensor,
-    bits: int,
-    symmetric: bool,
-    axis: int | None,
-    method: str = "mse",
-    percentile: float = 99.99,
-    p: float = 2.4,
-) -> tuple[Tensor, Tensor]:
-    """Range of a weight that is known whole.
+def register_range_method(name: str) -> Callable[[RangeMethod], RangeMethod]:
+    """Register a function that chooses the ranges of weights, as the ``weight_observer`` of that name.
+
+    Args:
+        name: Name for ``RangeOptions.weight_observer``.
+
+    Returns:
+        Decorator for a function ``(rows, spec, options) -> (minimum, maximum)``: rows of shape (channels, n), each of
+        which has one range; the ends have shape (channels,).
+
+    Example:
+        >>> @register_range_method("three_sigma")
+        ... def three_sigma(rows, spec, options):
+        ...     return rows.mean(1) - 3 * rows.std(1), rows.mean(1) + 3 * rows.std(1)
+        >>> RangeOptions(weight_observer="three_sigma").weight_observer
+        'three_sigma'
+    """
+
+    def register(method: RangeMethod) -> RangeMethod:
+        _RANGE_METHODS[name] = method
+        return method
+
+    return register
+
+
+@dataclass(frozen=True)
+class RangeOptions:
+    """How the ranges of activations and weights are chosen: the options of ``Calibration``.
+
+    Args:
+        observer: How ranges of activations are chosen: ``"minmax"``, ``"moving_average"`` (of each batch's minimum and
+            maximum, as in the paper), ``"percentile"``, ``"mse"`` (least mean squared error), ``"lp"`` (least L_p
+            error, the initialisation of LAPQ), or the name of a registered one.
+        weight_observer: The same for weights.
+        momentum: For ``"moving_average"``: weight of the newest batch, above 0 and at most 1.
+        percentile: For ``"percentile"``: share of the values, in per cent, that stays inside the range on each side,
+            above 50 and at most 100.
+        p: For ``"lp"``: exponent of the error, above 0.
+
+    Raises:
+        ValueError: If a name is not registered, or a value is out of its range.
+
+    Example:
+        >>> RangeOptions("percentile", percentile=99.9).percentile
+        99.9
+    """
+
+    observer: str = "mse"
+    weight_observer: str = "mse"
+    momentum: float = 0.1
+    percentile: float = 99.99
+    p: float = 2.4
+
+    def __post_init__(self) -> None:
+        for what, name, names in (
+            ("observer", self.observer, OBSERVER_NAMES),
+            ("weight_observer", self.weight_observer, list(_RANGE_METHODS)),
+        ):
+            if name not in names:
+                raise ValueError(f"{what} must be one of {', '.join(names)}, got {name!r}.")
+        if not 0 < self.momentum <= 1:
+            raise ValueError(f"momentum must be above 0 and at most 1, got {self.momentum}.")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 50 and at most 100 (per cent), got {self.percentile}.")
+        if not self.p > 0:
+            raise ValueError(f"p must be above 0, got {self.p}.")
+
+
+def weight_range(weight: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    """Choose the ranges of a weight.
 
     Args:
         weight: Any shape.
-        bits: Width the range is for (only ``"mse"`` and ``"lp"`` depend on it).
-        symmetric: Whether the integers are signed and the zero point 0.
-        axis: Output-channel dimension for one range a channel, or None.
-        method: One of ``RANGE_METHODS``; of a weight, which does not change, the moving average is the min-max range.
-        percentile: For ``"percentile"``: share of the values, in per cent, that stays inside on each side.
-        p: For ``"lp"``: exponent of the error.
+        spec: Its format; only ``"mse"`` and ``"lp"`` depend on the bit-width.
+        options: ``weight_observer`` says how; the weight does not change, so its moving average is the min-max range.
 
     Returns:
-        ``(minimum, maximum)``, each with one element a channel (``(1,)`` without ``axis``).
+        ``(minimum, maximum)``, each with one element for each scale.
+
+    Example:
+        >>> weight_range(torch.tensor([[1.0, -2.0], [0.0, 3.0]]), TensorSpec(granularity=PerChannel(0)),
+        ...              RangeOptions(weight_observer="minmax"))
+        (tensor([-2.,  0.]), tensor([1., 3.]))
     """
     rows = weight.detach().float()
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
-    low, high = rows.amin(1), rows.amax(1)
-    if method == "percentile":
-        upper = percentile / 100
-        return _quantile(rows, 1 - upper), _quantile(rows, upper)
-    if method in ("mse", "lp"):
-        # A few channels at a time, which stay in the cache while all fractions are tried: an embedding has millions.
-        channels = max(1, _CACHED // rows.shape[1])
-        parts = zip(rows.split(channels), low.split(channels), high.split(channels), strict=True)
-        exponent = 2.0 if method == "mse" else p
-        ends = [lp_optimal_range(part, None, least, most, bits, symmetric, exponent) for part, least, most in parts]
-        return torch.cat([end[0] for end in ends]), torch.cat([end[1] for end in ends])
+    method = _RANGE_METHODS[options.weight_observer]
+    if not isinstance(spec.granularity, PerChannel | PerGroup):
+        return method(rows.reshape(1, -1), spec, options)
+    rows = rows.movedim(spec.granularity.axis, 0).flatten(1)
+    if isinstance(spec.granularity, PerChannel):
+        return method(rows, spec, options)
+    # Shorter groups apart from the others: zeros that fill them up would shift percentiles and averages.
+    size = spec.granularity.size
+    whole = rows.shape[1] // size * size
+    parts = [rows[:, :whole].reshape(-1, size), rows[:, whole:]]
+    ends = [method(part, spec, options) for part in parts if part.numel()]
+    low, high = (torch.cat([end.view(len(rows), -1) for end in side], 1).view(-1) for side in zip(*ends, strict=True))
     return low, high
+
+
+@register_range_method("minmax")
+@register_range_method("moving_average")
+def _min_max(rows: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    return rows.amin(1), rows.amax(1)
+
+
+@register_range_method("percentile")
+def _percentile(rows: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    upper = options.percentile / 100
+    return _quantile(rows, 1 - upper), _quantile(rows, upper)
+
+
+@register_range_method("mse")
+def _least_squares(rows: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    return _searched(rows, spec, 2.0)
+
+
+@register_range_method("lp")
+def _least_lp(rows: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:
+    return _searched(rows, spec, options.p)
+
+
+def _searched(rows: Tensor, spec: TensorSpec, p: float) -> tuple[Tensor, Tensor]:
+    # A few channels at a time, which stay in the cache while all fractions are tried: an embedding has millions.
+    channels = max(1, _CACHED // rows.shape[1])
+    ends = [lp_optimal_range(part, None, part.amin(1), part.amax(1), spec, p) for part in rows.split(channels)]
+    return torch.cat([end[0] for end in ends]), torch.cat([end[1] for end in ends])
 
 
 def _quantile(rows: Tensor, fraction: float) -> Tensor:
@@ -74,41 +165,41 @@ def lp_optimal_range(
     counts: Tensor | None,
     low: Tensor,
     high: Tensor,
-    bits: int,
-    symmetric: bool,
+    spec: TensorSpec,
     p: float,
-    one_sided: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Range inside ``[low, high]`` whose quantization has the least error ``sum |x - Q(x)|^p``.
+    """Find the range inside ``[low, high]`` whose quantization has the least error ``sum |x - Q(x)|^p``.
 
     With ``p = 2`` the mean squared error; other exponents are the initialisation of LAPQ (Nahshan et al. 2021). Both
     ends are first drawn in together, then each alone.
 
     Args:
-        values: Shape (channels, n).
+        values: Shape (channels, n), without gradients.
         counts: Weight of each of the n values (a histogram's bin counts), or None for 1 each.
         low: Smallest value of each channel, shape (channels,).
         high: Greatest value of each channel, shape (channels,).
-        bits: 2 to 16.
-        symmetric: See ``choose_qparams``.
+        spec: Format that the range is for.
         p: Exponent, above 0.
-        one_sided: See ``choose_qparams``.
 
     Returns:
         ``(minimum, maximum)``, each of shape (channels,).
+
+    Example:
+        >>> rows = torch.cat([torch.linspace(0, 1, 64), torch.tensor([10.0])]).view(1, -1)
+        >>> low, high = lp_optimal_range(rows, None, rows.amin(1), rows.amax(1), TensorSpec(3), p=1.0)
+        >>> bool(high < 10)
+        True
     """
-    qmin, qmax = integer_range(bits, symmetric)
 
     def error(minimum: Tensor, maximum: Tensor) -> Tensor:
-        scale, zero_point = (q.unsqueeze(1) for q in choose_qparams(minimum, maximum, bits, symmetric, one_sided))
-        integers = (torch.round(values / scale) + zero_point).clamp_(qmin, qmax)
-        lost = integers.sub_(zero_point).mul_(scale).sub_(values).abs_().pow_(p)
+        scale, zero_point = (q.unsqueeze(1) for q in choose_qparams(minimum, maximum, spec))
+        lost = fake_quantize(values, scale, zero_point, spec.qmin, spec.qmax).sub_(values).abs_().pow_(p)
         return (lost if counts is None else lost.mul_(counts)).sum(1)
 
     low, high = low.clamp(max=0), high.clamp(min=0)
     ones = torch.ones_like(low)
     ends: list[tuple[bool, bool]] = [(True, True)]
-    if not symmetric:
+    if not spec.symmetric:
         ends += [(False, True), (True, False)]
     shrink_low, shrink_high = ones, ones
     for move_low, move_high in ends:

@@ -10,7 +10,7 @@ def token_mask(shape: Sequence[int], tokens: Tensor | None, axes: Sequence[int])
     """Mask over a tensor of some shape, by the mask of its tokens.
 
     Args:
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         tokens: Shape (batch, positions), True where a token counts; None if all do.
         axes: Dimensions that run over the positions of the batch that lies along dimension 0. Rows of all tokens one
             after the other, ``(batch * positions, width)``, are known by their number.

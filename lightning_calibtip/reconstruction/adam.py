@@ -13,11 +13,18 @@ _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 class Adam:
-    """Steps of parameters, of which those without a gradient are left out.
+    """Optimiser that leaves out the parameters that have no gradient at a step.
 
     Args:
-        parameters: What is optimised.
+        parameters: Parameters to optimise.
         rates: Learning rate of each.
+
+    Example:
+        >>> parameter = torch.zeros(1)
+        >>> parameter.grad = torch.ones(1)
+        >>> Adam([parameter], [0.5]).step(1.0)
+        >>> parameter
+        tensor([-0.5000])
     """
 
     def __init__(self, parameters: Sequence[Tensor], rates: Sequence[float]) -> None:

@@ -2,159 +2,165 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.recording import Recording
-from ..calibration.replay import Replay, UnitCall
-from ..calibration.steps import Steps, part_of, untold
-from ..quantization.network import QuantizedNetwork
-from .importance import Loss, measure_importance, token_weights
-from .optimize import UnitResult, optimize_unit, output_tensors
-from .progress import Progress, describe_run
-from .samples import UnitSamples
-from .settings import MODES, AdaQuantSettings
-from .units import GRANULARITIES, Unit, find_units
+from ..calibration.progress import ProgressCallback, no_progress, part_of
+from ..calibration.replay import Replay
+from ..network.network import QuantizedNetwork
+from ..quantization.quantizers import Quantizer
+from .float_stream import FloatStream
+from .optimize import UnitResult, optimize_unit
+from .options import AdaQuantOptions
+from .resume import FinishedUnits, describe_run
+from .rounding import rounding_method
+from .unit_data import UnitData, split_by_samples
+from .units import Unit, find_units
 
 log = logging.getLogger(__name__)
-
-# Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
-# kernels for other batch sizes may make (mixing samples up makes one of about 1).
-_ROWS_TRIED, _TOLERANCE = 8, 0.1
-
-
-@dataclass
-class Reconstruction:
-    """What is reconstructed, and in which way.
-
-    Args:
-        settings: Of the optimiser.
-        mode: ``"sequential"``: a unit's inputs come from the already quantized units before it, its target from the
-            float model, so that each unit also makes up for the errors of those before. ``"parallel"``: the inputs come
-            from the float model.
-        granularity: ``"layer"`` or ``"block"`` (see ``find_units``).
-        blocks: Names or patterns of modules that are to be units.
-        loss: ``loss(output, batch)``; weights each output element's error by its squared gradient (Fisher weighting).
-        progress: Folder for the finished units, from which a killed run goes on; None to keep none.
-
-    Raises:
-        ValueError: If ``mode`` or ``granularity`` is unknown, ``blocks`` is no list or ``loss`` no function.
-    """
-
-    settings: AdaQuantSettings = field(default_factory=AdaQuantSettings)
-    mode: str = "sequential"
-    granularity: str = "block"
-    blocks: Sequence[str] = ()
-    loss: Loss | None = None
-    progress: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}.")
-        if isinstance(self.blocks, str):
-            raise ValueError(f"blocks must be a list of names or patterns, got {self.blocks!r}.")
-        if self.loss is not None and not callable(self.loss):
-            raise ValueError(f"loss must be a function loss(output, batch), got {self.loss!r}.")
 
 
 def adaquant(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
-    how: Reconstruction | None = None,
+    options: AdaQuantOptions | None = None,
     store: ActivationStore | None = None,
-    steps: Steps = untold,
+    state_folder: Path | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> list[UnitResult]:
     """Reconstruct every unit of a calibrated model in place.
 
     Two streams run through the model, unit by unit: the float one gives the targets, the quantized one, in sequential
-    mode, the inputs. Both replay what is finished, so the cost is linear in the depth.
+    mode, the inputs. Both replay what is finished, so the cost is linear in the depth. The scale of a tensor that
+    several units read is learned by the first of them.
 
     Args:
-        network: Calibrated.
-        calibration: The samples.
-        how: See ``Reconstruction``.
-        store: Where captured activations are kept; all in memory if None.
-        steps: Told of the optimiser's steps over all units.
+        network: Calibrated network.
+        calibration: Calibration set.
+        options: See ``AdaQuantOptions``; the defaults if None.
+        store: Store of captured activations; all in memory if None.
+        state_folder: Folder for the finished units, from which a killed run is resumed; None to keep none.
+        progress: Progress callback, over the optimiser's steps on all units.
 
     Returns:
         A result for each unit, in the order of execution.
 
     Raises:
         RuntimeError: If the model is not calibrated, or there is no calibration batch.
-        ValueError: If a name in ``blocks`` is unknown, or ``progress`` holds another run.
+        ValueError: If a name in ``blocks`` is unknown, the rounding method cannot round a layer's weight, or
+            ``state_folder`` holds another run.
         OSError: If activations are to go to a disk that has no room for them.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> from lightning_calibtip.quantization.ranges import RangeOptions
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.randn(64, 4))
+        >>> network = QuantizedNetwork(model, QuantizationScheme(weight_bits=3, activation_bits=8, edge_bits=None))
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> network.attach_observers(RangeOptions())
+        >>> with network.observing():
+        ...     _ = calibration.run(0)
+        >>> network.fit_ranges()
+        >>> results = adaquant(network, calibration, AdaQuantOptions(iterations=10))
+        >>> [result.name for result in results], all(r.error_after <= r.error_before for r in results)
+        (['0', '2'], True)
     """
-    how, store = how or Reconstruction(), store or ActivationStore()
-    if not network.calibrated:
-        raise RuntimeError("AdaQuant starts from calibrated ranges: run Calibration first.")
-    calibration.require()
-    units = find_units(network, how.granularity, how.blocks)
-    progress = None if how.progress is None else _open_progress(how, units, network, calibration, store)
+    options, store = options or AdaQuantOptions(), store or ActivationStore()
+    units = [unit for unit in prepare_units(network, calibration, options) if unit.is_quantized]
+    finished = None
+    if state_folder is not None:
+        finished = open_finished(state_folder, options, units, network, calibration, store)
     assert network.structure is not None
     names = [unit.name for unit in units]
-    float_stream, quantized_stream = (
-        Replay(network.model, network.structure, calibration, names, store) for _ in range(2)
-    )
-    importance: dict[str, Recording] = {}
-    if how.loss is not None:
-        importance = measure_importance(network, calibration, units, float_stream, how.loss)
-    weighs = how.loss is not None or calibration.padded
-    results = []
+    quantized_stream = Replay(network.model, network.structure, calibration, names, store)
+    floats = FloatStream(network, calibration, options, units, store)
+    is_sequential = options.mode == "sequential"
+    results: list[UnitResult] = []
+    used: set[Quantizer] = set()
     for position, unit in enumerate(units):
-        result = progress.load(position, unit) if progress else None
-        keeps = result is None and (how.mode == "parallel" or how.settings.drop_probability > 0)
-        with network.quantized(False):
-            float_inputs, targets, weights = _run_float(
-                unit, float_stream, keeps, importance.pop(unit.name, None), weighs and result is None
-            )
-        inputs = float_inputs
-        if how.mode == "sequential":
-            inputs = quantized_stream.recording(unit.name, unit.prefers_channels_last)
-            for calls in quantized_stream.capture(unit.name):
-                for call in calls:
-                    inputs.append((call.args, call.kwargs))
+        result = finished.load(position, unit) if finished else None
+        keeps_inputs = result is None and (not is_sequential or options.drop_probability > 0)
+        record = floats.record(unit, keeps_inputs, weighs=result is None)
+        inputs = record.inputs
+        if is_sequential:
+            channels_last = unit.prefers_channels_last
+            inputs = quantized_stream.record(unit.name, True, False, channels_last).inputs
         if result is None:
             assert inputs is not None
-            drawn = float_inputs if how.mode == "sequential" else None
-            told = part_of(steps, position, len(units))
-            result = _optimize(unit, inputs, targets, drawn, weights, how.settings, told)
-            if progress:
-                progress.save(position, unit, result)
+            recorded = UnitData(inputs, record.targets, record.inputs if is_sequential else None, record.weights)
+            result = reconstruct(unit, recorded, options, used, part_of(progress, position, len(units)))
+            if finished:
+                finished.save(position, unit, result)
         results.append(result)
-        iterations = how.settings.iterations
-        summary = f"{unit.name}: relative error {result.error_before:.3g} to {result.error_after:.3g}"
-        steps((position + 1) * iterations, len(units) * iterations, summary)
-        float_stream.finish(unit.name, targets)
-        if how.mode == "sequential":
+        progress((position + 1) * options.iterations, len(units) * options.iterations, summary_of(result))
+        used.update(quantizer for layer in unit.layers for quantizer in layer.quantizers)
+        floats.finish(unit, record)
+        if is_sequential:
             assert inputs is not None
-            quantized_stream.finish(unit.name, _outputs(unit, inputs, quantized_stream))
-        for recording in (inputs, float_inputs, weights):
-            if recording is not None:
-                recording.forget()
-    for stream in (float_stream, quantized_stream):
-        stream.forget()
+            outputs = quantized_stream.record_again(unit.name, inputs, unit.prefers_channels_last)
+            quantized_stream.finish(unit.name, outputs)
+            inputs.forget()
+    floats.forget()
+    quantized_stream.forget()
     return results
 
 
-def _optimize(
+def prepare_units(network: QuantizedNetwork, calibration: CalibrationSet, options: AdaQuantOptions) -> list[Unit]:
+    """The units to reconstruct, once it is certain that they can be. See ``adaquant``.
+
+    Raises:
+        RuntimeError: If the model is not calibrated, or there is no calibration batch.
+        ValueError: If a name in ``blocks`` is unknown, or the rounding method cannot round a layer's weight.
+    """
+    if not network.calibrated:
+        raise RuntimeError("AdaQuant starts from calibrated ranges: run Calibration first.")
+    calibration.require()
+    units = find_units(network, options.granularity, options.blocks)
+    for layer in (layer for unit in units for layer in unit.layers):
+        if layer.weight_quantizer is not None:
+            rounding_method(options.rounding).check(layer)
+    return units
+
+
+def summary_of(result: UnitResult) -> str:
+    """One line about a result, for progress callbacks.
+
+    Example:
+        >>> summary_of(UnitResult("conv1", ("conv1",), 0.25, 0.125, True, "", 1.0))
+        'conv1: relative error 0.25 to 0.125'
+    """
+    return f"{result.name}: relative error {result.error_before:.3g} to {result.error_after:.3g}"
+
+
+def reconstruct(
     unit: Unit,
-    inputs: Recording,
-    targets: Recording,
-    float_inputs: Recording | None,
-    importance: Recording | None,
-    settings: AdaQuantSettings,
-    steps: Steps,
+    recorded: UnitData,
+    options: AdaQuantOptions,
+    fixed: AbstractSet[Quantizer],
+    progress: ProgressCallback,
 ) -> UnitResult:
-    """Optimise a unit; one that cannot be is left as it is, with a warning that says why."""
+    """Optimise a unit; one that cannot be is left as it is, with a warning that says why. See ``optimize_unit``.
+
+    Args:
+        unit: The unit.
+        recorded: What is recorded of it.
+        options: See ``AdaQuantOptions``.
+        fixed: Quantizers of the unit that must not change.
+        progress: Progress callback.
+
+    Raises:
+        OSError: If a disk is full; likewise errors for want of memory.
+    """
     try:
-        return optimize_unit(unit, _samples(unit, inputs, targets, float_inputs, importance), settings, steps)
+        return optimize_unit(unit, split_by_samples(unit, recorded), options, fixed, progress)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -164,99 +170,36 @@ def _optimize(
         return UnitResult(unit.name, layers, float("nan"), float("nan"), False, note, 0.0)
 
 
-@torch.no_grad()
-def _run_float(
-    unit: Unit, stream: Replay, keep_inputs: bool, importance: Recording | None, weighs: bool
-) -> tuple[Recording | None, Recording, Recording | None]:
-    """Run a unit at all its calls.
-
-    Args:
-        unit: The unit.
-        stream: Of the float model.
-        keep_inputs: Whether its inputs will be wanted.
-        importance: Of its outputs' elements, by the loss; None for all alike.
-        weighs: Whether there is importance, or padding, which has none.
-
-    Returns:
-        Inputs, if they are to be kept; outputs; and the importance of these, padding left out, if it ``weighs``.
-    """
-    inputs, outputs = (stream.recording(unit.name, unit.prefers_channels_last) for _ in range(2))
-    weights = stream.recording(unit.name, unit.prefers_channels_last)
-    for index, calls in enumerate(stream.capture(unit.name)):
-        for call in calls:
-            if keep_inputs:
-                inputs.append((call.args, call.kwargs))
-            output = unit(call)
-            if weighs:
-                given = None if importance is None else importance[len(outputs)]
-                weights.append(token_weights(unit, output, stream.calibration.tokens(index), given))
-            outputs.append(output)
-    if importance is not None:
-        importance.forget()
-    return inputs if keep_inputs else None, outputs, weights if weighs else None
-
-
-@torch.no_grad()
-def _outputs(unit: Unit, inputs: Recording, stream: Replay) -> Recording:
-    outputs = stream.recording(unit.name, unit.prefers_channels_last)
-    for position in range(len(inputs)):
-        outputs.append(unit(UnitCall(*inputs[position])))
-    return outputs
-
-
-def _samples(
-    unit: Unit, inputs: Recording, targets: Recording, float_inputs: Recording | None, importance: Recording | None
-) -> UnitSamples:
-    """The unit's samples, split along the first dimension only if the unit gives the same on a part of them.
-
-    Raises:
-        ValueError: If batches call the unit with differently nested arguments.
-    """
-    with torch.no_grad():
-        outputs = output_tensors(unit, unit(UnitCall(*inputs[0])))
-    # Rows of convolutions come channels-last, which code with views of its own may not take.
-    for contiguous in (False, True) if unit.prefers_channels_last else (False,):
-        for shares in (True, False):
-            samples = UnitSamples(inputs, targets, float_inputs, importance, shares, contiguous)
-            if not samples.whole and _gives_the_same_by_rows(unit, samples, outputs):
-                return samples
-    return UnitSamples(inputs, targets, float_inputs, importance, whole=True)
-
-
-@torch.no_grad()
-def _gives_the_same_by_rows(unit: Unit, samples: UnitSamples, outputs: list[Tensor]) -> bool:
-    """Whether some samples of the first call, drawn by rows, have the ``outputs`` that they have in the whole call."""
-    count = len(outputs[0])
-    rows = torch.arange(0, count, 2)[:_ROWS_TRIED]
-    try:
-        drawn = output_tensors(unit, unit(samples.take(rows).call))
-    except Exception:
-        # The unit's own code, which does not take what it was tried with.
-        return False
-    for output, part in zip(outputs, drawn, strict=True):
-        wanted = output[rows.to(output.device)] if output.dim() and len(output) == count else output
-        if part.shape != wanted.shape or float((part - wanted).norm()) > _TOLERANCE * max(float(output.norm()), 1e-20):
-            return False
-    return True
-
-
-def _open_progress(
-    how: Reconstruction,
+def open_finished(
+    folder: Path,
+    options: AdaQuantOptions,
     units: Sequence[Unit],
     network: QuantizedNetwork,
     calibration: CalibrationSet,
     store: ActivationStore,
-) -> Progress:
-    assert how.progress is not None
-    device = next(iter(network.layers.values())).weight.device.type
+    **settings: Any,
+) -> FinishedUnits:
+    """The finished units in a folder, if it belongs to this reconstruction. See ``FinishedUnits``.
+
+    Args:
+        folder: Folder of the reconstruction.
+        options: Its options.
+        units: Its units.
+        network: Network in its state before it.
+        calibration: Calibration set.
+        store: Store of its activations.
+        settings: What else the result depends on.
+
+    Raises:
+        ValueError: If the folder belongs to another reconstruction.
+    """
+    device = next(iter(network.layers.values())).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    settings = {
-        "settings": how.settings,
-        "mode": how.mode,
-        "granularity": how.granularity,
-        "loss": how.loss and f"{how.loss.__module__}.{how.loss.__qualname__}",
+    described = {
+        **options.describe(),
         "storage": store.precision,
         "precision": autocast,
         "float model": network.fingerprint,
+        **settings,
     }
-    return Progress(how.progress, describe_run(units, list(network.layers.values()), calibration, settings))
+    return FinishedUnits(folder, describe_run(units, list(network.layers.values()), calibration, described))

@@ -1,71 +1,188 @@
-"""AdaQuant at several widths: a reconstructed state of each layer for every candidate of bit allocation."""
+"""AdaQuant at several bit-widths: a reconstructed state of each layer for every candidate of bit allocation."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.steps import Steps, part_of, untold
-from ..quantization.network import QuantizedNetwork
-from ..quantization.scheme import Bits
-from .adaquant import Reconstruction, adaquant
+from ..calibration.progress import ProgressCallback, no_progress, part_of
+from ..network.layers import QuantizedLayer
+from ..network.network import QuantizedNetwork
+from ..quantization.quantizers import Quantizer
+from ..quantization.spec import BitWidths, LayerConfig
+from .adaquant import open_finished, prepare_units, reconstruct, summary_of
+from .float_stream import FloatRecord, FloatStream
 from .optimize import UnitResult
+from .options import AdaQuantOptions
+from .resume import FinishedUnits
+from .unit_data import UnitData
+from .units import Unit
 
 
-def check_candidates(how: Reconstruction, candidates: Sequence[Bits]) -> None:
-    """Raise ``ValueError`` unless there are candidates, to be reconstructed in parallel and layer by layer."""
-    if (how.mode, how.granularity, len(how.blocks)) != ("parallel", "layer", 0) or not candidates:
+def check_candidates(options: AdaQuantOptions, candidates: Sequence[BitWidths]) -> None:
+    """Raise ``ValueError`` unless there are candidates, to be reconstructed in parallel and layer by layer.
+
+    Args:
+        options: Options of the reconstruction.
+        candidates: Bit-widths.
+
+    Example:
+        >>> check_candidates(AdaQuantOptions(mode="parallel", granularity="layer"), [BitWidths(4, 8)])
+    """
+    if (options.mode, options.granularity, len(options.blocks)) != ("parallel", "layer", 0) or not candidates:
         raise ValueError(
             f'candidates must not be empty and need mode="parallel", granularity="layer" and no blocks, got '
-            f"{list(candidates)}, {how.mode!r}, {how.granularity!r} and {list(how.blocks)}: states that were "
-            "reconstructed together cannot be mixed."
+            f"{[candidate.label for candidate in candidates]}, {options.mode!r}, {options.granularity!r} and "
+            f"{list(options.blocks)}: states that were reconstructed together cannot be mixed."
         )
 
 
 def adaquant_candidates(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
-    how: Reconstruction,
-    candidates: Sequence[Bits],
+    options: AdaQuantOptions,
+    candidates: Sequence[BitWidths],
     store: ActivationStore | None = None,
-    steps: Steps = untold,
-) -> dict[Bits, list[UnitResult]]:
-    """Run parallel AdaQuant at each candidate width and keep the results as each layer's ``variants``.
+    state_folder: Path | None = None,
+    progress: ProgressCallback = no_progress,
+) -> dict[BitWidths, list[UnitResult]]:
+    """Run parallel AdaQuant at each candidate's bit-widths and keep the results as each layer's ``variants``.
 
-    Only parallel reconstruction of single layers makes states that can be mixed: a sequential one assumes the widths of
-    the layers before it. Layers with a fixed width are reconstructed at that one. Afterwards each free layer is at its
-    own width if that is a candidate, else at the widest.
+    Only parallel reconstruction of single layers makes states that can be mixed: a sequential one assumes the
+    bit-widths of the layers before it. For the same reason the range of a tensor that several layers read stays as it
+    was calibrated. The float model is walked once for all candidates; layers with pinned bit-widths are reconstructed
+    once, and so are candidates that come to the same format of a layer. Afterwards each searchable layer has its former
+    bit-widths if these are among the candidates, else the widest ones.
 
     Args:
-        network: Calibrated.
-        calibration: The samples.
-        how: Parallel, by layers.
-        candidates: Pairs ``(weight_bits, activation_bits)``.
-        store: Where captured activations are kept; all in memory if None.
-        steps: Told of the optimiser's steps over all units and candidates.
+        network: Calibrated network.
+        calibration: Calibration set.
+        options: Options of a parallel reconstruction by layers.
+        candidates: Bit-widths to reconstruct at.
+        store: Store of captured activations; all in memory if None.
+        state_folder: Folder for the finished units, from which a killed run is resumed; None to keep none.
+        progress: Progress callback, over the optimiser's steps on all units and candidates.
 
     Returns:
         The units' results by candidate.
 
     Raises:
-        ValueError: If ``how`` is sequential or by blocks, or there is no candidate.
+        RuntimeError: If the model is not calibrated, or there is no calibration batch.
+        ValueError: If the options are sequential or by blocks, there is no candidate, or ``state_folder`` holds another
+            run.
+
+    Example:
+        See ``adaquant``, which differs in the arguments only.
     """
-    check_candidates(how, candidates)
-    own = {name: network.layers[name].bits for name in network.free_layers}
-    widest = max(candidates, key=lambda bits: (sum(bits), bits))
-    fixed = {name: network.layers[name].save() for name in network.fixed if name in network.layers}
-    results = {}
-    for position, bits in enumerate(candidates):
-        for name in network.free_layers:
-            network.layers[name].variants.pop(bits, None)
-            network.layers[name].take(bits)
-        for name, state in fixed.items():
-            network.layers[name].restore(state)
-        folder = how.progress and how.progress / f"w{bits[0]}a{bits[1]}"
-        told = part_of(steps, position, len(candidates), f"W{bits[0]}A{bits[1]} ")
-        results[bits] = adaquant(network, calibration, replace(how, progress=folder), store, told)
-        for name in network.free_layers:
-            network.layers[name].variants[bits] = network.layers[name].save()
-    for name, bits in own.items():
-        network.layers[name].take(bits if bits in results else widest)
+    check_candidates(options, candidates)
+    store = store or ActivationStore()
+    former = {name: network.layers[name].config for name in network.searchable_layers}
+    work = _Work(network, options, list(dict.fromkeys(candidates)), progress)
+    units = prepare_units(network, calibration, options)
+    if state_folder is not None:
+        labels = [candidate.label for candidate in candidates]
+        work.finished = open_finished(
+            state_folder, options, units, network, calibration, store, candidates=labels, scheme=network.scheme
+        )
+    work.total = sum(len(list(work.versions(unit))) for unit in units)
+    results: dict[BitWidths, list[UnitResult]] = {candidate: [] for candidate in candidates}
+    floats = FloatStream(network, calibration, options, units, store)
+    for position, unit in enumerate(units):
+        record = floats.record(unit, keep_inputs=True)
+        found = {key: work.reconstruct(position, unit, candidate, record) for key, candidate in work.versions(unit)}
+        for candidate in candidates:
+            if (result := found.get(work.key(unit, candidate))) is not None:
+                results[candidate].append(result)
+        floats.finish(unit, record)
+    floats.forget()
+    reconstructed = {layer.name for unit in units for layer in unit.layers}
+    widest = max(candidates, key=lambda candidate: (candidate.total, candidate.sort_key))
+    for name, config in former.items():
+        layer, configs = network.layers[name], [network.config_for(name, candidate) for candidate in candidates]
+        if name not in reconstructed:
+            # Embeddings: their states come from ranges alone.
+            for other in configs:
+                _make_variant(layer, other)
+        layer.switch(config if config in configs else network.config_for(name, widest))
     return results
+
+
+# Formats of a unit's layers, and of those that own their weights: what tells versions of a unit apart.
+_Key = tuple[LayerConfig, ...]
+
+
+@dataclass
+class _Work:
+    """The reconstructions of each unit, one for each format that the candidates come to."""
+
+    network: QuantizedNetwork
+    options: AdaQuantOptions
+    candidates: list[BitWidths]
+    progress: ProgressCallback
+    finished: FinishedUnits | None = None
+    total: int = 0
+    done: int = 0
+
+    def config(self, layer: QuantizedLayer, candidate: BitWidths) -> LayerConfig:
+        """Format of a layer at a candidate; of a pinned one, its own."""
+        pinned = layer.name not in self.network.searchable_layers
+        return layer.config if pinned else self.network.config_for(layer.name, candidate)
+
+    def key(self, unit: Unit, candidate: BitWidths) -> _Key:
+        """What the unit's reconstruction at a candidate depends on."""
+        return tuple(self.config(layer, candidate) for layer in _with_owners(unit))
+
+    def versions(self, unit: Unit) -> Iterator[tuple[_Key, BitWidths]]:
+        """Each format of the unit that is quantized at all, with the first candidate that comes to it."""
+        first: dict[_Key, BitWidths] = {}
+        for candidate in self.candidates:
+            first.setdefault(self.key(unit, candidate), candidate)
+        return ((key, candidate) for key, candidate in first.items() if not all(config.is_float for config in key))
+
+    def reconstruct(self, position: int, unit: Unit, candidate: BitWidths, record: FloatRecord) -> UnitResult:
+        """Reconstruct a unit at a candidate, or load what a killed run has found; keeps its layers' variants."""
+        for layer in _with_owners(unit):
+            if layer.name in self.network.searchable_layers:
+                config = self.config(layer, candidate)
+                if layer in unit.layers:
+                    layer.variants.pop(config, None)
+                layer.switch(config)
+        told = part_of(self.progress, self.done, self.total, f"{candidate.label} ")
+        result = self.finished.load(position, unit, candidate.label) if self.finished else None
+        if result is None:
+            assert record.inputs is not None
+            data = UnitData(record.inputs, record.targets, None, record.weights)
+            result = reconstruct(unit, data, self.options, _read_elsewhere(unit), told)
+            if self.finished:
+                self.finished.save(position, unit, result, candidate.label)
+        told(self.options.iterations, self.options.iterations, summary_of(result))
+        self.done += 1
+        for layer in unit.layers:
+            if layer.name in self.network.searchable_layers:
+                layer.variants[layer.config] = layer.save()
+        return result
+
+
+def _with_owners(unit: Unit) -> list[QuantizedLayer]:
+    """The unit's layers, and those that own the weights of these."""
+    owners = [layer.tied_to for layer in unit.layers if layer.tied_to is not None]
+    return [*unit.layers, *owners]
+
+
+def _read_elsewhere(unit: Unit) -> set[Quantizer]:
+    """Quantizers of the unit's inputs that layers outside of it read as well, at some bit-widths."""
+    inside = {layer.name for layer in unit.layers}
+    return {
+        quantizer
+        for layer in unit.layers
+        for tensor, quantizer in zip(layer.tensors, layer.input_quantizers, strict=True)
+        if quantizer is not None and not inside.issuperset(tensor.readers)
+    }
+
+
+def _make_variant(layer: QuantizedLayer, config: LayerConfig) -> None:
+    """Keep the state that a layer has in another format by ranges alone."""
+    layer.variants.pop(config, None)
+    layer.switch(config)
+    layer.variants[config] = layer.save()

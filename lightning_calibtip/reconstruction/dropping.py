@@ -1,4 +1,4 @@
-"""Randomly dropping the quantization of activations while optimising (QDrop: Wei et al. 2022)."""
+"""Random dropping of the quantization of activations during optimisation (QDrop: Wei et al. 2022)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,16 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..calibration.replay import UnitCall
-from ..quantization.layers import QuantizedLayer
+from ..calibration.recording import UnitCall
+from ..network.layers import QuantizedLayer
 
 
 class Dropping:
-    """Chooses between two values of a tensor, element by element.
+    """Random choice between two values of a tensor, element by element.
 
     Args:
-        probability: Of the first (the float) value, 0 to 1.
-        generator: Seeds the draws.
+        probability: Probability of the first (the float) value, 0 to 1.
+        generator: Random generator that seeds the draws.
+
+    Example:
+        >>> drops = Dropping(1.0, torch.Generator())
+        >>> drops.choose(torch.tensor([0.3]), torch.tensor([0.5]))
+        tensor([0.3000])
     """
 
     def __init__(self, probability: float, generator: torch.Generator) -> None:
@@ -42,18 +47,25 @@ class Dropping:
             real = isinstance(exact, Tensor) and exact.is_floating_point()
             return self.choose(exact, quantized) if real else quantized
 
-        args, kwargs = tree_map(choose, (float_call.args, float_call.kwargs), (call.args, call.kwargs))
-        return UnitCall(args, kwargs)
+        mixed: UnitCall = tree_map(choose, float_call, call)
+        return mixed
 
 
 @contextmanager
 def dropping(layers: Sequence[QuantizedLayer], drops: Dropping) -> Iterator[None]:
-    """Inside, the layers' inputs are quantized only in part."""
+    """Inside, the activations of the layers are quantized only in part. See ``Dropping``.
+
+    Args:
+        layers: Layers of a unit.
+        drops: Random choice of the parts.
+    """
 
     def hook(quantizer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
         return drops.choose(args[0], output)
 
+    # Layers that read the same tensor share its quantizer, which must be hooked once.
+    quantizers = {q: None for layer in layers for q in (*layer.input_quantizers, layer.output_quantizer) if q}
     with ExitStack() as stack:
-        for quantizer in [q for layer in layers for q in layer.inputs] if drops.probability else ():
+        for quantizer in quantizers if drops.probability else ():
             stack.callback(quantizer.register_forward_hook(hook).remove)
         yield

@@ -1,5 +1,5 @@
-"""How much each element of a unit's output matters: by the loss's gradient (Fisher weighting; BRECQ: Li et al. 2021),
-and not at all where it belongs to padding."""
+"""Importance of each element of a unit's output: by the loss's gradient (Fisher weighting; BRECQ: Li et al. 2021), and
+none where it belongs to padding."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,19 +12,23 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay
-from ..quantization.network import QuantizedNetwork
+from ..network.network import QuantizedNetwork
 from ..quantization.tokens import token_mask
 from .units import Unit
 
-Loss = Callable[[Any, Any], Tensor]
-
+# ``loss(output, batch)`` is a scalar, from the model's output for a calibration batch.
+ReconstructionLoss = Callable[[Any, Any], Tensor]
 
 # Keeps an output that does not matter to the loss at all from dividing by zero.
 _SMALLEST = 1e-30
 
 
 def measure_importance(
-    network: QuantizedNetwork, calibration: CalibrationSet, units: Sequence[Unit], stream: Replay, loss: Loss
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    units: Sequence[Unit],
+    stream: Replay,
+    loss: ReconstructionLoss,
 ) -> dict[str, Recording]:
     """Weights of the elements of each unit's output, in one pass forward and backward through the float model.
 
@@ -33,14 +37,20 @@ def measure_importance(
     batch come to the same. Gradients are those of what the module returns, so before an activation that follows it.
 
     Args:
-        network: Calibrated.
-        calibration: The samples.
-        units: The units.
-        stream: Gives the recordings.
-        loss: ``loss(output, batch)`` is a scalar, from the model's output for a calibration batch.
+        network: Calibrated network.
+        calibration: Calibration set.
+        units: Units of the network.
+        stream: Replay whose store keeps the recordings.
+        loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch.
+
+    Returns:
+        For each unit by its name, a list of tensors for each of its calls.
 
     Raises:
         ValueError: If the loss is not a finite scalar that depends on the model's output.
+
+    Example:
+        See ``adaquant``, whose option ``loss`` leads here.
     """
     found = {unit.name: stream.recording(unit.name, unit.prefers_channels_last) for unit in units}
     with network.quantized(False), torch.enable_grad():
@@ -70,12 +80,18 @@ def token_weights(unit: Unit, output: Any, tokens: Tensor | None, importance: Se
 
     Args:
         unit: The unit.
-        output: Of one call.
-        tokens: Of its batch, bool, shape (batch, positions); None if all count.
+        output: Its output at one call.
+        tokens: Which tokens of the batch count, bool, shape (batch, positions); None if all do.
         importance: Weights that these are multiplied by; None for 1.
 
     Returns:
-        One for each such tensor, broadcastable to it, with as many rows.
+        A tensor for each such tensor, broadcastable to it, with as many rows.
+
+    Example:
+        >>> unit = Unit("identity", nn.Identity(), (), None)
+        >>> token_weights(unit, torch.ones(2, 3), None, None)
+        [tensor([[1.],
+                [1.]])]
     """
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     weights = []

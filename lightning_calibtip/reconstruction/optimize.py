@@ -3,26 +3,29 @@
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from ..calibration.magnitudes import output_magnitudes
-from ..calibration.replay import UnitCall
-from ..calibration.steps import Steps, untold
-from ..quantization.affine import SMALLEST_SCALE, dot
-from ..quantization.layers import QuantizedLayer, learning
+from ..calibration.output_rms import output_rms
+from ..calibration.progress import ProgressCallback, no_progress
+from ..calibration.recording import UnitCall
+from ..network.layers import QuantizedLayer, trainable
+from ..network.trial import Trial, trial
+from ..quantization.affine import SMALLEST_SCALE
+from ..quantization.quantizers import AffineQuantizer, Quantizer
 from .adam import Adam
 from .dropping import Dropping, dropping
-from .rounding import LearnedRounding, learned_rounding, undecided
-from .samples import Draw, UnitSamples
-from .settings import AdaQuantSettings
+from .objectives import Objective, make_objective
+from .options import AdaQuantOptions
+from .rounding import Rounding, RoundingPenalty, rounding_method
+from .unit_data import MiniBatch, UnitDataset
 from .units import Unit
 
 log = logging.getLogger(__name__)
@@ -30,23 +33,29 @@ log = logging.getLogger(__name__)
 # Held-out samples are measured in chunks of this many, which bounds the memory of the measurement.
 _CHUNK = 32
 
-# Whether the error is still finite is looked at every so many steps: each look waits for the device.
+# The error is checked for NaN and infinity at every N-th step only, because each look waits for the device.
 _LOOK_EVERY = 25
 
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What became of one unit; errors are relative: mean squared error over the target's mean square, on held-out
-    samples.
+    """Outcome of the reconstruction of one unit.
+
+    Errors are relative and measured on held-out samples: for the squared error, the mean squared error over the
+    target's mean square.
 
     Args:
-        name: Of the unit.
+        name: Name of the unit.
         layers: Names of its layers.
-        error_before: Before its optimisation.
-        error_after: Of the state that was kept, so never above ``error_before``.
+        error_before: Error before its optimisation.
+        error_after: Error of the state that was kept, so never above ``error_before``.
         kept: Whether the optimised state was kept.
-        note: Why it was not.
-        seconds: Spent in the optimiser's steps.
+        note: Why it was not kept; ``""`` if it was.
+        seconds: Time spent in the optimiser's steps.
+
+    Example:
+        >>> UnitResult("conv1", ("conv1",), 0.2, 0.1, True, "", 1.5).kept
+        True
     """
 
     name: str
@@ -58,59 +67,62 @@ class UnitResult:
     seconds: float
 
 
-def output_tensors(unit: Unit, output: object) -> list[Tensor]:
-    """Floating-point tensors of a unit's output, after the activation that follows."""
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return leaves if unit.activation is None else [unit.activation(leaf) for leaf in leaves]
-
-
-def _squared_error(unit: Unit, draw: Draw, call: UnitCall) -> Tensor:
-    """Sum of squared errors, each times its importance: what AdaQuant minimises."""
-    # The targets are the draw's own.
-    outputs, targets = output_tensors(unit, unit(call)), output_tensors(unit, draw.target)
+def _loss(unit: Unit, objectives: Sequence[Objective], batch: MiniBatch, call: UnitCall) -> Tensor:
+    """Sum of the objectives' losses over the output tensors; uses the targets of the mini-batch up."""
+    outputs, targets = unit.output_tensors(unit(call)), unit.output_tensors(batch.target)
+    weights = batch.importance or cycle([None])
     pairs = list(zip(outputs, targets, strict=True))
-    importance = draw.importance or cycle([None])
-    return sum((_SquaredError.apply(o, t, w) for (o, t), w in zip(pairs, importance, strict=False)), torch.zeros(()))
+    losses = (
+        objective.loss(output, target, weight)
+        for (output, target), weight in zip(pairs, weights, strict=False)
+        for objective in objectives
+    )
+    return sum((loss for loss in losses if loss is not None), torch.zeros(()))
 
 
-class _SquaredError(torch.autograd.Function):
-    """Sum of weighted squared differences, without memory of its own: the target's is used up."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor, importance: Tensor | None) -> Tensor:
-        difference = target.sub_(output) if target.dtype == torch.float32 else target.float().sub_(output)
-        weighted = difference if importance is None else difference * importance
-        ctx.save_for_backward(weighted)
-        ctx.dtype = output.dtype
-        return dot(weighted, difference)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weighted,) = ctx.saved_tensors
-        return weighted.mul_(-2 * grad).to(ctx.dtype), None, None
-
-
-def _power(unit: Unit, draw: Draw) -> Tensor:
-    """What an output of zeros would have as its error."""
-    targets = output_tensors(unit, draw.target)
-    importance = draw.importance or cycle([torch.ones(())])
-    pairs = zip(targets, importance, strict=False)
-    return sum(((t.float().square() * w.to(t.device)).sum() for t, w in pairs), torch.zeros(()))
+def _power(unit: Unit, objectives: Sequence[Objective], batch: MiniBatch) -> Tensor:
+    """Loss of an output of zeros."""
+    weights = batch.importance or cycle([None])
+    powers = (
+        objective.power(target, weight)
+        for target, weight in zip(unit.output_tensors(batch.target), weights, strict=False)
+        for objective in objectives
+    )
+    return sum((power for power in powers if power is not None), torch.zeros(()))
 
 
 @torch.no_grad()
-def relative_error(unit: Unit, samples: UnitSamples, index: Tensor) -> float:
-    """Relative error of the unit as it is, on the samples at ``index``."""
+def relative_error(unit: Unit, objectives: Sequence[Objective], dataset: UnitDataset, index: Tensor) -> float:
+    """Relative error of a unit as it is now.
+
+    Args:
+        unit: The unit.
+        objectives: What is measured.
+        dataset: Samples of the unit.
+        index: Positions of the samples to measure on, int64, shape (n,).
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.calibration.activation_store import ActivationStore
+        >>> from lightning_calibtip.calibration.recording import Recording
+        >>> from lightning_calibtip.reconstruction.objectives import SquaredError
+        >>> inputs, targets = (Recording(ActivationStore(), 1) for _ in range(2))
+        >>> inputs.append(UnitCall((torch.ones(2, 1),), {}))
+        >>> targets.append(torch.full((2, 1), 2.0))
+        >>> unit = Unit("identity", nn.Identity(), (), None)
+        >>> relative_error(unit, [SquaredError()], UnitDataset(inputs, targets), torch.arange(2))
+        0.25
+    """
     error = power = 0.0
-    for part in index.split(1 if samples.whole else _CHUNK):
-        draw = samples.take(part)
-        power += float(_power(unit, draw))
-        error += float(_squared_error(unit, draw, draw.call))
+    for part in index.split(1 if dataset.whole else _CHUNK):
+        batch = dataset.take(part)
+        power += float(_power(unit, objectives, batch))
+        error += float(_loss(unit, objectives, batch, batch.call))
     return error / power if power else error
 
 
 class _Rate(NamedTuple):
-    """Learning rate of a parameter; a ``sparse`` one learns at some steps only."""
+    """Learning rate of a parameter; a ``sparse`` one is updated at some steps only."""
 
     parameter: Tensor
     value: float
@@ -118,149 +130,209 @@ class _Rate(NamedTuple):
 
 
 def _rates(
-    layer: QuantizedLayer, rounding: LearnedRounding | None, settings: AdaQuantSettings, output_error: float
+    layer: QuantizedLayer,
+    rounding: Rounding | None,
+    quantizers: Sequence[Quantizer],
+    options: AdaQuantOptions,
+    output_error: float,
 ) -> list[_Rate]:
-    """What is learned of a layer, and how fast (see ``AdaQuantSettings.relative``).
+    """What is learned of a layer, and how fast (see ``AdaQuantOptions.relative``).
 
     Args:
         layer: The layer.
-        rounding: Of its weight, where that is learned.
-        settings: The rates.
+        rounding: Rounding of its weight, if this is its own and quantized.
+        quantizers: Quantizers of the layer that learn.
+        options: Learning rates.
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
     """
-    relative = settings.relative
+    rate_of = {"weight": options.weight_rate, "rounding": options.rounding_rate}
     rates = []
     if layer.bias is not None:
-        rates.append(_Rate(layer.bias, settings.bias_rate * (output_error if relative else 1), False))
-    on_weight = layer.weight_quantizer
-    if rounding is not None:
-        rates.append(_Rate(rounding.variable, settings.rounding_rate, False))
-    elif on_weight is not None:
-        # The scale of a dead channel is 1, whatever the others are: hence medians.
-        step = float(on_weight.scale.median()) if relative else 1.0
-        rates.append(_Rate(layer.weight, settings.weight_rate * step, False))
-    for quantizer in layer.quantizers:
-        if quantizer.dynamic:
-            continue
-        sparse = quantizer is not on_weight
-        # This moves the end of the range by one step.
-        step = float(quantizer.scale.median()) / (quantizer.qmax - quantizer.qmin) if relative else 1.0
-        rate = settings.input_range_rate if sparse else settings.weight_range_rate
-        rates.append(_Rate(quantizer.scale, rate * step, sparse))
-        if quantizer.learns_zero_point and (sparse or rounding is None):
-            rates.append(_Rate(quantizer.zero_point, settings.zero_point_rate, sparse))
+        rates.append(_Rate(layer.bias, options.bias_rate * (output_error if options.relative else 1), False))
+    for parameter, step, role in rounding.trainables() if rounding else ():
+        rates.append(_Rate(parameter, rate_of[role] * (step if options.relative else 1), False))
+    for quantizer in quantizers:
+        sparse = quantizer is not layer.weight_quantizer
+        rate_of["scale"] = options.input_range_rate if sparse else options.weight_range_rate
+        moves = sparse or rounding is None or rounding.learns_zero_points
+        rate_of["zero_point"] = options.zero_point_rate if moves else 0.0
+        for learned in quantizer.trainables():
+            step = learned.step if options.relative else 1
+            rates.append(_Rate(learned.parameter, rate_of[learned.role] * step, sparse))
     return [rate for rate in rates if rate.value > 0]
 
 
-def optimize_unit(unit: Unit, samples: UnitSamples, settings: AdaQuantSettings, steps: Steps = untold) -> UnitResult:
+def optimize_unit(
+    unit: Unit,
+    dataset: UnitDataset,
+    options: AdaQuantOptions,
+    fixed: AbstractSet[Quantizer] = frozenset(),
+    progress: ProgressCallback = no_progress,
+) -> UnitResult:
     """Optimise one unit in place; put it back as it was where that does not lower the error on held-out samples.
 
     Args:
-        unit: Calibrated, quantization on.
-        samples: Inputs and float targets.
-        settings: See ``AdaQuantSettings``. What is drawn depends on their seed and the unit's name alone.
-        steps: Told now and then, with the mini-batch's relative error.
+        unit: Calibrated unit, quantization on.
+        dataset: Inputs and float targets.
+        options: See ``AdaQuantOptions``. What is drawn depends on the seed and the unit's name alone.
+        fixed: Quantizers of the unit that must not change.
+        progress: Called every so often, with the mini-batch's relative error.
 
     Returns:
         The errors before and after.
+
+    Example:
+        See ``adaquant``, which calls it for every unit.
     """
-    digest = hashlib.sha256(f"{settings.seed} {unit.name}".encode()).digest()
+    digest = hashlib.sha256(f"{options.seed} {unit.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    order = torch.randperm(samples.count, generator=generator)
-    held = min(max(1, round(settings.holdout * samples.count)), samples.count - 1)
+    order = torch.randperm(dataset.count, generator=generator)
+    held = min(max(1, round(options.holdout * dataset.count)), dataset.count - 1)
     # With a single sample there is nothing to hold out: it serves for both.
-    holdout, training = (order[:held], order[held:]) if samples.count > 1 else (order, order)
-    before = relative_error(unit, samples, holdout)
-    initial = [layer.save() for layer in unit.layers]
-    started = time.monotonic()
-    try:
-        diverged = _descend(unit, samples, settings, training, before, generator, steps)
-    except BaseException:
-        for layer, state in zip(unit.layers, initial, strict=True):
-            layer.restore(state)
-        raise
-    seconds = time.monotonic() - started
-    after = float("nan") if diverged else relative_error(unit, samples, holdout)
-    note = diverged or ("" if after < before else f"the held-out error did not fall ({before:.3g} to {after:.3g})")
-    if note:
-        for layer, state in zip(unit.layers, initial, strict=True):
-            layer.restore(state)
+    holdout, training = (order[:held], order[held:]) if dataset.count > 1 else (order, order)
+    objective = make_objective(options.objective_in_use, unit.layers)
+    descent = _Descent(unit, dataset, options, objective, fixed, generator, progress)
+    with trial(unit.layers, lambda: relative_error(unit, [objective], dataset, holdout)) as attempt:
+        started = time.monotonic()
+        if reason := descent.run(training, float(attempt.before)):
+            attempt.fail(reason)
+        seconds = time.monotonic() - started
+    return _conclude(unit, attempt, reason, seconds)
+
+
+def _conclude(unit: Unit, attempt: Trial, reason: str, seconds: float) -> UnitResult:
+    """Log and note what came of a trial that may have failed for a ``reason``."""
+    before, tried, after = (float(errors) for errors in (attempt.before, attempt.tried, attempt.after))
+    note = ""
+    if not attempt.kept:
+        note = reason or f"the held-out error did not fall ({before:.3g} to {tried:.3g})"
         log.warning("%s: restored to its state before AdaQuant: %s.", unit.name, note)
     else:
         log.info("%s: relative error %.3g to %.3g", unit.name, before, after)
     for layer in unit.layers:
-        layer.errors = (before, before if note else after)
-    layers = tuple(layer.name for layer in unit.layers)
-    return UnitResult(unit.name, layers, before, before if note else after, not note, note, seconds)
+        layer.errors = (before, after)
+    return UnitResult(unit.name, tuple(layer.name for layer in unit.layers), before, after, attempt.kept, note, seconds)
 
 
-def _descend(
-    unit: Unit,
-    samples: UnitSamples,
-    settings: AdaQuantSettings,
-    training: Tensor,
-    error_before: float,
-    generator: torch.Generator,
-    steps: Steps,
-) -> str:
-    """The optimiser's steps; returns why it had to stop early, or ''."""
-    draw = samples.take(training[: settings.batch_size])
-    magnitudes = output_magnitudes(unit.layers, lambda: unit(draw.call))
-    # An error of 1 before the first step: then settings mean the same for every unit.
-    unit_error = max(error_before * float(_power(unit, draw)), 1e-20)
-    drops = Dropping(settings.drop_probability, generator)
-    scales = [quantizer.scale for layer in unit.layers for quantizer in layer.quantizers]
-    with ExitStack() as stack:
-        stack.enter_context(dropping(unit.layers, drops))
-        roundings: Sequence[LearnedRounding] = ()
-        owning = [layer for layer in unit.layers if layer.weight_quantizer is not None]
-        if settings.rounding == "learned":
-            roundings = stack.enter_context(learned_rounding(owning))
-        rounding_of = {layer.name: rounding for layer, rounding in zip(owning, roundings, strict=False)}
-        rates = [
-            rate
-            for layer in unit.layers
-            for rate in _rates(
-                layer, rounding_of.get(layer.name), settings, magnitudes.get(layer.name, 0.0) * error_before**0.5
-            )
-        ]
-        if not rates:
-            return ""
-        interval = 1 if all(rate.sparse for rate in rates) else settings.input_range_interval
-        parameters, sparse = [rate.parameter for rate in rates], [rate.parameter for rate in rates if rate.sparse]
-        optimizer = Adam(parameters, [rate.value * (interval if rate.sparse else 1) for rate in rates])
-        stack.enter_context(learning(parameters))
-        for step, index in enumerate(_mini_batches(training, settings, generator)):
-            for parameter in sparse:
-                parameter.requires_grad_(step % interval == 0)
-            draw = samples.take(index)
-            loss = _squared_error(unit, draw, drops.mix(draw.call, draw.float_call)) / unit_error
-            penalty = undecided(roundings, step / settings.iterations) if roundings else None
-            if penalty is not None:
-                loss = loss + settings.rounding_strength * penalty
-            if step % _LOOK_EVERY == 0:
-                if not bool(torch.isfinite(loss)):
-                    return f"the error became {float(loss.detach())} at step {step}"
-                error = error_before * float(loss.detach())
-                steps(step, settings.iterations, f"{unit.name}: relative error {error:.3g}")
-            loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
-            optimizer.step(settings.rate_at(step))
-            # Autocast keeps casts of parameters, which have just changed.
-            torch.clear_autocast_cache()
-            with torch.no_grad():
-                torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
-    for layer in unit.layers:
-        for quantizer in layer.quantizers:
-            quantizer.round_zero_point()
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
-    return "" if finite else "a parameter became NaN or infinite"
+@dataclass
+class _Descent:
+    """The optimiser's steps on one unit, see ``optimize_unit``."""
+
+    unit: Unit
+    dataset: UnitDataset
+    options: AdaQuantOptions
+    objective: Objective
+    fixed: AbstractSet[Quantizer]
+    generator: torch.Generator
+    progress: ProgressCallback
+
+    def run(self, training: Tensor, error_before: float) -> str:
+        """Take all steps; returns why it had to stop early, or ``""``.
+
+        Args:
+            training: Positions of the samples to optimise on.
+            error_before: Relative error before the first step.
+        """
+        options, unit, objective = self.options, self.unit, self.objective
+        batch = self.dataset.take(training[: options.batch_size])
+        rms = output_rms(unit.layers, lambda: unit(batch.call))
+        # An error of 1 before the first step: then options mean the same for every unit.
+        unit_error = max(error_before * float(_power(unit, [objective], batch)), 1e-20)
+        drops = Dropping(options.drop_probability, self.generator)
+        learned = self._learned_quantizers()
+        clamp = clamping([quantizer for quantizers in learned.values() for quantizer in quantizers])
+        with ExitStack() as stack:
+            stack.enter_context(dropping(unit.layers, drops))
+            make_rounding = rounding_method(options.rounding)
+            roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
+            for rounding in roundings.values():
+                stack.enter_context(rounding.acting())
+            rates = [
+                rate
+                for layer in unit.layers
+                for rate in _rates(
+                    layer,
+                    roundings.get(layer.name),
+                    learned[layer.name],
+                    options,
+                    rms.get(layer.name, 0.0) * error_before**0.5,
+                )
+            ]
+            if not rates:
+                return ""
+            interval = 1 if all(rate.sparse for rate in rates) else options.input_range_interval
+            parameters, sparse = [rate.parameter for rate in rates], [rate.parameter for rate in rates if rate.sparse]
+            optimizer = Adam(parameters, [rate.value * (interval if rate.sparse else 1) for rate in rates])
+            objectives = [objective, RoundingPenalty(list(roundings.values()), options.rounding_strength)]
+            stack.enter_context(trainable(parameters))
+            for step, index in enumerate(_mini_batches(training, options, self.generator)):
+                for parameter in sparse:
+                    parameter.requires_grad_(step % interval == 0)
+                batch = self.dataset.take(index)
+                loss = _loss(unit, objectives, batch, drops.mix(batch.call, batch.float_call)) / unit_error
+                for term in objectives:
+                    if (penalty := term.penalty(step / options.iterations)) is not None:
+                        loss = loss + penalty
+                if step % _LOOK_EVERY == 0:
+                    if not bool(torch.isfinite(loss)):
+                        return f"the error became {float(loss.detach())} at step {step}"
+                    error = error_before * float(loss.detach())
+                    self.progress(step, options.iterations, f"{unit.name}: relative error {error:.3g}")
+                loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
+                optimizer.step(options.rate_at(step))
+                # Autocast keeps casts of parameters, which have just changed.
+                torch.clear_autocast_cache()
+                with torch.no_grad():
+                    clamp()
+        for quantizers in learned.values():
+            for quantizer in quantizers:
+                quantizer.finalize_()
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+        return "" if finite else "a parameter became NaN or infinite"
+
+    def _learned_quantizers(self) -> dict[str, list[Quantizer]]:
+        """Quantizers that learn, by layer; one that several layers share belongs to the first of them."""
+        learned: dict[str, list[Quantizer]] = {}
+        taken = set(self.fixed)
+        for layer in self.unit.layers:
+            learned[layer.name] = [quantizer for quantizer in layer.quantizers if quantizer not in taken]
+            taken.update(layer.quantizers)
+        return learned
 
 
-def _mini_batches(training: Tensor, settings: AdaQuantSettings, generator: torch.Generator) -> Iterator[Tensor]:
+def clamping(quantizers: Sequence[Quantizer]) -> Callable[[], None]:
+    """A function that does ``Quantizer.clamp_`` for all quantizers, and for affine ones at once.
+
+    Args:
+        quantizers: Quantizers, each once.
+
+    Example:
+        >>> from lightning_calibtip.quantization.quantizers import make_quantizer
+        >>> from lightning_calibtip.quantization.spec import TensorSpec
+        >>> quantizer = make_quantizer("input", TensorSpec(8), None, torch.device("cpu"))
+        >>> _ = quantizer.scale.data.fill_(-1.0)
+        >>> clamping([quantizer])()
+        >>> bool(quantizer.scale > 0)
+        True
+    """
+    # One operator for all scales: clamping each for itself would take as long as a small layer's forward pass.
+    affine = [q for q in quantizers if isinstance(q, AffineQuantizer) and type(q).clamp_ is AffineQuantizer.clamp_]
+    scales, others = [quantizer.scale for quantizer in affine], [q for q in quantizers if q not in affine]
+
+    def clamp() -> None:
+        if scales:
+            torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
+        for quantizer in others:
+            quantizer.clamp_()
+
+    return clamp
+
+
+def _mini_batches(training: Tensor, options: AdaQuantOptions, generator: torch.Generator) -> Iterator[Tensor]:
     """As many mini-batches as there are steps, in epochs of another order each."""
     queue = training[:0]
-    for _ in range(settings.iterations):
-        if len(queue) < min(settings.batch_size, len(training)):
+    for _ in range(options.iterations):
+        if len(queue) < min(options.batch_size, len(training)):
             queue = torch.cat([queue, training[torch.randperm(len(training), generator=generator)]])
-        yield queue[: settings.batch_size]
-        queue = queue[settings.batch_size :]
+        yield queue[: options.batch_size]
+        queue = queue[options.batch_size :]

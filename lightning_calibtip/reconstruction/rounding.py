@@ -1,90 +1,160 @@
-"""Learned rounding (AdaRound: Nagel et al. 2020): which way each weight is rounded, as a relaxed binary variable."""
+"""Rounding methods: what is learned of a weight and how it is rounded meanwhile, each registered by name."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..quantization.layers import QuantizedLayer
-from ..quantization.quantizer import Quantizer
+from ..network.layers import QuantizedLayer
+from .objectives import Objective
 
-# The sigmoid is stretched beyond 0 and 1 and clipped, so that it reaches them.
-_LOW, _HIGH = -0.1, 1.1
-# The exponent of the regulariser falls from the first to the second; during the warm-up it does not act at all.
-_FIRST_EXPONENT, _LAST_EXPONENT = 20.0, 2.0
-_WARM_UP = 0.2
+STRAIGHT_THROUGH = "straight_through"
+
+_ROUNDINGS: dict[str, type["Rounding"]] = {}
 
 
-class LearnedRounding(nn.Module):
-    """Stands in for a weight quantizer: ``(clip(floor(w / scale) + h(v) + zero_point) - zero_point) * scale``.
-
-    At first ``h(v)`` is the fraction that ``floor`` takes away, so that nothing is rounded yet.
+class WeightTrainable(NamedTuple):
+    """A parameter that is learned in order to round a weight well.
 
     Args:
-        quantizer: Of the weight; its scale goes on learning, if it is to.
-        weight: The latent weight.
+        parameter: The parameter.
+        step: Change of the parameter that counts as one quantization step, where rates are relative.
+        role: ``"weight"`` learns with ``weight_rate``, ``"rounding"`` with ``rounding_rate``.
+
+    Example:
+        >>> WeightTrainable(torch.zeros(3), step=0.1, role="weight").role
+        'weight'
     """
 
-    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
-        super().__init__()
-        self.quantizer = quantizer
-        self._shape = [1 if dim != quantizer.axis else -1 for dim in range(weight.dim())]
-        scaled = weight.detach() / self._along(quantizer.scale.detach())
-        self.floor = scaled.floor()
-        fraction = (scaled - self.floor).clamp(1e-4, 1 - 1e-4)
-        self.variable = nn.Parameter(-torch.log((_HIGH - _LOW) / (fraction - _LOW) - 1))
-
-    def _along(self, parameter: Tensor) -> Tensor:
-        return parameter if self.quantizer.axis is None else parameter.view(self._shape)
-
-    def up(self) -> Tensor:
-        """``h(v)``: how far each weight is rounded up, 0 to 1."""
-        return (torch.sigmoid(self.variable) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight as it is rounded so far."""
-        return self._dequantize(self.up()).to(weight.dtype)
-
-    def _dequantize(self, up: Tensor) -> Tensor:
-        on = self.quantizer
-        point = self._along(on.zero_point.round())
-        return ((self.floor + up + point).clamp(on.qmin, on.qmax) - point) * self._along(on.scale)
-
-    @torch.no_grad()
-    def decided(self) -> Tensor:
-        """The weight with every variable rounded."""
-        return self._dequantize((self.variable > 0).float())
+    parameter: Tensor
+    step: float
+    role: str
 
 
-@contextmanager
-def learned_rounding(layers: Sequence[QuantizedLayer]) -> Iterator[list[LearnedRounding]]:
-    """Inside, the layers' weights, all their own, are rounded by variables, which are given; afterwards as these have
-    decided."""
-    owned = [layer.weight_quantizer for layer in layers if layer.weight_quantizer is not None]
-    roundings = [LearnedRounding(on, layer.weight) for on, layer in zip(owned, layers, strict=True)]
-    places: list[nn.ModuleList] = [layer.module.parametrizations.weight for layer in layers]  # type: ignore[union-attr, misc]
-    for place, rounding in zip(places, roundings, strict=True):
-        place[0] = rounding
-    try:
-        yield roundings
-    finally:
-        for layer, place, rounding in zip(layers, places, roundings, strict=True):
-            place[0] = rounding.quantizer
-            with torch.no_grad():
-                layer.weight.copy_(rounding.decided())
-
-
-def undecided(roundings: Sequence[LearnedRounding], progress: float) -> Tensor | None:
-    """The regulariser: the mean of ``1 - |2 h(v) - 1|^beta`` over all weights; None while it does not act yet.
+class Rounding:
+    """How the weight of one layer is rounded while its unit is reconstructed; subclasses override what they need.
 
     Args:
-        roundings: Of all layers of the unit.
-        progress: Share of the steps that are done, 0 to 1.
+        layer: Layer with a quantized weight of its own.
+
+    Attributes:
+        learns_zero_points: Whether zero points of the weight may move meanwhile.
+
+    Example:
+        See ``register_rounding``.
     """
-    if progress < _WARM_UP:
+
+    learns_zero_points = True
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        self.layer = layer
+
+    @classmethod
+    def check(cls, layer: QuantizedLayer) -> None:
+        """Raise ``ValueError``, with the layer's name, if this method cannot round its weight.
+
+        Args:
+            layer: Layer with a quantized weight of its own.
+        """
+
+    def trainables(self) -> list[WeightTrainable]:
+        """What is learned, besides the parameters of the weight's quantizer."""
+        return []
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Context in which the weight is rounded by this method; at its end the layer's latent weight rounds to
+        nearest as the method has decided."""
+        return nullcontext()
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """Regulariser, a sum over the elements of the weight; None while there is none.
+
+        Args:
+            progress: Share of the steps that are done, 0 to 1.
+        """
         return None
-    done = (progress - _WARM_UP) / (1 - _WARM_UP)
-    exponent = _FIRST_EXPONENT + (_LAST_EXPONENT - _FIRST_EXPONENT) * done
-    total = sum(((1 - (2 * r.up() - 1).abs().pow(exponent)).sum() for r in roundings), torch.zeros(()))
-    return total / sum(rounding.variable.numel() for rounding in roundings)
+
+
+def register_rounding(name: str) -> Callable[[type[Rounding]], type[Rounding]]:
+    """Class decorator that makes a ``Rounding`` available as ``AdaQuantOptions(rounding=name)``.
+
+    Args:
+        name: Name of the rounding method.
+
+    Example:
+        >>> @register_rounding("frozen")
+        ... class Frozen(Rounding):
+        ...     '''Learns scales and biases, and leaves the weights where they are.'''
+        >>> rounding_method("frozen").__name__
+        'Frozen'
+    """
+
+    def register(method: type[Rounding]) -> type[Rounding]:
+        _ROUNDINGS[name] = method
+        return method
+
+    return register
+
+
+def check_rounding(name: str) -> None:
+    """Raise ``ValueError`` unless a rounding method of this name is registered.
+
+    Args:
+        name: Name of the rounding method.
+
+    Example:
+        >>> check_rounding("straight_through")
+    """
+    if name not in _ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(_ROUNDINGS)}, got {name!r}.")
+
+
+def rounding_method(name: str) -> type[Rounding]:
+    """The rounding method registered as ``name``. See ``register_rounding``.
+
+    Args:
+        name: Name of the rounding method.
+    """
+    return _ROUNDINGS[name]
+
+
+class RoundingPenalty(Objective):
+    """The regularisers of the rounding of all weights of a unit: their mean over the weights' elements.
+
+    Args:
+        roundings: Rounding of each weight.
+        strength: Factor of the mean.
+
+    Example:
+        >>> RoundingPenalty([], strength=1.0).penalty(0.5) is None
+        True
+    """
+
+    def __init__(self, roundings: Sequence[Rounding], strength: float) -> None:
+        super().__init__([rounding.layer for rounding in roundings])
+        self.roundings, self.strength = tuple(roundings), strength
+        self._count = sum(layer.weight.numel() for layer in self.layers)
+
+    def penalty(self, progress: float) -> Tensor | None:
+        """See ``Objective``."""
+        found = [part for rounding in self.roundings if (part := rounding.penalty(progress)) is not None]
+        if not found:
+            return None
+        return self.strength * (sum(found, torch.zeros(())) / self._count)
+
+
+@register_rounding(STRAIGHT_THROUGH)
+class StraightThrough(Rounding):
+    """Moves the weight and rounds it to nearest, with straight-through gradients (AdaQuant: Hubara et al. 2021).
+
+    Example:
+        See ``register_rounding``.
+    """
+
+    def trainables(self) -> list[WeightTrainable]:
+        """See ``Rounding``."""
+        quantizer = self.layer.weight_quantizer
+        assert quantizer is not None
+        return [WeightTrainable(self.layer.weight, quantizer.step_size(), "weight")]

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..calibration.replay import UnitCall
-from ..quantization.kinds import LayerKind
-from ..quantization.layers import QuantizedLayer
-from ..quantization.network import QuantizedNetwork
-from ..quantization.structure import Activation
+from ..calibration.recording import UnitCall
+from ..network.blocks import find_blocks
+from ..network.layer_types import LayerType, reads_indices
+from ..network.layers import QuantizedLayer
+from ..network.network import QuantizedNetwork
+from ..network.structure import Activation
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +23,17 @@ GRANULARITIES = ("layer", "block")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is optimised together, against one error.
+    """Layers that are optimised together, against one error.
 
     Args:
-        name: Of the module in the model.
+        name: Name of the module in the model.
         module: A quantized layer, or a block that holds some.
-        layers: The quantized layers, in the order of execution; embeddings, whose rows nothing makes better than
-            rounding to nearest does, are not among them.
-        activation: The activation function that follows, through which the error is measured.
+        layers: Its quantized layers, in the order of execution, with quantized weights, inputs or both. Embeddings are
+            not among them, since nothing makes their rows better than rounding to nearest does.
+        activation: Activation function that follows and through which the error is measured; None if there is none.
+
+    Example:
+        See ``find_units``.
     """
 
     name: str
@@ -40,7 +45,12 @@ class Unit:
     def output_token_axes(self) -> tuple[int, ...]:
         """Dimensions of the output that run over tokens."""
         is_layer = len(self.layers) == 1 and self.layers[0].module is self.module
-        return self.layers[0].kind.output_token_axes if is_layer else LayerKind.output_token_axes
+        return self.layers[0].type.output_token_axes if is_layer else LayerType.output_token_axes
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any of its layers is quantized at its present bit-widths."""
+        return not all(layer.config.is_float for layer in self.layers)
 
     @property
     def prefers_channels_last(self) -> bool:
@@ -51,24 +61,38 @@ class Unit:
         """Output of the unit before the activation, as quantized as its layers are at present."""
         return self.module(*call.args, **call.kwargs)
 
+    def output_tensors(self, output: Any) -> list[Tensor]:
+        """Floating-point tensors of what the module returned, after the activation that follows."""
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return leaves if self.activation is None else [self.activation(leaf) for leaf in leaves]
+
 
 def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str] = ()) -> list[Unit]:
     """Units in the order of execution: every quantized layer but embeddings is in exactly one.
 
     Args:
-        network: Prepared and calibrated.
+        network: Prepared and calibrated network.
         granularity: One of ``GRANULARITIES``: ``"layer"``, or ``"block"`` for the deepest modules in which paths fork
             and join again (BRECQ, Li et al. 2021), and whole layers of transformers; layers outside of these stay units
             of their own.
         blocks: Names or patterns (``fnmatch``) of modules that are to be units whatever ``granularity`` finds in them.
 
     Raises:
-        ValueError: If a name in ``blocks`` matches no module with quantized layers, or two
-            of the modules lie inside each other.
+        ValueError: If a name in ``blocks`` matches no module with quantized layers, or two of the modules lie inside
+            each other.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
+        >>> network = QuantizedNetwork(model, QuantizationScheme())
+        >>> network.prepare(lambda: model(torch.ones(1, 2)))
+        >>> [(unit.name, unit.activation is not None) for unit in find_units(network, "layer")]
+        [('0', True), ('2', False)]
     """
     structure = network.structure
     assert structure is not None
-    layers = {name for name, layer in network.layers.items() if layer.inputs}
+    layers = {name for name, layer in network.layers.items() if not reads_indices(layer.module)}
     running = [name for name in structure.calls_of if name in layers]
     for name in layers - set(running):
         log.warning("%s does not run in the first calibration batch: it is not reconstructed.", name)
@@ -77,7 +101,7 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
         return [name for name in running if name.startswith(f"{parent}.")]
 
     named = _named_blocks([name for name in structure.calls_of if inside(name)], blocks)
-    found = structure.blocks(lambda name: bool(inside(name))) if granularity == "block" else []
+    found = find_blocks(structure, lambda name: bool(inside(name))) if granularity == "block" else []
     members = {name: inside(name) for name in [*named, *_apart_from(found, named)]}
     taken = {name for names in members.values() for name in names}
     names = {**members, **{name: [name] for name in running if name not in taken}}

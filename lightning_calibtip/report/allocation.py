@@ -1,36 +1,53 @@
-"""What a bit allocation has to show: bits over depth, sensitivities, and the trade-off of size and loss."""
+"""What a bit allocation has found: bit-widths over depth, sensitivities, and the trade-off of size and loss."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..allocation.outcome import Allocation, Point
-from ..quantization.scheme import Bits
+from ..quantization.spec import BitWidths
 from .drawing import figure_over_layers
-from .exhibit import Exhibit
-from .layers import draw_bits
+from .item import ReportItem
+from .layers import draw_bit_widths
 
 
-def allocation_exhibits(allocation: Allocation) -> list[Exhibit]:
-    """Bits of each layer and sensitivities; the trade-off too, if several budgets were solved."""
-    exhibits = [_bits_exhibit(allocation), _sensitivity_exhibit(allocation)]
-    return [*exhibits, _trade_off_exhibit(allocation)] if allocation.uniform else exhibits
+def allocation_items(allocation: Allocation) -> list[ReportItem]:
+    """Bit-widths of each layer and sensitivities; the trade-off too, if several budgets were solved.
+
+    Args:
+        allocation: Outcome of the allocation.
+
+    Example:
+        >>> from lightning_calibtip.allocation.outcome import Point
+        >>> from lightning_calibtip.allocation.table import Conditions, SensitivityTable
+        >>> base, small = BitWidths(8, 8), BitWidths(4, 8)
+        >>> table = SensitivityTable(Conditions("model", "states", "kl", 8, base), 0.5, {"conv1": {small: 0.75}})
+        >>> point = Point("0.13", {"conv1": small}, 0.125, 0.25, 0.25, {"compression": 0.125})
+        >>> bit_widths, sensitivity = allocation_items(Allocation(point, [point], [], table))
+        >>> bit_widths.title, bit_widths.rows
+        ('Bit-widths chosen', [['conv1', 4, 8, 0.25]])
+        >>> sensitivity.columns, sensitivity.rows
+        (['layer', 'W4A8'], [['conv1', 0.25]])
+    """
+    items = [_bit_widths_item(allocation), _sensitivity_item(allocation)]
+    return [*items, _trade_off_item(allocation)] if allocation.uniform else items
 
 
-def _bits_exhibit(allocation: Allocation) -> Exhibit:
-    bits = allocation.chosen.bits
-    rows = [[name, *widths, _rise(allocation, name, widths)] for name, widths in bits.items()]
+def _bit_widths_item(allocation: Allocation) -> ReportItem:
+    chosen = allocation.chosen.bits
+    rows = [[name, bits.weight, bits.activation, _rise(allocation, name, bits)] for name, bits in chosen.items()]
 
     def draw() -> Any:
-        return draw_bits(dict(bits))
+        return draw_bit_widths(chosen)
 
     columns = ["layer", "weight bits", "activation bits", "rise of the loss alone"]
-    return Exhibit("allocation", columns, rows, draw)
+    return ReportItem("allocation", "Bit-widths chosen", columns, rows, draw)
 
 
-def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
+def _sensitivity_item(allocation: Allocation) -> ReportItem:
     names = list(allocation.chosen.bits)
     table = allocation.sensitivity
-    candidates = sorted({bits for of_layer in table.losses.values() for bits in of_layer})
+    measured = {bits for of_layer in table.losses.values() for bits in of_layer}
+    candidates = sorted(measured, key=lambda bits: bits.sort_key)
     rows = [[name, *(_rise(allocation, name, bits) for bits in candidates)] for name in names]
 
     def draw() -> Any:
@@ -43,16 +60,17 @@ def _sensitivity_exhibit(allocation: Allocation) -> Exhibit:
         least, most = max(min(known, default=1e-3), max(known, default=1.0) * 1e-5), max(known, default=1.0)
         values = [[float("nan") if rise is None else max(rise, least) for rise in line] for line in rises]
         image = axes.imshow(values, aspect="auto", norm=LogNorm(least, max(most, least * 1.01)), cmap="viridis")
-        axes.set_yticks(range(len(candidates)), [_label(bits) for bits in candidates])
+        axes.set_yticks(range(len(candidates)), [bits.label for bits in candidates])
         figure.colorbar(image, ax=axes)
         axes.set_title(f"Rise of the {_loss_name(allocation)}", fontsize=10)
-        axes.set_ylabel("width of this layer alone")
+        axes.set_ylabel("bit-widths of this layer alone")
         return figure
 
-    return Exhibit("sensitivity", ["layer", *map(_label, candidates)], rows, draw, table.write)
+    columns = ["layer", *(bits.label for bits in candidates)]
+    return ReportItem("sensitivity", "Sensitivity of each layer", columns, rows, draw, table.write)
 
 
-def _trade_off_exhibit(allocation: Allocation) -> Exhibit:
+def _trade_off_item(allocation: Allocation) -> ReportItem:
     points = [*((point, "mixed") for point in allocation.curve), *((point, "uniform") for point in allocation.uniform)]
     metrics = list(allocation.chosen.metrics)
     columns = ["model", "kind", "compression", "predicted loss", "measured loss", *metrics]
@@ -85,18 +103,14 @@ def _trade_off_exhibit(allocation: Allocation) -> Exhibit:
         figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return figure
 
-    return Exhibit("trade_off", columns, rows, draw)
+    return ReportItem("trade_off", "Trade-off of size and loss", columns, rows, draw)
 
 
 def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]) -> None:
-    label = "uniform widths" if not axes.get_subplotspec().rowspan.start else None
+    label = "uniform bit-widths" if not axes.get_subplotspec().rowspan.start else None
     axes.plot([point.compression for point in points], heights, "s", color="C1", label=label)
     for point, height in zip(points, heights, strict=True):
         axes.annotate(point.label, (point.compression, height), (4, 4), textcoords="offset points", fontsize=7)
-
-
-def _label(bits: Bits) -> str:
-    return f"W{bits[0]}A{bits[1]}"
 
 
 def _loss_name(allocation: Allocation) -> str:
@@ -104,7 +118,7 @@ def _loss_name(allocation: Allocation) -> str:
     return {"kl": "KL divergence (nats)", "mse": "relative squared error"}.get(metric, f"loss ({metric})")
 
 
-def _rise(allocation: Allocation, name: str, bits: Bits) -> float | None:
+def _rise(allocation: Allocation, name: str, bits: BitWidths) -> float | None:
     table = allocation.sensitivity
     known = bits == table.conditions.base or bits in table.losses.get(name, {})
     return table.rise(name, bits) if known else None

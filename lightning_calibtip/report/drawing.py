@@ -1,4 +1,4 @@
-"""What the pictures of layers have in common (matplotlib, which the ``recipes`` extra installs)."""
+"""What the figures of layers have in common (they need matplotlib, which the ``recipes`` extra installs)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,32 @@ from typing import Any
 # Inches; beyond it matplotlib would refuse the picture.
 _WIDEST = 200.0
 
-# Inches of a letter of a name.
+# Width of a letter of a name in inches.
 _LETTER = 0.062
 
 
 def plain_text(name: str) -> str:
-    """A name that matplotlib shows as it is: dollars would begin a formula."""
+    r"""Escape a name so that matplotlib shows it as it is: dollars would begin a formula.
+
+    Example:
+        >>> print(plain_text("cost$"))
+        cost\$
+    """
     return name.replace("$", r"\$")
 
 
 def figure_over_layers(names: Sequence[str], height: float, what: str = "layer") -> tuple[Any, Any]:
-    """Figure and axes with room for the names of the layers, which stand below.
+    """Make a figure and axes with room for the names of the layers, which stand below.
 
     Args:
-        names: In the order of execution.
-        height: Of what is above the names, in inches.
-        what: Is named.
+        names: Names of the layers, in the order of execution.
+        height: Height of the figure above the names, in inches.
+        what: What is named.
+
+    Example:
+        >>> figure, axes = figure_over_layers(["conv1", "fc"], 2.0)
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['conv1', 'fc']
     """
     from matplotlib.figure import Figure
 

@@ -8,25 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.whole_file import write_whole
-from .exhibit import Exhibit
+from ..calibration.files import write_atomically
+from .item import ReportItem
 
-# What stands for a value that there is none of; the page's script knows it too.
+# What is shown for a missing value; the page's script knows it too.
 MISSING = "-"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: an exhibit, as picture and table.
+    """A part of the page: a report item, as picture and table, under its title.
 
     Args:
-        title: Heading.
-        exhibit: What is shown.
+        item: What is shown.
         open: Whether the table is open from the start.
+
+    Example:
+        See ``render_page``.
     """
 
-    title: str
-    exhibit: Exhibit
+    item: ReportItem
     open: bool = False
 
 
@@ -34,12 +35,20 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], configur
     """The page as HTML.
 
     Args:
-        record: Of the run, see ``run_record``.
-        sections: In order.
+        record: Record of the run, see ``run_record``.
+        sections: Parts of the page, in order.
         configuration: Settings of the run, by name.
 
     Raises:
         ModuleNotFoundError: Without jinja2 (which torch brings with it).
+
+    Example:
+        >>> from lightning_calibtip.report.reconstruction import reconstruction_item
+        >>> record = {"model": "net", "recipe": "test", "seed": 0, "calibration_samples": 1, "metric": "top1",
+        ...           "float": 0.9, "quantized": 0.8, "stages": [], "size": {"quantized_bytes": 1, "ratio": 0.5}}
+        >>> html = render_page(record, [Section(reconstruction_item([]))], {"weight_bits": 4})
+        >>> "<h2>Error of each unit before and after AdaQuant</h2>" in html
+        True
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -54,7 +63,7 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], configur
     environment.filters["sort_key"] = _sort_key
     return environment.get_template("page.html").render(
         record=record,
-        sections=[(section, _picture(section.exhibit)) for section in sections],
+        sections=[(section, _picture(section.item)) for section in sections],
         configuration={name: json.dumps(value, default=str) for name, value in configuration.items()},
     )
 
@@ -62,13 +71,13 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], configur
 def write_page(
     path: str | Path, record: Mapping[str, Any], sections: Sequence[Section], configuration: Mapping[str, Any]
 ) -> None:
-    """Write the page: whole or not at all."""
-    write_whole(path, render_page(record, sections, configuration).encode())
+    """Write the page: completely or not at all. See ``render_page``."""
+    write_atomically(path, render_page(record, sections, configuration).encode())
 
 
-def _picture(exhibit: Exhibit) -> str | None:
+def _picture(item: ReportItem) -> str | None:
     """The figure as a data URI, if there is one."""
-    return None if exhibit.png is None else f"data:image/png;base64,{base64.b64encode(exhibit.png).decode()}"
+    return None if item.png is None else f"data:image/png;base64,{base64.b64encode(item.png).decode()}"
 
 
 def _sort_key(value: float) -> str:

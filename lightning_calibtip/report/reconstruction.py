@@ -1,21 +1,32 @@
-"""What AdaQuant has to show: the error of each unit before and after."""
+"""The error of each unit before and after AdaQuant."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..quantization.scheme import Bits
+from ..quantization.spec import BitWidths
 from ..reconstruction.optimize import UnitResult
 from .drawing import figure_over_layers
-from .exhibit import Exhibit
+from .item import ReportItem
+
+_TITLE = "Error of each unit before and after AdaQuant"
 
 
-def reconstruction_exhibit(results: Sequence[UnitResult], candidate: Bits | None = None) -> Exhibit:
-    """Relative error of each unit on held-out samples, before and after.
+def reconstruction_item(results: Sequence[UnitResult], candidate: BitWidths | None = None) -> ReportItem:
+    """Relative error of each unit on held-out samples, before and after AdaQuant.
 
     Args:
-        results: In the order of execution.
-        candidate: The width of all units, where several are reconstructed for bit allocation.
+        results: Results of the units, in the order of execution.
+        candidate: Bit-widths of all units, where several are reconstructed for bit allocation; the item is then named
+            by them.
+
+    Example:
+        >>> result = UnitResult("conv1", ("conv1",), 0.5, 0.25, True, "", 1.5)
+        >>> item = reconstruction_item([result], BitWidths(4, 8))
+        >>> item.name, item.title
+        ('reconstruction_w4a8', 'Error of each unit before and after AdaQuant at W4A8')
+        >>> item.rows
+        [['conv1', 1, 0.5, 0.25, 1.5, 'kept']]
     """
     rows = [[r.name, len(r.layers), r.error_before, r.error_after, r.seconds, r.note or "kept"] for r in results]
 
@@ -23,19 +34,29 @@ def reconstruction_exhibit(results: Sequence[UnitResult], candidate: Bits | None
         names = [result.name for result in results]
         return draw_errors(names, [r.error_before for r in results], [r.error_after for r in results], "unit")
 
-    columns = ["unit", "layers", "error before", "error after", "seconds in steps", "what became of it"]
-    name = "reconstruction" if candidate is None else "reconstruction_w{}a{}".format(*candidate)
-    return Exhibit(name, columns, rows, draw)
+    columns = ["unit", "layers", "error before", "error after", "seconds in steps", "outcome"]
+    if candidate is None:
+        return ReportItem("reconstruction", _TITLE, columns, rows, draw)
+    label = candidate.label
+    return ReportItem(f"reconstruction_{label.lower()}", f"{_TITLE} at {label}", columns, rows, draw)
 
 
 def draw_errors(names: Sequence[str], before: Sequence[float], after: Sequence[float], what: str = "layer") -> Any:
-    """Errors before and after AdaQuant, on a logarithmic axis; what has none (NaN) is left out.
+    """Draw errors before and after AdaQuant on a logarithmic axis; what has none (NaN) is left out.
 
     Args:
-        names: Of layers or units, in the order of execution.
+        names: Names of layers or units, in the order of execution.
         before: Relative error of each.
         after: The same afterwards.
-        what: Is named.
+        what: What is named: ``"layer"`` or ``"unit"``.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> figure = draw_errors(["conv1", "conv2"], [0.5, float("nan")], [0.25, float("nan")])
+        >>> [float(error) for error in figure.axes[0].lines[1].get_ydata()]
+        [0.25]
     """
     figure, axes = figure_over_layers(names, 3.5, what)
     places = [place for place, error in enumerate(before) if math.isfinite(error)]

@@ -1,4 +1,4 @@
-"""The record of a run, ``result.json``: metrics of each stage, size, and what became of each layer."""
+"""The record of a run, ``result.json``: metrics of each stage, size, and the status of each layer."""
 
 import json
 import math
@@ -8,17 +8,30 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calibration.whole_file import write_whole
-from ..quantization.network import QuantizedNetwork
+from ..calibration.files import write_atomically
+from ..network.network import QuantizedNetwork
+from .item import SUFFIXES
 from .size import model_size
 from .table import text_table
 
 RECORD_VERSION = 1
+RECORD_NAME = "result.json"
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage of a run: how long it took, the metric after it (None where nothing was evaluated), its figures."""
+    """One stage of a run.
+
+    Args:
+        name: Name of the stage.
+        seconds: Time that it took.
+        metric: Metric after it; None where nothing was evaluated.
+        figures: What the stage itself measured.
+
+    Example:
+        >>> StageRecord("Calibration", 1.5, 0.8).figures
+        {}
+    """
 
     name: str
     seconds: float
@@ -27,7 +40,12 @@ class StageRecord:
 
 
 def peak_rss_bytes() -> int | None:
-    """Greatest resident memory of this process so far; None where the system does not tell (Windows)."""
+    """Greatest resident memory of this process so far; None where the system does not tell (Windows).
+
+    Example:
+        >>> (peak_rss_bytes() or 0) >= 0
+        True
+    """
     try:
         import resource
     except ImportError:
@@ -37,13 +55,23 @@ def peak_rss_bytes() -> int | None:
 
 
 def layer_records(network: QuantizedNetwork) -> list[dict[str, Any]]:
-    """A line for each quantizable layer; ``error_before`` and ``error_after`` are relative to the output's mean square,
-    and None
-    where nothing was reconstructed.
+    """One entry for each quantizable layer.
+
+    ``weight_bits`` and ``activation_bits`` are None where there is no weight, or where weight or inputs are in float.
+    ``error_before`` and ``error_after`` are relative to the output's mean square, and None where nothing was
+    reconstructed.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> network = QuantizedNetwork(nn.Sequential(nn.Linear(2, 3)), QuantizationScheme())
+        >>> [(layer["name"], layer["weight_bits"]) for layer in layer_records(network)]
+        [('0', None)]
     """
+    unfolded_norms = network.plan.unfolded_norms if network.plan is not None else {}
     records = []
     for line in network.summary():
-        if line.kind == "folded" or line.name in network.left:
+        if line.kind == "folded" or line.name in unfolded_norms:
             continue
         layer = network.layers.get(line.name)
         before, after = (layer.errors if layer is not None else None) or (None, None)
@@ -69,8 +97,30 @@ def run_record(
     calibration_samples: int,
     float_metric: float | None,
     stages: Sequence[StageRecord],
+    report_items: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures of a run as plain values; metrics are fractions (0 to 1)."""
+    """All figures of a run as plain values; metrics are fractions (0 to 1).
+
+    Args:
+        network: The quantized network.
+        recipe: Name of the recipe.
+        model: Name of the model.
+        metric: Name of the metric.
+        seed: Random seed.
+        calibration_samples: Number of samples that were used.
+        float_metric: Metric of the float model; None where nothing was evaluated.
+        stages: The stages, in order.
+        report_items: Names of the report items that are written beside the record, see ``remove_previous_items``.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> network = QuantizedNetwork(nn.Sequential(nn.Linear(2, 3)), QuantizationScheme())
+        >>> stages = [StageRecord("Calibration", 1.5, 0.8), StageRecord("AdaQuant", 20.0, 0.9)]
+        >>> record = run_record(network, "recipe", "net", "top1", 0, 32, 0.95, stages, ["layers"])
+        >>> record["float"], record["calibrated"], record["quantized"], record["report_items"]
+        (0.95, 0.8, 0.9, ['layers'])
+    """
     size = model_size(network)
     return {
         "version": RECORD_VERSION,
@@ -85,13 +135,55 @@ def run_record(
         "stages": [asdict(stage) for stage in stages],
         "size": {"float_bytes": size.float_bytes, "quantized_bytes": size.quantized_bytes, "ratio": size.ratio},
         "layers": layer_records(network),
+        "report_items": list(report_items),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON: whole or not at all."""
-    write_whole(path, (json.dumps(_valid(record), indent=2, allow_nan=False) + "\n").encode())
+    """Write a record as JSON: completely or not at all. NaN and infinity become null.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_record(f"{folder}/result.json", {"float": float("nan")})
+        ...     json.loads(Path(folder, "result.json").read_text())
+        {'float': None}
+    """
+    write_atomically(path, (json.dumps(_valid(record), indent=2, allow_nan=False) + "\n").encode())
+
+
+def remove_previous_items(folder: str | Path) -> None:
+    """Remove the tables and pictures of an earlier run from its folder, so that none of them passes for a later run's.
+
+    Only files of the report items that the folder's ``result.json`` names are removed; everything else is left alone.
+
+    Args:
+        folder: Folder that a report is about to be written to.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("layers.csv", "mine.csv"):
+        ...         Path(folder, name).touch()
+        ...     write_record(f"{folder}/result.json", {"report_items": ["layers"]})
+        ...     remove_previous_items(folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['mine.csv', 'result.json']
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text())
+    except (OSError, ValueError):
+        # There is no record, or it is none of ours.
+        return
+    names = record.get("report_items") if isinstance(record, dict) else None
+    for name in names if isinstance(names, list) else ():
+        # A name that leads out of the folder is none that a run has written.
+        if isinstance(name, str) and name == Path(name).name:
+            for suffix in SUFFIXES:
+                if (path := folder / f"{name}{suffix}").is_file():
+                    path.unlink()
 
 
 def _valid(value: Any) -> Any:
@@ -104,8 +196,17 @@ def _valid(value: Any) -> Any:
 
 
 def record_table(record: Mapping[str, Any]) -> str:
-    """The stages of a record as a table; of AdaQuant also the share of its seconds that is not spent in the optimiser's
-    steps."""
+    """The stages of a record as a text table; for AdaQuant also the share of its time that is not spent in the
+    optimiser's steps.
+
+    Example:
+        >>> stages = [{"name": "Calibration", "seconds": 1.5, "metric": 0.8, "figures": {}}]
+        >>> print(record_table({"float": 0.95, "metric": "top1", "stages": stages}))
+        stage        seconds  outside steps  top1
+        -----------  -------  -------------  ----
+        float              -              -  0.95
+        Calibration      1.5              -   0.8
+    """
     rows: list[list[object]] = [["float", None, None, record["float"]]]
     for stage in record["stages"]:
         steps, seconds = stage["figures"].get("step_seconds"), stage["seconds"]

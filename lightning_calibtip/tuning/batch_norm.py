@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
+from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.replay import Replay
-from ..calibration.steps import Steps, untold
-from ..quantization.folding import FoldedBatchNorm
-from ..quantization.layers import QuantizedLayer
-from ..quantization.network import QuantizedNetwork
+from ..network.folding import FoldedBatchNorm
+from ..network.layers import QuantizedLayer
+from ..network.network import QuantizedNetwork
+from ..network.trial import trial
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +27,42 @@ _MAX_STRETCH = 4.0
 
 
 @dataclass(frozen=True)
+class BatchNormTuningOptions:
+    """Options of BatchNorm re-tuning.
+
+    Args:
+        reference: ``"training"`` brings channels to the mean beta and the deviation gamma that BatchNorm gave them in
+            training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set:
+            the set's own deviation from the training data (its few samples, no augmentation) then cancels.
+
+    Raises:
+        ValueError: If ``reference`` is unknown.
+
+    Example:
+        >>> BatchNormTuningOptions(reference="training").reference
+        'training'
+    """
+
+    reference: Literal["float", "training"] = "float"
+
+    def __post_init__(self) -> None:
+        if self.reference not in REFERENCES:
+            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {self.reference!r}.")
+
+
+@dataclass(frozen=True)
 class BatchNormTuningResult:
-    """KL divergence (nats a sample) from the float model before and after, and whether the tuned state was kept."""
+    """Outcome of BatchNorm re-tuning.
+
+    Args:
+        layers: Names of the layers that a BatchNorm is folded into, in the order of execution.
+        divergence_before: KL divergence from the float model before, in nats a sample.
+        divergence_after: The same of the state that was kept.
+        kept: Whether the tuned state was kept.
+
+    Example:
+        See ``tune_batch_norm``.
+    """
 
     layers: tuple[str, ...]
     divergence_before: float
@@ -38,84 +74,87 @@ class BatchNormTuningResult:
 def tune_batch_norm(
     network: QuantizedNetwork,
     calibration: CalibrationSet,
-    reference: str = "float",
+    options: BatchNormTuningOptions | None = None,
     store: ActivationStore | None = None,
-    steps: Steps = untold,
+    progress: ProgressCallback = no_progress,
 ) -> BatchNormTuningResult:
     """Re-estimate each folded BatchNorm's statistics on the quantized model and fold it again.
 
     In the order of execution, the mean and deviation of each quantized channel over the calibration set are measured,
     with all layers before it tuned already, and brought back to those of the reference: the bias takes the shift; the
-    stretch goes into the per-channel weight scale, so that the integers stay as they are. Where there is no scale for
-    each output channel (weights quantized per tensor, grouped transposed convolutions), only the shift is corrected. If
-    the model ends farther from the float logits than before, it is put back.
+    stretch goes into the scales of the weight's channel, so that the integers stay as they are. Where there is no scale
+    for each output channel (weights quantized per tensor, grouped transposed convolutions, float weights), only the
+    shift is corrected. If the model ends farther from the float logits than before, it is put back.
 
     Args:
-        network: Calibrated.
-        calibration: The samples.
-        reference: ``"training"`` brings channels to the mean beta and the deviation gamma that BatchNorm gave them in
-            training (the paper's). ``"float"`` brings them to what the float model has over the same calibration set:
-            the set's own deviation from the training data (its few samples, no augmentation) then cancels.
-        store: Where captured activations are kept; all in memory if None.
-        steps: Told of each layer.
+        network: Calibrated network.
+        calibration: Calibration set.
+        options: See ``BatchNormTuningOptions``.
+        store: Store of captured activations; all are held in memory if None.
+        progress: Progress callback, called for each layer.
 
     Returns:
         The layers and the divergence; no layers if no BatchNorm was folded.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
-        ValueError: If ``reference`` is unknown.
         TypeError: If the model's output holds no logits.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> from lightning_calibtip.quantization.ranges import RangeOptions
+        >>> model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 2)).eval()
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.randn(8, 2, 4))
+        >>> network = QuantizedNetwork(model, QuantizationScheme(weight_bits=2, edge_bits=None))
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> network.attach_observers(RangeOptions())
+        >>> with network.observing():
+        ...     _ = calibration.run(0)
+        >>> network.fit_ranges()
+        >>> tune_batch_norm(network, calibration).layers
+        ('0',)
     """
-    if reference not in REFERENCES:
-        raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}.")
     if not network.calibrated:
         raise RuntimeError("BatchNorm tuning measures the quantized model: run Calibration first.")
     calibration.require()
+    options, store = options or BatchNormTuningOptions(), store or ActivationStore()
+    norms = {fold.layer: fold.normalization for fold in network.plan.folds if fold.layer in network.layers}
     assert network.structure is not None
-    folds = {fold.layer: fold for fold in network.folds if fold.layer in network.layers}
-    order = [name for name in network.structure.calls_of if name in folds]
+    order = [name for name in network.structure.calls_of if name in norms]
     if not order:
         return BatchNormTuningResult((), 0.0, 0.0, True)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
-    before = float(measure_divergences(calibration, logits, everything).mean())
-    initial = {name: network.layers[name].save() for name in order}
-    store = store or ActivationStore()
-    float_stream, quantized_stream = (
-        Replay(network.model, network.structure, calibration, order, store) for _ in range(2)
-    )
-    for position, name in enumerate(order):
-        steps(position, len(order), name)
-        layer = network.layers[name]
-        norm = network.model.get_submodule(folds[name].normalization)
-        assert isinstance(norm, FoldedBatchNorm)
-        wanted = norm.bias, norm.deviation
-        if reference == "float":
-            with network.quantized(False):
-                wanted = _channel_statistics(_finishing(float_stream, layer))
-        _refold(layer, _channel_statistics(_outputs(quantized_stream, layer)), wanted)
-        for _ in _finishing(quantized_stream, layer):
-            pass
-    after = float(measure_divergences(calibration, logits, everything).mean())
-    kept = after < before
-    if not kept:
-        for name, state in initial.items():
-            network.layers[name].restore(state)
-        log.warning("BatchNorm tuning did not lower the divergence (%.4g to %.4g): restored.", before, after)
-    return BatchNormTuningResult(tuple(order), before, after if kept else before, kept)
-
-
-def _outputs(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
-    """Outputs of a layer at all its calls."""
-    for calls in stream.capture(layer.name):
-        for call in calls:
-            yield layer.module(*call.args, **call.kwargs)
+    layers = [network.layers[name] for name in order]
+    with trial(layers, lambda: measure_divergences(calibration, logits, everything)) as attempt:
+        float_stream, quantized_stream = (
+            Replay(network.model, network.structure, calibration, order, store) for _ in range(2)
+        )
+        for position, layer in enumerate(layers):
+            progress(position, len(order), layer.name)
+            norm = network.model.get_submodule(norms[layer.name])
+            assert isinstance(norm, FoldedBatchNorm)
+            wanted = norm.bias, norm.deviation
+            if options.reference == "float":
+                with network.quantized(False):
+                    wanted = _channel_statistics(_finishing(float_stream, layer))
+            _refold(layer, _channel_statistics(quantized_stream.outputs(layer.name)), wanted)
+            for _ in _finishing(quantized_stream, layer):
+                pass
+        for stream in (float_stream, quantized_stream):
+            stream.forget()
+    before, after = float(attempt.before.mean()), float(attempt.after.mean())
+    if not attempt.kept:
+        tried = float(attempt.tried.mean())
+        log.warning("BatchNorm tuning did not lower the divergence (%.4g to %.4g): restored.", before, tried)
+    return BatchNormTuningResult(tuple(order), before, after, attempt.kept)
 
 
 def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
-    """The same, and from then on the layer answers with them."""
+    """Outputs of a layer at all its calls; from then on the layer answers with them."""
     recording = stream.recording(layer.name)
-    for output in _outputs(stream, layer):
+    for output in stream.outputs(layer.name):
         recording.append(output)
         yield output
     stream.finish(layer.name, recording)
@@ -140,13 +179,13 @@ def _refold(layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple
     """Bring a layer's output from its present mean and deviation of each channel to the wanted ones."""
     mean, deviation = present
     wanted_mean, wanted_deviation = wanted
-    stretch = torch.ones_like(mean)
-    assert layer.weight_quantizer is not None
-    scale = layer.weight_quantizer.scale
-    if layer.weight_quantizer.axis is not None and scale.shape == mean.shape:
-        alive = (wanted_deviation > 0) & (deviation > 0)
-        stretch = torch.where(alive, wanted_deviation / deviation, 1.0).clamp(1 / _MAX_STRETCH, _MAX_STRETCH)
-        scale.mul_(stretch)
+    alive = (wanted_deviation > 0) & (deviation > 0)
+    stretch = torch.where(alive, wanted_deviation / deviation, 1.0).clamp(1 / _MAX_STRETCH, _MAX_STRETCH)
+    # Channels of the output are those of the weight, but for grouped transposed convolutions.
+    is_by_channel = layer.has_weight and layer.weight.shape[layer.channel_axis] == len(mean)
+    if is_by_channel and layer.weight_quantizer is not None and layer.weight_quantizer.rescale_(stretch):
         layer.weight.mul_(stretch.view([-1 if d == layer.channel_axis else 1 for d in range(layer.weight.dim())]))
+    else:
+        stretch = torch.ones_like(mean)
     assert layer.bias is not None
     layer.bias.copy_(wanted_mean + (layer.bias - mean) * stretch)

@@ -9,30 +9,34 @@ from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, kl_divergence, measure_divergences
-from ..calibration.magnitudes import output_magnitudes
-from ..calibration.steps import Steps, untold
-from ..quantization.affine import SMALLEST_SCALE
-from ..quantization.layers import learning
-from ..quantization.network import QuantizedNetwork
+from ..calibration.output_rms import output_rms
+from ..calibration.progress import ProgressCallback, no_progress
+from ..network.layers import trainable
+from ..network.network import QuantizedNetwork
+from ..network.trial import trial
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BiasTuningSettings:
-    """How biases are tuned.
+class BiasTuningOptions:
+    """Options of bias tuning.
 
     Args:
         epochs: Passes over the calibration set, at least 1.
-        rate: Adam's learning rate, as a fraction of the root mean square of each layer's output.
-        scale_rate: Learning rate of the scales of weights and inputs, as a fraction of each tensor's median scale; 0
-            leaves scales alone.
+        rate: Adam's learning rate of biases, as a fraction of the root mean square of each layer's output.
+        scale_rate: Learning rate of the scales of weights and activations, as a fraction of each tensor's median scale;
+            0 leaves scales alone.
         holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below
             1.
-        seed: Of the order of batches and of the choice of held-out ones.
+        seed: Random seed of the order of batches and of the choice of held-out ones.
 
     Raises:
-        ValueError: naming the setting, its value and the allowed range.
+        ValueError: If an option is out of its range; the message names it, its value and the allowed range.
+
+    Example:
+        >>> BiasTuningOptions(epochs=2).rate
+        0.001
     """
 
     epochs: int = 4
@@ -53,7 +57,16 @@ class BiasTuningSettings:
 
 @dataclass(frozen=True)
 class BiasTuningResult:
-    """KL divergence (nats a sample) on held-out batches before and after, and whether the tuned state was kept."""
+    """Outcome of bias tuning.
+
+    Args:
+        divergence_before: KL divergence from the float model on held-out batches before, in nats a sample.
+        divergence_after: The same of the state that was kept.
+        kept: Whether the tuned state was kept.
+
+    Example:
+        See ``tune_bias``.
+    """
 
     divergence_before: float
     divergence_after: float
@@ -61,41 +74,86 @@ class BiasTuningResult:
 
 
 def tune_bias(
-    network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings, steps: Steps = untold
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    options: BiasTuningOptions | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> BiasTuningResult:
     """Tune the biases (and scales, if asked) of the quantized layers in place; put them back where that does not help.
 
     The result is kept if the divergence of the held-out samples falls by more than the standard error of that fall.
 
     Args:
-        network: Calibrated.
-        calibration: The samples; with a single batch, that one also decides.
-        settings: See ``BiasTuningSettings``.
-        steps: Told of each batch, with its divergence.
+        network: Calibrated network.
+        calibration: Calibration set; with a single batch, that one also decides.
+        options: See ``BiasTuningOptions``.
+        progress: Progress callback, called for each batch with its divergence.
 
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
         TypeError: If the model's output holds no logits.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> from lightning_calibtip.quantization.ranges import RangeOptions
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval().requires_grad_(False)
+        >>> calibration = CalibrationSet(lambda batch, index: model(batch))
+        >>> calibration.append(torch.randn(8, 2))
+        >>> network = QuantizedNetwork(model, QuantizationScheme(weight_bits=2, edge_bits=None))
+        >>> network.prepare(lambda: calibration.run(0))
+        >>> network.attach_observers(RangeOptions())
+        >>> with network.observing():
+        ...     _ = calibration.run(0)
+        >>> network.fit_ranges()
+        >>> result = tune_bias(network, calibration, BiasTuningOptions(epochs=1))
+        >>> result.divergence_after <= result.divergence_before
+        True
     """
     if not network.calibrated:
         raise RuntimeError("Bias tuning starts from a quantized model: run Calibration first.")
     calibration.require()
+    options = options or BiasTuningOptions()
     targets = float_logits(network, calibration)
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(calibration), generator=generator).tolist()
-    held = min(math.ceil(settings.holdout * len(order)), len(order) - 1)
+    held = min(math.ceil(options.holdout * len(order)), len(order) - 1)
     training = order[held:]
     judging = order[:held] or training
-    before = measure_divergences(calibration, targets, judging)
-    initial = {name: layer.save() for name, layer in network.layers.items()}
-    groups = _groups(network, calibration, settings, training[0])
-    if not groups:
-        return BiasTuningResult(float(before.mean()), float(before.mean()), False)
+    with trial(
+        network.layers.values(), lambda: measure_divergences(calibration, targets, judging), falls_beyond_chance
+    ) as attempt:
+        groups = _groups(network, calibration, options, training[0])
+        if groups:
+            _descend(network, calibration, options, targets, training, groups, generator, progress)
+        else:
+            attempt.fail("no layer has a bias")
+    before, after = float(attempt.before.mean()), float(attempt.after.mean())
+    if groups and not attempt.kept:
+        log.warning(
+            "Bias tuning did not surely lower the held-out divergence (%.4g to %.4g): biases restored.",
+            before,
+            float(attempt.tried.mean()),
+        )
+    return BiasTuningResult(before, after, attempt.kept)
+
+
+def _descend(
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    options: BiasTuningOptions,
+    targets: list[list[Tensor]],
+    training: list[int],
+    groups: list[dict[str, object]],
+    generator: torch.Generator,
+    progress: ProgressCallback,
+) -> None:
+    """Take all steps of the optimiser."""
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scales = [quantizer.scale for layer in network.layers.values() for quantizer in layer.quantizers]
-    total = settings.epochs * len(training)
-    with learning(parameters):
+    quantizers = network.quantizers
+    total = options.epochs * len(training)
+    with trainable(parameters):
         for step in range(total):
             if step % len(training) == 0:
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
@@ -106,41 +164,44 @@ def tune_bias(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / total))
             optimizer.step()
-            steps(step + 1, total, f"epoch {step // len(training)}: KL divergence {float(divergence.detach()):.3g}")
+            progress(step + 1, total, f"epoch {step // len(training)}: KL divergence {float(divergence.detach()):.3g}")
             # Autocast keeps casts of parameters, which have just changed.
             torch.clear_autocast_cache()
-            with torch.no_grad():
-                for scale in scales:
-                    scale.clamp_min_(SMALLEST_SCALE)
-    after = measure_divergences(calibration, targets, judging)
-    kept = _is_better(before, after)
-    if not kept:
-        for name, state in initial.items():
-            network.layers[name].restore(state)
-        log.warning(
-            "Bias tuning did not surely lower the held-out divergence (%.4g to %.4g): biases restored.",
-            before.mean(),
-            after.mean(),
-        )
-    return BiasTuningResult(float(before.mean()), float((after if kept else before).mean()), kept)
+            for quantizer in quantizers:
+                quantizer.clamp_()
 
 
-def _is_better(before: Tensor, after: Tensor) -> bool:
-    """Whether the mean gain is above its standard error: a few unlucky samples can hide that there is none."""
+def falls_beyond_chance(before: Tensor, after: Tensor) -> bool:
+    """Whether the mean gain is above its standard error: a few unlucky samples can hide that there is none.
+
+    Args:
+        before: Loss of each sample before, shape (n,).
+        after: Loss of each sample afterwards, shape (n,).
+
+    Example:
+        >>> falls_beyond_chance(torch.tensor([1.0, 1.0]), torch.tensor([0.9, 0.8]))
+        True
+        >>> falls_beyond_chance(torch.tensor([1.0, 1.0]), torch.tensor([0.2, 1.6]))
+        False
+    """
     gain = before - after
     error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
     return bool(gain.mean() > error)
 
 
 def _groups(
-    network: QuantizedNetwork, calibration: CalibrationSet, settings: BiasTuningSettings, batch: int
+    network: QuantizedNetwork, calibration: CalibrationSet, options: BiasTuningOptions, batch: int
 ) -> list[dict[str, object]]:
     layers, tokens = network.layers.values(), calibration.tokens(batch)
-    magnitudes = output_magnitudes(layers, lambda: calibration.run(batch), tokens)
-    groups = []
+    rms = output_rms(layers, lambda: calibration.run(batch), tokens)
+    groups: list[tuple[list[Tensor], float]] = []
+    seen = set()
     for name, layer in network.layers.items():
         if layer.bias is not None:
-            groups.append(([layer.bias], settings.rate * magnitudes.get(name, 0.0)))
+            groups.append(([layer.bias], options.rate * rms.get(name, 0.0)))
         for quantizer in layer.quantizers:
-            groups.append(([quantizer.scale], settings.scale_rate * float(quantizer.scale.median())))
+            scales = [t.parameter for t in quantizer.trainables() if t.role == "scale"]
+            if scales and quantizer not in seen:
+                groups.append((scales, options.scale_rate * quantizer.step_size()))
+            seen.add(quantizer)
     return [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in groups if rate > 0]

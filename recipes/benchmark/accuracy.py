@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_calibtip import AdaQuant, BatchNormTuning, Calibration, QuantizationModule
-from lightning_calibtip.pipeline import run_stages
-from lightning_calibtip.quantization.layers import learning
+from lightning_calibtip.network.layers import trainable
+from lightning_calibtip.pipeline.runner import run_stages
 
 from ..resnet_cifar10.data import CifarData
 from ..resnet_cifar10.model import CifarClassifier
 
-WIDTHS = ((4, 4), (3, 3), (2, 4))
+BIT_WIDTHS = ((4, 4), (3, 3), (2, 4))
 SAMPLES = (16, 64, 256, 1024)
 _FINE_TUNING_STEPS, _BATCH = 500, 32
 
 
 def measure_accuracy(checkpoint: Path, data: str, split: str) -> list[dict[str, Any]]:
-    """A row for each width, rounding, granularity and mode: top-1 and the seconds of AdaQuant, on 1,024 images."""
+    """A row for each bit-width, rounding, granularity and mode: top-1 and the seconds of AdaQuant, on 1,024 images."""
     images = _images(data, 1024, split)
     rows = []
     for (weight_bits, activation_bits), rounding, granularity, mode in itertools.product(
-        WIDTHS, ("straight_through", "learned"), ("layer", "block"), ("parallel", "sequential")
+        BIT_WIDTHS, ("straight_through", "learned"), ("layer", "block"), ("parallel", "sequential")
     ):
         module = _calibrated(checkpoint, images, weight_bits, activation_bits)
         stage = AdaQuant(mode=mode, granularity=granularity, rounding=rounding)
@@ -91,13 +91,14 @@ def measure_price(checkpoint: Path, data: str) -> dict[str, Any]:
 def fine_tune(module: QuantizationModule, inputs: Tensor, labels: Tensor, rate: float) -> None:
     """Train weights, biases and ranges of all layers together against the labels, by the straight-through estimator
     and Adam with cosine decay."""
-    layers = module.network.layers.values()
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    parameters += [quantizer.scale for layer in layers for quantizer in layer.quantizers]
+    network = module.network
+    parameters = [p for layer in network.layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    of_quantizers = [each for quantizer in network.quantizers for each in quantizer.trainables()]
+    parameters += [each.parameter for each in of_quantizers if each.role == "scale"]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _FINE_TUNING_STEPS)
     generator = torch.Generator().manual_seed(0)
-    with learning(parameters):
+    with trainable(parameters):
         for _ in range(_FINE_TUNING_STEPS):
             index = torch.randint(len(inputs), (_BATCH,), generator=generator)
             optimizer.zero_grad()
@@ -117,7 +118,7 @@ def _calibrated(checkpoint: Path, images: CifarData, weight_bits: int, activatio
     pl.seed_everything(0, verbose=False)
     trained = CifarClassifier("resnet20", checkpoint)
     module = QuantizationModule(trained, weight_bits=weight_bits, activation_bits=activation_bits)
-    run_stages(module, [Calibration("mse", "mse"), BatchNormTuning()], images.train_dataloader())
+    run_stages(module, [Calibration(), BatchNormTuning()], images.train_dataloader())
     return module
 
 

@@ -12,17 +12,18 @@ from torchmetrics.functional import spearman_corrcoef
 from lightning_calibtip.allocation.integer_program import Budget, Solver, choose_candidates
 from lightning_calibtip.allocation.sensitivity import base_bits, measure_sensitivity
 from lightning_calibtip.calibration.losses import Loss
-from lightning_calibtip.quantization.network import QuantizedNetwork
-from lightning_calibtip.quantization.scheme import Bits, QuantizationScheme
-from lightning_calibtip.reconstruction.adaquant import Reconstruction
+from lightning_calibtip.network.network import QuantizedNetwork
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.quantization.spec import BitWidths
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 
 from ..resnet_cifar10.data import CifarData
 from ..resnet_cifar10.model import DEPTHS, CifarClassifier, ResNet
 from .network import calibrate
 
-_LAYERS, _WIDTHS = 1000, [(weight, activation) for weight in (2, 3, 4, 8) for activation in (4, 6, 8)]
+_LAYERS = 1000
+_CANDIDATES = [BitWidths(weight, activation) for weight in (2, 3, 4, 8) for activation in (4, 6, 8)]
 
 
 def measure_solver(gap: float = 0.01) -> list[dict[str, Any]]:
@@ -32,12 +33,14 @@ def measure_solver(gap: float = 0.01) -> list[dict[str, Any]]:
     layers = [f"layer{i}" for i in range(_LAYERS)]
     weights = {name: generator.randint(10**3, 10**6) for name in layers}
     operations = {name: generator.randint(10**5, 10**8) for name in layers}
-    losses = {name: {b: generator.random() * (2.0 ** -b[0] + 2.0 ** -b[1]) for b in _WIDTHS} for name in layers}
+    bits = {candidate: (candidate.weight or 32, candidate.activation or 32) for candidate in _CANDIDATES}
+    losses = {name: {c: generator.random() * (2.0**-w + 2.0**-a) for c, (w, a) in bits.items()} for name in layers}
+    sizes = {name: {c: count * w for c, (w, _) in bits.items()} for name, count in weights.items()}
+    products = {name: {c: count * w * a for c, (w, a) in bits.items()} for name, count in operations.items()}
     budgets = [
-        Budget("size", {n: {b: w * b[0] for b in _WIDTHS} for n, w in weights.items()}, 4 * sum(weights.values())),
-        Budget("bit operations", {n: {b: o * b[0] * b[1] for b in _WIDTHS} for n, o in operations.items()},
-               20 * sum(operations.values())),
-    ]  # fmt: skip
+        Budget("size", sizes, 4 * sum(weights.values())),
+        Budget("bit operations", products, 20 * sum(operations.values())),
+    ]
     rows = []
     for name in ("cbc", "highs") if pulp.HiGHS().available() else ("cbc",):
         started = time.perf_counter()
@@ -45,7 +48,7 @@ def measure_solver(gap: float = 0.01) -> list[dict[str, Any]]:
         row = {
             "solver": name,
             "layers": _LAYERS,
-            "candidates": len(_WIDTHS),
+            "candidates": len(_CANDIDATES),
             "budgets": len(budgets),
             "gap": gap,
             "objective": choice.objective,
@@ -62,7 +65,7 @@ def measure_replay(model: str = "resnet56", samples: int = 256) -> dict[str, Any
     torch.manual_seed(0)
     batches = torch.randn(samples, 3, 32, 32).split(64)
     network, calibration = calibrate(ResNet(DEPTHS[model]), batches, QuantizationScheme(4, 4))
-    candidates = [(2, 4), (3, 4), (4, 4)]
+    candidates = [BitWidths(2, 4), BitWidths(3, 4), BitWidths(4, 4)]
     loss = Loss(network, calibration)
     loss()
     started = time.perf_counter()
@@ -83,17 +86,17 @@ def measure_replay(model: str = "resnet56", samples: int = 256) -> dict[str, Any
     return row
 
 
-def _by_whole_passes(network: QuantizedNetwork, loss: Loss, candidates: list[Bits]) -> int:
+def _by_whole_passes(network: QuantizedNetwork, loss: Loss, candidates: list[BitWidths]) -> int:
     base = base_bits(candidates)
     loss()
     measured = 1
-    for name in network.free_layers:
-        for bits in candidates:
-            if bits != base:
-                network.layers[name].take(bits)
+    for name in network.searchable_layers:
+        for bit_widths in candidates:
+            if bit_widths != base:
+                network.switch(name, bit_widths)
                 loss()
                 measured += 1
-        network.layers[name].take(base)
+        network.switch(name, base)
     return measured
 
 
@@ -103,24 +106,24 @@ def measure_correlation(
     """Predicted and measured loss of random allocations of ResNet-20, and their Spearman correlation.
 
     Each layer's weights have 2, 3, 4 or 8 bits, drawn by itself, its activations 8; layers were reconstructed at each
-    width.
+    bit-width.
     """
     images = CifarData(data, samples, split="train")
     images.setup()
-    candidates = [(bits, 8) for bits in (2, 3, 4, 8)]
+    candidates = [BitWidths(weight, 8) for weight in (2, 3, 4, 8)]
     batches = [batch[0] for batch in images.train_dataloader()]
     network, calibration = calibrate(CifarClassifier("resnet20", checkpoint).net, batches, QuantizationScheme(8, 8))
-    how = Reconstruction(AdaQuantSettings(iterations=iterations), "parallel", "layer")
-    adaquant_candidates(network, calibration, how, candidates)
+    options = AdaQuantOptions(mode="parallel", granularity="layer", iterations=iterations)
+    adaquant_candidates(network, calibration, options, candidates)
     loss = Loss(network, calibration)
     table = measure_sensitivity(network, loss, candidates)
     generator = random.Random(0)
     predicted, measured = [], []
     for _ in range(allocations):
-        bits = {name: generator.choice(candidates) for name in network.free_layers}
-        for name, widths in bits.items():
-            network.layers[name].take(widths)
-        predicted.append(sum(table.rise(name, widths) for name, widths in bits.items()))
+        chosen = {name: generator.choice(candidates) for name in network.searchable_layers}
+        for name, bit_widths in chosen.items():
+            network.switch(name, bit_widths)
+        predicted.append(sum(table.rise(name, bit_widths) for name, bit_widths in chosen.items()))
         measured.append(loss() - table.base_loss)
     result = {
         "model": "resnet20",

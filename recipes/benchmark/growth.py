@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_calibtip.quantization.scheme import QuantizationScheme
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.settings import MODES, AdaQuantSettings
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import MODES, AdaQuantOptions
 
 from ..resnet_cifar10.model import DEPTHS, ResNet
 from .network import calibrate
@@ -27,9 +27,9 @@ def measure_growth(iterations: int = 100, samples: int = 1024) -> list[dict[str,
         seconds = {}
         for mode in MODES:
             network, calibration = _network(blocks, samples)
-            how = Reconstruction(AdaQuantSettings(iterations=iterations), mode, "layer")
+            options = AdaQuantOptions(mode=mode, granularity="layer", iterations=iterations)
             started = time.perf_counter()
-            units = len(adaquant(network, calibration, how))
+            units = len(adaquant(network, calibration, options))
             seconds[mode] = time.perf_counter() - started
         row = {
             "model": name,
@@ -50,8 +50,7 @@ def count_passes(blocks: int) -> float:
         for index in range(len(calibration)):
             calibration.run(index)
     with FlopCounterMode(display=False) as all_passes:
-        settings = AdaQuantSettings(iterations=1, batch_size=1)
-        adaquant(network, calibration, Reconstruction(settings, granularity="layer"))
+        adaquant(network, calibration, AdaQuantOptions(granularity="layer", iterations=1, batch_size=1))
     return all_passes.get_total_flops() / one.get_total_flops()
 
 

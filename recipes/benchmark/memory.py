@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lightning_calibtip.calibration.activation_store import ActivationStore
-from lightning_calibtip.quantization.scheme import QuantizationScheme
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 
 from ..resnet_cifar10.model import ResNet
 from .network import calibrate
@@ -41,8 +41,7 @@ def measure_here(samples: int, budget: int, iterations: int = 10) -> dict[str, i
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     with ActivationStore(budget) as store:
-        how = Reconstruction(AdaQuantSettings(iterations=iterations), granularity="layer")
-        adaquant(network, calibration, how, store)
+        adaquant(network, calibration, AdaQuantOptions(granularity="layer", iterations=iterations), store)
     peak = _resident("VmHWM") - before
     return {"samples": samples, "captured_bytes": store.most_held, "budget_bytes": budget, "peak_bytes": peak}
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
-from lightning_calibtip.quantization.network import QuantizedNetwork
-from lightning_calibtip.quantization.scheme import QuantizationScheme
+from lightning_calibtip.network.network import QuantizedNetwork
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.quantization.ranges import RangeOptions
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def calibrate(
         calibration.append(batch)
     network = QuantizedNetwork(model, scheme)
     network.prepare(lambda: calibration.run(0))
-    network.watch(observer, observer, momentum=0.1, percentile=99.99, p=2.4)
+    network.attach_observers(RangeOptions(observer=observer, weight_observer=observer))
     with network.observing():
         for index in range(len(calibration)):
             calibration.run(index)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_calibtip.quantization.scheme import QuantizationScheme
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 
 from .network import calibrate
 
@@ -38,8 +38,8 @@ def measure_step(steps: int = 100, rounds: int = 5) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         inputs = torch.randn(4 * BATCH, *size).relu()
         layer, model = make(), nn.Sequential(make())
-        network, calibration = calibrate(model, inputs.split(BATCH), QuantizationScheme(4, 4, None), "minmax")
-        how = Reconstruction(AdaQuantSettings(iterations=steps, batch_size=BATCH), "parallel", "layer")
+        network, calibration = calibrate(model, inputs.split(BATCH), QuantizationScheme(4, 4, edge_bits=None), "minmax")
+        options = AdaQuantOptions(mode="parallel", granularity="layer", iterations=steps, batch_size=BATCH)
         gradient = torch.randn_like(layer(inputs[:BATCH]))
         rounds_of_both = []
         for _ in range(rounds + 1):
@@ -48,7 +48,7 @@ def measure_step(steps: int = 100, rounds: int = 5) -> list[dict[str, Any]]:
             middle = time.perf_counter()
             _run_float(layer, _channels_last(inputs), _channels_last(gradient), steps)
             seconds = (middle - started) / steps, (time.perf_counter() - middle) / steps
-            rounds_of_both.append((*seconds, adaquant(network, calibration, how)[0].seconds / steps))
+            rounds_of_both.append((*seconds, adaquant(network, calibration, options)[0].seconds / steps))
         # The first round warms up.
         medians = [statistics.median(column) for column in zip(*rounds_of_both[1:], strict=True)]
         rows.append(

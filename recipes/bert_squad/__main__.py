@@ -1,15 +1,17 @@
 """Quantize a question answering network: ``python -m recipes.bert_squad --help`` lists the options."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from jsonargparse import auto_cli
 
-from lightning_calibtip import quantize
-from lightning_calibtip.run import QuantizationRun
-from recipes.output import make_logger, progress_options, set_up_logging, state_folder, write_run
+from lightning_calibtip import PipelineOptions, QuantizationScheme, quantize
+from lightning_calibtip.pipeline.presets import PipelineName
+from lightning_calibtip.pipeline.run import QuantizationRun
+from recipes.command_line import run_recipe
+from recipes.output import make_logger, progress_options, run_settings, set_up_logging, with_state_folder, write_run
 
 from .data import SquadData
 from .model import QuestionAnswering
@@ -19,40 +21,32 @@ log = logging.getLogger(__name__)
 
 FINE_TUNING_EPOCHS = 2
 
+# What runs where nothing else is given.
+SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8)
+OPTIONS = PipelineOptions(seed=0)
+
 
 def main(
     model: str = "csarron/bert-base-uncased-squad-v1",
     train: str = "squad",
     validation: str = "squad",
     tokenizer: str | None = None,
-    pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
-    weight_bits: int = 4,
-    activation_bits: int = 8,
-    edge_bits: int | None = 8,
-    overrides: dict[str, int | list[int] | None] | None = None,
-    per_token: bool = False,
-    compression: float | list[float] | None = None,
-    candidates: list[int | list[int]] | None = None,
-    observer: Literal["minmax", "moving_average", "percentile", "mse", "lp"] = "mse",
+    pipeline: PipelineName = "sequential",
     calibration_samples: int = 256,
     split: Literal["validation", "train"] = "validation",
     max_length: int = 384,
     doc_stride: int = 128,
-    adaquant: dict[str, Any] | None = None,
-    preparation: dict[str, Any] | None = None,
-    allocation: dict[str, Any] | None = None,
-    bias_tuning: dict[str, Any] | None = None,
-    activation_budget: str | None = None,
-    seed: int = 0,
     accelerator: str = "auto",
     logger: Literal["wandb", "csv", "none"] = "none",
     output: Path = Path("runs/bert_squad"),
+    scheme: QuantizationScheme = SCHEME,
+    options: PipelineOptions | Mapping[str, Any] = OPTIONS,
 ) -> None:
     """Quantize a question answering network by a CalibTIP pipeline and write result.json and quantized.ckpt.
 
     A checkpoint without a question answering head is fine-tuned on the training questions first, and written to
     the folder fine_tuned. A run that was killed and is started again with the same output folder (and, after
-    fine-tuning, with fine_tuned as its model) goes on where it was.
+    fine-tuning, with fine_tuned as its model) is resumed.
 
     Args:
         model: Name on the hub, or folder, of a transformers network.
@@ -60,32 +54,20 @@ def main(
         validation: The same for the questions to evaluate on.
         tokenizer: Name on the hub, or folder, if it is not where the model is.
         pipeline: Which stages run.
-        weight_bits: Width of weights.
-        activation_bits: Width of activations.
-        edge_bits: Width of the first and last layer; null to treat them like the rest.
-        overrides: Widths of layers by name or pattern, null for float, e.g. {"*embeddings*": 8}.
-        per_token: Whether each token gets a range of its own when it comes, in place of calibrated ones.
-        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
-            if not given; a list for a sweep.
-        candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
-            given.
-        observer: How ranges are chosen.
         calibration_samples: Number of windows to calibrate on, each of another training question.
         split: Evaluate on the validation questions, or on the training questions that are not calibrated on (to choose
             settings).
         max_length: Most tokens of a window: question, part of the context and special tokens.
         doc_stride: Number of context tokens that a window shares with the next one.
-        adaquant: Further arguments of AdaQuant.
-        preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
-        allocation: Further arguments of BitAllocation.
-        bias_tuning: Further arguments of BiasTuning.
-        activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
-        seed: Of everything random.
-        accelerator: Of the Trainer: cpu, gpu, auto, ...
+        accelerator: Accelerator of the Trainer: cpu, gpu, auto, ...
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
+        scheme: Bit-widths and number formats.
+        options: Options of the stages, or a nested mapping of those that differ from the stages' own defaults.
     """
-    configuration = dict(locals())
+    options = PipelineOptions.of(options)
+    configuration = run_settings(locals())
+    seed = configuration["seed"]
     set_up_logging()
     pl.seed_everything(seed, verbose=False)
     reader = load_tokenizer(tokenizer or model)
@@ -105,25 +87,10 @@ def main(
         questions.train_dataloader(),
         questions.val_dataloader(),
         pipeline,
-        stage_options={
-            "compression": compression,
-            "candidates": candidates or [4, 8],
-            "observer": observer,
-            "adaquant": adaquant,
-            "preparation": preparation,
-            "allocation": allocation,
-            "bias_tuning": bias_tuning,
-            "activation_budget": activation_budget,
-            "state_folder": state_folder(output),
-            "seed": seed,
-        },
+        with_state_folder(options, output),
         trainer_options={"accelerator": accelerator, "logger": run_logger, **progress_options()},
         configuration=configuration,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        edge_bits=edge_bits,
-        overrides=overrides,
-        per_token=per_token,
+        scheme=scheme,
     )
     record = {
         **run.record("bert_squad", model, "f1", seed),
@@ -166,4 +133,4 @@ def exact_match(run: QuantizationRun) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_recipe(main)

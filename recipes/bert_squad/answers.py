@@ -16,10 +16,11 @@ def best_answer(
     """Text of the span with the greatest sum of start and end logit, over all windows of a question.
 
     Args:
-        context: The question's.
-        windows: The question's.
-        logits: Of each window, (tokens,) start logits and (tokens,) end logits, without padding.
-        n_best: Of each window only the so many greatest start logits and end logits count, wherever they are.
+        context: Context of the question.
+        windows: Windows of the question.
+        logits: For each window, its start logits and its end logits, both of shape (tokens,), without padding.
+        n_best: Number of greatest start logits, and of greatest end logits, that count in each window, wherever they
+            are.
         max_tokens: Longer spans are not considered.
 
     Returns:

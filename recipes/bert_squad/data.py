@@ -30,10 +30,10 @@ class SquadData(pl.LightningDataModule):
         calibration_samples: Number of calibration windows.
         split: ``"validation"`` to evaluate on the validation questions; ``"train"`` on the training questions that are
             not calibrated on, for choosing settings.
-        seed: Of the choice and the order of fine-tuning.
-        batch_size: Of calibration.
-        eval_batch_size: Of evaluation.
-        fine_tuning_batch_size: Of fine-tuning.
+        seed: Random seed of the choice of windows and of the order of fine-tuning.
+        batch_size: Batch size of calibration.
+        eval_batch_size: Batch size of evaluation.
+        fine_tuning_batch_size: Batch size of fine-tuning.
 
     Raises:
         ValueError: If there are fewer questions than calibration samples, or none is left to evaluate on.

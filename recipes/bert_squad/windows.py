@@ -107,7 +107,7 @@ def check_fit(tokenizer: PreTrainedTokenizerBase, net: PreTrainedModel, max_leng
     """Make sure that the network can read what the tokenizer makes.
 
     Args:
-        tokenizer: Of any kind.
+        tokenizer: Tokenizer of any kind.
         net: The network.
         max_length: Tokens of the longest window.
 

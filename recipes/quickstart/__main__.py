@@ -20,9 +20,9 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
     """Train a small residual network, quantize it to W4A4 and W2A4, print a table and save figures.
 
     Args:
-        epochs: Of training.
-        iterations: Of AdaQuant, a layer.
-        seed: Of everything random.
+        epochs: Epochs of training.
+        iterations: Iterations of AdaQuant for each layer or block.
+        seed: Random seed.
         output: Folder for checkpoints, records and figures.
     """
     set_up_logging(logging.ERROR)
@@ -31,12 +31,11 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
     callbacks = {
         f"W{weight_bits}A{activation_bits}": CalibTIP(
             pipeline="sequential",
+            options={"adaquant": {"iterations": iterations}, "seed": seed},
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             calibration_samples=500,
-            stage_options={"adaquant": {"iterations": iterations}},
             filename=f"w{weight_bits}a{activation_bits}",
-            seed=seed,
         )
         for weight_bits, activation_bits in ((4, 4), (2, 4))
     }

@@ -17,9 +17,9 @@ class CifarData(pl.LightningDataModule):
 
     Args:
         data: The hub's name of the dataset (``cifar10``), or a folder with ``train*.parquet`` and ``test*.parquet``.
-        calibration_samples: The first so many training images.
-        batch_size: Of calibration.
-        eval_batch_size: Of validation.
+        calibration_samples: Number of calibration images, the first ones of the training images.
+        batch_size: Batch size of calibration.
+        eval_batch_size: Batch size of validation.
         split: ``"test"`` to evaluate on the test images; ``"train"`` on the training images after the calibration ones,
             for choosing settings.
 

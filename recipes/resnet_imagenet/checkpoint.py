@@ -54,7 +54,7 @@ def load_weights(net: nn.Module, path: Path, model: str, ignored: tuple[str, ...
     """Load a checkpoint into a network.
 
     Args:
-        net: Of the architecture that was saved.
+        net: Network of the architecture that was saved.
         path: See ``read_state_dict``.
         model: Name of the architecture, for messages.
         ignored: Beginnings of names in the file that the network has no use for.

@@ -9,12 +9,12 @@ MOST_WITHOUT_A_NUMBER = 10_000
 
 
 def choose_samples(available: int, samples: int | None, seed: int, source: str) -> list[int]:
-    """Draw so many images, in random order; all of them stay in order.
+    """Draw some of the images, in random order; all of them stay in order.
 
     Args:
         available: Number of images.
         samples: How many to draw; None for all.
-        seed: Of the draw.
+        seed: Random seed of the draw.
         source: Where the images are, for messages.
 
     Raises:
@@ -23,7 +23,7 @@ def choose_samples(available: int, samples: int | None, seed: int, source: str) 
     if samples is None and available > MOST_WITHOUT_A_NUMBER:
         raise ValueError(
             f"{source} has {available} calibration images, too many to keep in memory; give calibration_samples, "
-            "or calibration=per_class for one image of each class."
+            "or calibration_set=per_class for one image of each class."
         )
     if samples is not None and not 1 <= samples <= available:
         raise ValueError(
@@ -39,8 +39,8 @@ def choose_per_class(labels: Sequence[int], seed: int) -> list[int]:
     """Draw one image of each class, as the paper does, in random order.
 
     Args:
-        labels: Of all images.
-        seed: Of the draw.
+        labels: Labels of all images.
+        seed: Random seed of the draw.
 
     Example:
         >>> sorted(choose_per_class([7, 3, 3, 7, 3], 0))

@@ -27,13 +27,13 @@ class ImageNetData(pl.LightningDataModule):
         data: Folder with ``train/<class>`` and ``val/<class>`` full of images; folder with ``train*.parquet`` or
             ``calib*.parquet``, and ``val*.parquet`` or ``eval*.parquet``; or the hub's name of the dataset.
         prepare: Makes a tensor of an image.
-        calibration: ``"samples"`` for ``calibration_samples`` images, ``"per_class"`` for one of each class.
-        calibration_samples: So many calibration images, drawn; None for all, in their order.
-        calibration_seed: Of the draw.
+        calibration_set: ``"samples"`` for ``calibration_samples`` images, ``"per_class"`` for one of each class.
+        calibration_samples: Number of calibration images, drawn; None for all, in their order.
+        calibration_seed: Random seed of the draw.
         split: ``"validation"`` to evaluate on the evaluation images; ``"train"`` on the calibration images that are not
             calibrated on, for choosing settings.
-        limit_evaluation: Evaluate on so many of them, drawn, the same in each run; None for all.
-        batch_size: Of both.
+        limit_evaluation: Number of images to evaluate on, drawn, the same in each run; None for all.
+        batch_size: Number of images in a batch.
         workers: Processes that decode images; 0 to do it in this one.
 
     Raises:
@@ -46,7 +46,7 @@ class ImageNetData(pl.LightningDataModule):
         self,
         data: str | Path,
         prepare: Preprocessing,
-        calibration: Literal["samples", "per_class"] = "samples",
+        calibration_set: Literal["samples", "per_class"] = "samples",
         calibration_samples: int | None = None,
         calibration_seed: int = 0,
         split: Literal["validation", "train"] = "validation",
@@ -58,12 +58,12 @@ class ImageNetData(pl.LightningDataModule):
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if calibration not in ("samples", "per_class"):
-            raise ValueError(f"calibration must be samples or per_class, got {calibration!r}.")
-        if calibration == "per_class" and calibration_samples is not None:
+        if calibration_set not in ("samples", "per_class"):
+            raise ValueError(f"calibration_set must be samples or per_class, got {calibration_set!r}.")
+        if calibration_set == "per_class" and calibration_samples is not None:
             raise ValueError(
-                f"calibration=per_class takes one image of each class: leave out "
-                f"calibration_samples={calibration_samples}, or set calibration=samples."
+                f"calibration_set=per_class takes one image of each class: leave out "
+                f"calibration_samples={calibration_samples}, or set calibration_set=samples."
             )
         self.batch_size, self.workers = batch_size, workers
         train = read_images(str(data), "train", prepare)
@@ -71,7 +71,7 @@ class ImageNetData(pl.LightningDataModule):
         self.classes = max(train.labels, default=0) + 1
         chosen = (
             choose_per_class(train.labels, calibration_seed)
-            if calibration == "per_class"
+            if calibration_set == "per_class"
             else choose_samples(len(train), calibration_samples, calibration_seed, str(data))
         )
         log.info("calibrating on %d of %d images", len(chosen), len(train))
@@ -122,7 +122,7 @@ def read_images(data: str, part: Literal["train", "validation"], prepare: Prepro
 
 
 def limited(images: Dataset[Any], count: int | None) -> Dataset[Any]:
-    """So many images, drawn: the first ones would be of a few classes only.
+    """A number of images, drawn: the first ones would be of a few classes only.
 
     Raises:
         ValueError: If ``count`` is below 1, or above the number of images.

@@ -25,8 +25,8 @@ class Preprocessing:
     Args:
         crop: Side of the central crop in pixels.
         resize: The shorter side before, in pixels.
-        mean: Of each channel, for pixels from 0 to 1.
-        std: Of each channel.
+        mean: Mean of each channel, for pixels from 0 to 1.
+        std: Standard deviation of each channel.
         interpolation: ``"nearest"``, ``"bilinear"``, ``"bicubic"`` or ``"lanczos"``.
 
     Raises:

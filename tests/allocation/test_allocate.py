@@ -5,20 +5,32 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip.allocation.allocate import allocate
+from lightning_calibtip.allocation.allocate import Model, allocate
+from lightning_calibtip.allocation.constraints import Constraints
+from lightning_calibtip.allocation.costs import _COSTS, register_cost
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
+from lightning_calibtip.allocation.options import AllocationOptions
 from lightning_calibtip.allocation.outcome import Point, Sweep
-from lightning_calibtip.allocation.problem import Goal, Problem
-from lightning_calibtip.allocation.sensitivity import Measurement
+from lightning_calibtip.allocation.problem import Problem
+from lightning_calibtip.allocation.work import measure_work
 from lightning_calibtip.calibration.losses import Loss
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
+from lightning_calibtip.quantization.spec import BitWidths as B
+from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set
 
-CANDIDATES = [(2, 8), (8, 8)]
-SMALL = Goal({"compression": 0.16})
+CANDIDATES = [B(2, 8), B(8, 8)]
+SMALL = {"compression": 0.16}
+
+
+def allocated(network, calibration, candidates, evaluate=None, **options):
+    return allocate(network, calibration, AllocationOptions(candidates=candidates, **options), evaluate=evaluate)
+
+
+def bit_widths(network):
+    return {name: layer.config.bit_widths for name, layer in network.layers.items()}
 
 
 @pytest.fixture
@@ -36,17 +48,17 @@ def start_again(network, initial):
 def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(calibrated):
     network, calibration = calibrated
     sizes = {name: layer.weight.numel() for name, layer in network.layers.items()}
-    outcome = allocate(network, calibration, CANDIDATES, SMALL, checks=0)
-    chosen, bits = outcome.chosen, {name: layer.bits for name, layer in network.layers.items()}
-    assert {name: bits[name] for name in network.free_layers} == chosen.bits
-    assert bits["stem"] == bits["head"] == (8, 8)
-    reached = sum(sizes[name] * bits[name][0] for name in sizes) / (32 * sum(sizes.values()))
+    outcome = allocated(network, calibration, CANDIDATES, **SMALL, checks=0)
+    chosen, bits = outcome.chosen, bit_widths(network)
+    assert {name: bits[name] for name in network.searchable_layers} == chosen.bits
+    assert bits["stem"] == bits["head"] == B(8, 8)
+    reached = sum(sizes[name] * bits[name].weight for name in sizes) / (32 * sum(sizes.values()))
     assert chosen.compression == chosen.costs["compression"] == pytest.approx(reached) and reached <= 0.16
-    assert set(chosen.bits.values()) == {(2, 8), (8, 8)}
+    assert set(chosen.bits.values()) == {B(2, 8), B(8, 8)}
     # All free layers have the same size here, so those at 8 bits must be the most sensitive ones.
-    worth = {name: outcome.sensitivity.rise(name, (2, 8)) for name in network.free_layers}
-    wide = [worth[name] for name, widths in chosen.bits.items() if widths == (8, 8)]
-    narrow = [worth[name] for name, widths in chosen.bits.items() if widths == (2, 8)]
+    worth = {name: outcome.sensitivity.rise(name, B(2, 8)) for name in network.searchable_layers}
+    wide = [worth[name] for name, widths in chosen.bits.items() if widths == B(8, 8)]
+    narrow = [worth[name] for name, widths in chosen.bits.items() if widths == B(2, 8)]
     assert min(wide) >= max(narrow)
     assert chosen.predicted_loss == pytest.approx(sum(narrow))
     assert chosen.measured_loss == pytest.approx(Loss(network, calibration)() - outcome.sensitivity.base_loss)
@@ -55,28 +67,31 @@ def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(
 
 def test_every_budget_holds_at_once(calibrated):
     network, calibration = calibrated
-    candidates = [(2, 4), (2, 8), (4, 4), (4, 8), (8, 8)]
-    latency = {name: {bits: bits[0] * bits[1] / 64 for bits in [*candidates, (8, 8)]} for name in network.layers}
+    candidates = [B(2, 4), B(2, 8), B(4, 4), B(4, 8), B(8, 8)]
+    latency = {
+        name: {bits: bits.weight * bits.activation / 64 for bits in [*candidates, B(8, 8)]} for name in network.layers
+    }
     everything = ("compression", "weight_bytes", "bit_operations", "activation_bytes", "latency")
-    wide = allocate(network, calibration, candidates, Goal({"compression": 1.0}, latency_table=latency)).chosen
+    wide = allocated(network, calibration, candidates, compression=1.0, latency_table=latency).chosen
     assert set(wide.costs) == {"compression", "latency"} and wide.predicted_loss <= 0
     least = {
-        name: allocate(
-            network, calibration, candidates, Goal({"loss": 1e9}, name, latency_table=latency), checks=0
+        name: allocated(
+            network, calibration, candidates, max_loss=1e9, minimise=name, latency_table=latency, checks=0
         ).chosen.costs[name]
         for name in everything
     }
     limits = {name: value * 1.5 for name, value in least.items()}
-    chosen = allocate(network, calibration, candidates, Goal(limits, latency_table=latency)).chosen
+    chosen = allocated(network, calibration, candidates, latency_table=latency, **limits).chosen
     assert chosen.costs.keys() == limits.keys()
     assert all(chosen.costs[name] <= limits[name] * (1 + 1e-9) for name in limits)
-    assert any(bits not in ((2, 4), (8, 8)) for bits in chosen.bits.values())
+    assert any(bits not in (B(2, 4), B(8, 8)) for bits in chosen.bits.values())
 
 
 def test_least_size_under_a_loss_budget_is_checked_by_the_true_loss(calibrated):
     network, calibration = calibrated
-    goal = Goal({"loss": 0.02}, "compression")
-    outcome = allocate(network, calibration, [(2, 8), (3, 8), (4, 8), (8, 8)], goal)
+    outcome = allocated(
+        network, calibration, [B(2, 8), B(3, 8), B(4, 8), B(8, 8)], max_loss=0.02, minimise="compression"
+    )
     chosen = outcome.chosen
     assert chosen.measured_loss <= 0.02
     assert Loss(network, calibration)() - outcome.sensitivity.base_loss == pytest.approx(chosen.measured_loss)
@@ -92,8 +107,8 @@ def test_a_loss_budget_that_cannot_be_kept_is_an_error(calibrated, monkeypatch):
         Loss, "__call__", lambda self, run=None: measured(self, run) + (next(calls) > 4 and run is None)
     )
     with pytest.raises(InfeasibleBudgetError, match=r"max_loss=0.02 is out of reach: .* measures 1\S* above the base"):
-        allocate(network, calibration, CANDIDATES, Goal({"loss": 0.02}, "compression"))
-    assert all(layer.bits == (8, 8) for layer in network.layers.values())
+        allocated(network, calibration, CANDIDATES, max_loss=0.02, minimise="compression")
+    assert set(bit_widths(network).values()) == {B(8, 8)}
 
 
 @pytest.mark.parametrize("checks", [1, 2, 16])
@@ -103,23 +118,23 @@ def test_a_loss_budget_that_can_be_kept_is_kept_however_few_the_checks(calibrate
 
     def worse_when_mixed(self, run=None):
         """Models with more than one narrow layer lose far more than predicted."""
-        narrow = sum(layer.bits[0] < 8 for layer in network.layers.values())
+        narrow = sum(layer.config.weight.bits < 8 for layer in network.layers.values())
         return measured(self, run) + (1.0 if narrow > 1 else 0.0)
 
     monkeypatch.setattr(Loss, "__call__", worse_when_mixed)
-    chosen = allocate(
-        network, calibration, [(2, 8), (4, 8), (8, 8)], Goal({"loss": 0.5}, "compression"), checks=checks
+    chosen = allocated(
+        network, calibration, [B(2, 8), B(4, 8), B(8, 8)], max_loss=0.5, minimise="compression", checks=checks
     ).chosen
     assert chosen.measured_loss <= 0.5
 
 
 def test_groups_agree(calibrated):
     network, calibration = calibrated
-    goal = Goal({"compression": 0.2}, groups=[["blocks.0.conv1", "blocks.1.*"]])
-    bits = allocate(network, calibration, CANDIDATES, goal).chosen.bits
+    groups = [["blocks.0.conv1", "blocks.1.*"]]
+    bits = allocated(network, calibration, CANDIDATES, compression=0.2, groups=groups).chosen.bits
     assert bits["blocks.0.conv1"] == bits["blocks.1.conv1"] == bits["blocks.1.conv2"]
     with pytest.raises(ValueError, match="groups: 'conv9' matches no quantized layer"):
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}, groups=[["conv9"]]))
+        allocated(network, calibration, CANDIDATES, compression=0.2, groups=[["conv9"]])
 
 
 def test_layers_that_meet_in_a_sum_or_read_one_tensor_agree_when_asked(images):
@@ -137,28 +152,28 @@ def test_layers_that_meet_in_a_sum_or_read_one_tensor_agree_when_asked(images):
     model = Joined().eval()
     calibration = calibration_set(model, images)
     network = calibrated_network(model, calibration, weight_bits=8, activation_bits=8)
-    alone = allocate(network, calibration, CANDIDATES, Goal({"compression": 0.18}), checks=0).chosen.bits
-    assert alone == {"left": (8, 8), "right": (2, 8)}
+    alone = allocated(network, calibration, CANDIDATES, compression=0.18, checks=0).chosen.bits
+    assert alone == {"left": B(8, 8), "right": B(2, 8)}
     for agree in ("agree_on_add", "agree_on_input"):
-        goal = Goal({"compression": 0.18}, **{agree: True})
-        assert set(allocate(network, calibration, CANDIDATES, goal).chosen.bits.values()) == {(2, 8)}
+        chosen = allocated(network, calibration, CANDIDATES, compression=0.18, **{agree: True}).chosen
+        assert set(chosen.bits.values()) == {B(2, 8)}
 
 
 def test_a_fixed_layer_does_not_bind_those_that_it_meets(calibrated):
     network, calibration = calibrated
     # The stem, whose width is fixed, feeds the same sum as the first block's second layer.
-    bits = allocate(network, calibration, [(2, 8), (4, 8)], Goal({"compression": 0.1}, agree_on_add=True)).chosen.bits
-    assert bits["blocks.0.conv2"] in [(2, 8), (4, 8)]
+    bits = allocated(network, calibration, [B(2, 8), B(4, 8)], compression=0.1, agree_on_add=True).chosen.bits
+    assert bits["blocks.0.conv2"] in [B(2, 8), B(4, 8)]
 
 
 def test_overlapping_groups_are_checked_as_one(calibrated):
     network, calibration = calibrated
     overlapping = [["blocks.0.conv1", "blocks.0.conv2"], ["blocks.0.conv2", "blocks.1.conv1"]]
-    problem = Problem(network, calibration, CANDIDATES, Goal({"compression": 0.2}, groups=overlapping))
+    problem = Problem(network, calibration, CANDIDATES, Constraints({"compression": 0.2}, groups=overlapping))
     merged = [group for group in problem.groups if len(group) > 1]
     assert merged == [("blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1")]
     with pytest.raises(ValueError, match="a group is empty"):
-        Problem(network, calibration, CANDIDATES, Goal({"compression": 0.2}, groups=[[]]))
+        Problem(network, calibration, CANDIDATES, Constraints({"compression": 0.2}, groups=[[]]))
 
 
 def test_a_true_loss_that_is_not_finite_is_never_chosen(calibrated, monkeypatch):
@@ -172,60 +187,59 @@ def test_a_true_loss_that_is_not_finite_is_never_chosen(calibrated, monkeypatch)
         return math.nan if sum(r is None for r in seen) == 2 and run is None else measured(self, run)
 
     monkeypatch.setattr(Loss, "__call__", failing)
-    outcome = allocate(network, calibration, CANDIDATES, SMALL)
+    outcome = allocated(network, calibration, CANDIDATES, **SMALL)
     assert math.isfinite(outcome.chosen.measured_loss)
     seen.clear()
     with pytest.raises(ValueError, match="The loss of the chosen model, and of 0 alternatives, is not finite"):
-        allocate(network, calibration, CANDIDATES, SMALL, checks=0)
-    assert {name: network.layers[name].bits for name in network.free_layers} == outcome.chosen.bits
+        allocated(network, calibration, CANDIDATES, **SMALL, checks=0)
+    assert {name: bit_widths(network)[name] for name in network.searchable_layers} == outcome.chosen.bits
 
 
 def test_an_error_leaves_the_layers_as_they_were(calibrated):
     network, calibration = calibrated
     before = {name: layer.save() for name, layer in network.layers.items()}
     with pytest.raises(ValueError, match="No point of the sweep"):
-        sweep = Sweep([0.1, 0.2], max_degradation=-100.0)
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}), sweep=sweep)
+        allocated(network, calibration, CANDIDATES, compression=[0.1, 0.2], max_degradation=-100.0)
     for name, layer in network.layers.items():
-        assert layer.bits == before[name].bits and torch.equal(layer.weight, before[name].weight)
+        assert layer.config == before[name].config and torch.equal(layer.weight, before[name].weight)
         assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
 
 
 def test_reconstructed_states_are_used_where_there_are_some(calibrated):
     network, calibration = calibrated
-    how = Reconstruction(AdaQuantSettings(iterations=20, batch_size=16), "parallel", "layer")
-    adaquant_candidates(network, calibration, how, CANDIDATES)
-    outcome = allocate(network, calibration, CANDIDATES, SMALL)
+    options = AdaQuantOptions(iterations=20, batch_size=16, mode="parallel", granularity="layer")
+    adaquant_candidates(network, calibration, options, CANDIDATES)
+    outcome = allocated(network, calibration, CANDIDATES, **SMALL)
     for name, widths in outcome.chosen.bits.items():
         layer = network.layers[name]
-        assert torch.equal(layer.weight, layer.variants[widths].weight)
-        assert layer.errors == layer.variants[widths].errors
+        assert torch.equal(layer.weight, layer.variants[network.config_for(name, widths)].weight)
+        assert layer.errors == layer.variants[network.config_for(name, widths)].errors
 
 
 def test_work_done_before_allocation_is_kept(calibrated):
     network, calibration = calibrated
-    settings = AdaQuantSettings(iterations=30, batch_size=16, weight_rate=0.1)
-    adaquant(network, calibration, Reconstruction(settings, "parallel", "layer"))
-    before = {name: network.layers[name].save() for name in network.free_layers}
-    outcome = allocate(network, calibration, CANDIDATES, SMALL)
-    wide = [name for name, widths in outcome.chosen.bits.items() if widths == (8, 8)]
+    options = {"iterations": 30, "batch_size": 16, "weight_rate": 0.1}
+    adaquant(network, calibration, AdaQuantOptions(mode="parallel", granularity="layer", **options))
+    before = {name: network.layers[name].save() for name in network.searchable_layers}
+    outcome = allocated(network, calibration, CANDIDATES, **SMALL)
+    wide = [name for name, widths in outcome.chosen.bits.items() if widths == B(8, 8)]
     assert wide and all(torch.equal(network.layers[name].weight, before[name].weight) for name in wide)
 
 
 def test_a_misleading_table_is_found_out(calibrated, tmp_path):
     network, calibration = calibrated
-    candidates, goal = [(2, 8), (3, 8), (8, 8)], Goal({"compression": 0.11})
+    candidates, budget = [B(2, 8), B(3, 8), B(8, 8)], {"compression": 0.11}
     initial = {name: layer.save() for name, layer in network.layers.items()}
-    table = allocate(network, calibration, candidates, goal).sensitivity
+    table = allocated(network, calibration, candidates, **budget).sensitivity
     for of_layer in table.losses.values():
-        of_layer[2, 8], of_layer[3, 8] = table.base_loss - 1, table.base_loss
+        of_layer[B(2, 8)], of_layer[B(3, 8)] = table.base_loss - 1, table.base_loss
     table.write(tmp_path / "table.csv")
-    again = Measurement(again=tmp_path / "table.csv")
+    reuse = tmp_path / "table.csv"
     start_again(network, initial)
-    misled = allocate(network, calibration, candidates, goal, again, checks=0).chosen
-    assert set(misled.bits.values()) == {(2, 8)}
+    misled = allocated(network, calibration, candidates, **budget, sensitivity=reuse, checks=0).chosen
+    assert set(misled.bits.values()) == {B(2, 8)}
     start_again(network, initial)
-    checked = allocate(network, calibration, candidates, goal, again).chosen
+    checked = allocated(network, calibration, candidates, **budget, sensitivity=reuse).chosen
     assert checked.measured_loss < misled.measured_loss
     network_loss = Loss(network, calibration)() - table.base_loss
     assert network_loss == pytest.approx(checked.measured_loss) and checked.compression <= 0.11
@@ -236,24 +250,22 @@ def test_checks_are_as_many_as_asked(calibrated, monkeypatch):
     counted = []
     measured = Loss.__call__
     monkeypatch.setattr(Loss, "__call__", lambda self, run=None: counted.append(run) or measured(self, run))
-    goal = Goal({"compression": 0.2})
     for checks in (0, 1, 5):
         counted.clear()
-        allocate(network, calibration, [(2, 8), (3, 8), (4, 8), (8, 8)], goal, checks=checks)
+        allocated(network, calibration, [B(2, 8), B(3, 8), B(4, 8), B(8, 8)], compression=0.2, checks=checks)
         assert sum(run is None for run in counted) == 1 + 1 + checks
 
 
 def test_a_sweep_solves_all_from_one_table_and_picks_by_rule(calibrated):
     network, calibration = calibrated
-    candidates, sizes = [(2, 8), (3, 8), (4, 8), (8, 8)], [0.16, 0.1, 0.2, 0.24]
+    candidates, sizes = [B(2, 8), B(3, 8), B(4, 8), B(8, 8)], [0.16, 0.1, 0.2, 0.24]
     seen = []
 
     def evaluate():
-        seen.append({name: layer.bits for name, layer in network.layers.items()})
+        seen.append(bit_widths(network))
         return {"top1": float(len(seen))}
 
-    goal = Goal({"compression": 0.24})
-    outcome = allocate(network, calibration, candidates, goal, sweep=Sweep(sizes), evaluate=evaluate)
+    outcome = allocated(network, calibration, candidates, evaluate, compression=sizes)
     assert [point.label for point in outcome.curve] == ["0.16", "0.1", "0.2", "0.24"]
     assert all(point.compression <= size * (1 + 1e-9) for point, size in zip(outcome.curve, sizes, strict=True))
     by_size = sorted(outcome.curve, key=lambda point: point.compression)
@@ -265,7 +277,7 @@ def test_a_sweep_solves_all_from_one_table_and_picks_by_rule(calibrated):
     for point, bits in zip([*outcome.curve, *outcome.uniform], seen, strict=True):
         assert point.bits.items() <= bits.items()
     assert outcome.chosen.measured_loss == min(point.measured_loss for point in outcome.curve)
-    assert {name: network.layers[name].bits for name in network.free_layers} == outcome.chosen.bits
+    assert {name: bit_widths(network)[name] for name in network.searchable_layers} == outcome.chosen.bits
 
 
 def points(*values):
@@ -290,19 +302,19 @@ def test_a_table_is_taken_again_without_measuring(calibrated, tmp_path, monkeypa
     network, calibration = calibrated
     path = tmp_path / "table.csv"
     initial = {name: layer.save() for name, layer in network.layers.items()}
-    first = allocate(network, calibration, CANDIDATES, SMALL, Measurement(path=path))
+    first = allocated(network, calibration, CANDIDATES, **SMALL, table=path)
     runs = []
     measured = Loss.__call__
     monkeypatch.setattr(Loss, "__call__", lambda self, run=None: runs.append(run) or measured(self, run))
     start_again(network, initial)
-    again = allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=path), checks=0)
+    again = allocated(network, calibration, CANDIDATES, **SMALL, sensitivity=path, checks=0)
     assert again.sensitivity == first.sensitivity and runs == [None]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     # The true loss of other states says nothing about the table's.
     start_again(network, initial)
     calibration.batches.pop()
     runs.clear()
-    allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=path), checks=5)
+    allocated(network, calibration, CANDIDATES, **SMALL, sensitivity=path, checks=5)
     assert "was measured with other states of the layers, or on other samples" in caplog.text
     # The base, from which the rise is counted, and the choice.
     assert len(runs) == 2
@@ -311,52 +323,53 @@ def test_a_table_is_taken_again_without_measuring(calibrated, tmp_path, monkeypa
 def test_a_table_that_does_not_fit_is_refused(calibrated, images, tmp_path):
     network, calibration = calibrated
     path = tmp_path / "table.csv"
-    allocate(network, calibration, CANDIDATES, SMALL, Measurement(path=path))
-    again = Measurement(again=path)
-    with pytest.raises(ValueError, match=r"lacks measurements: .*blocks.0.conv1.*\(4, 8\)"):
-        allocate(network, calibration, [*CANDIDATES, (4, 8)], SMALL, again)
+    allocated(network, calibration, CANDIDATES, **SMALL, table=path)
+    with pytest.raises(ValueError, match=r"lacks measurements: .*blocks\.0\.conv1.*W4A8"):
+        allocated(network, calibration, [*CANDIDATES, B(4, 8)], **SMALL, sensitivity=path)
     with pytest.raises(ValueError, match="was measured with metric kl, this run has mse"):
-        allocate(network, calibration, CANDIDATES, SMALL, Measurement("mse", again=path))
-    with pytest.raises(ValueError, match=r"was measured with base \(8, 8\), this run has \(16, 8\)"):
-        allocate(network, calibration, [*CANDIDATES, (16, 8)], SMALL, again)
+        allocated(network, calibration, CANDIDATES, **SMALL, metric="mse", sensitivity=path)
+    with pytest.raises(ValueError, match="was measured with base W8A8, this run has W16A8"):
+        allocated(network, calibration, [*CANDIDATES, B(16, 8)], **SMALL, sensitivity=path)
     with pytest.raises(FileNotFoundError):
-        allocate(network, calibration, CANDIDATES, SMALL, Measurement(again=tmp_path / "other.csv"))
+        allocated(network, calibration, CANDIDATES, **SMALL, sensitivity=tmp_path / "other.csv")
     other = TinyResNet(blocks=3).eval()
     calibration = calibration_set(other, images)
     network = calibrated_network(other, calibration)
     with pytest.raises(ValueError, match=r"table\.csv was measured on another model"):
-        allocate(network, calibration, CANDIDATES, SMALL, again)
+        allocated(network, calibration, CANDIDATES, **SMALL, sensitivity=path)
 
 
 def test_a_measurement_that_is_not_finite_is_named(calibrated):
     network, calibration = calibrated
     values = iter([0.1, 0.2, math.nan])
-    with pytest.raises(ValueError, match=r"the loss with blocks\.0\.conv2 at 2 bits of weight and 8 .* is nan"):
-        allocate(network, calibration, CANDIDATES, SMALL, Measurement(lambda o, b: next(values), samples=16))
+    with pytest.raises(
+        ValueError, match=r"the loss with blocks\.0\.conv2 at 2 bits of weight and 8 of activation is nan"
+    ):
+        allocated(network, calibration, CANDIDATES, **SMALL, metric=lambda o, b: next(values), samples=16)
 
 
 def test_unreachable_compression_states_the_range_before_anything_is_measured(calibrated, monkeypatch):
     network, calibration = calibrated
     monkeypatch.setattr(Loss, "__init__", None)
     with pytest.raises(InfeasibleBudgetError, match=r"compression=0.03 is out of reach: .* 0\.0\d+ to 0\.25"):
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.03}))
+        allocated(network, calibration, CANDIDATES, compression=0.03)
     with pytest.raises(InfeasibleBudgetError, match=r"compression=0.03 is out of reach"):
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.2}), sweep=Sweep([0.2, 0.03]))
-    assert all(layer.bits == (8, 8) for layer in network.layers.values())
+        allocated(network, calibration, CANDIDATES, compression=[0.2, 0.03])
+    assert set(bit_widths(network).values()) == {B(8, 8)}
 
 
 def test_float_layers_count_with_32_bits(tiny_resnet, images):
     calibration = calibration_set(tiny_resnet, images)
     network = calibrated_network(tiny_resnet, calibration, overrides={"blocks.0.*": None})
     with pytest.raises(InfeasibleBudgetError):
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.3}))
+        allocated(network, calibration, CANDIDATES, compression=0.3)
 
 
 def test_nothing_free_to_choose_is_an_error(tiny_resnet, images):
     calibration = calibration_set(tiny_resnet, images)
     network = calibrated_network(tiny_resnet, calibration, overrides={"*": 8})
-    with pytest.raises(ValueError, match="No layer's width is free"):
-        allocate(network, calibration, CANDIDATES, Goal({"compression": 0.3}))
+    with pytest.raises(ValueError, match="No layer's bit-widths are free"):
+        allocated(network, calibration, CANDIDATES, compression=0.3)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +384,86 @@ def test_nothing_free_to_choose_is_an_error(tiny_resnet, images):
         ({"limits": {"latency": 0.5}}, "latency needs a latency_table"),
     ],
 )
-def test_bad_goals_are_named(options, message):
+def test_bad_constraints_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        Goal(**options)
+        Constraints(**options)
+
+
+def test_weight_only_candidates_go_through_measuring_checking_a_sweep_and_the_table(calibrated, tmp_path):
+    network, calibration = calibrated
+    path, sizes = tmp_path / "table.csv", [0.12, 0.2]
+    initial = {name: layer.save() for name, layer in network.layers.items()}
+    wanted = {"candidates": [(2, None), (4, 8), (8, None)], "compression": sizes, "bit_operations": 1e12}
+    outcome = allocate(network, calibration, AllocationOptions(**wanted, table=path), evaluate=lambda: {"top1": 0.5})
+    assert outcome.sensitivity.conditions.base == B(8, None)
+    assert [point.label for point in outcome.uniform] == ["W2", "W4A8", "W8"]
+    layers = {name: network.layers[name] for name in network.searchable_layers}
+    for name, bits in outcome.chosen.bits.items():
+        assert layers[name].config.bit_widths == bits
+        assert (layers[name].input_quantizers == (None,)) == (bits.activation is None)
+    # All pinned layers have 8 bits.
+    bits = {name: outcome.chosen.bits.get(name, B(8, 8)) for name in network.layers}
+    sizes = {name: layer.weight.numel() for name, layer in network.layers.items()}
+    reached = sum(sizes[name] * bits[name].weight for name in sizes) / (32 * sum(sizes.values()))
+    assert outcome.chosen.compression == pytest.approx(reached)
+    work = measure_work(network, calibration)
+    operations = sum(work[n].multiply_accumulates * b.weight * (b.activation or 32) for n, b in bits.items())
+    assert outcome.chosen.costs["bit_operations"] == pytest.approx(operations)
+    start_again(network, initial)
+    again = allocate(network, calibration, AllocationOptions(**wanted, sensitivity=path))
+    assert again.sensitivity == outcome.sensitivity and again.chosen.bits == outcome.chosen.bits
+
+
+def test_activation_only_candidates_keep_float_weights(calibrated):
+    network, calibration = calibrated
+    wanted = {"compression": 1.0, "activation_bytes": 1300.0, "checks": 0}
+    chosen = allocated(network, calibration, [(None, 4), (None, 8)], **wanted).chosen
+    assert set(chosen.bits.values()) == {B(None, 4), B(None, 8)}
+    assert all(network.layers[name].weight_quantizer is None for name in network.searchable_layers)
+
+
+def test_one_number_stands_for_what_the_scheme_quantizes(tiny_resnet, images):
+    calibration = calibration_set(tiny_resnet, images)
+    network = calibrated_network(tiny_resnet, calibration, weight_bits=8, activation_bits=None)
+    chosen = allocated(network, calibration, [2, 8], compression=0.2).chosen
+    assert set(chosen.bits.values()) == {B(2, None), B(8, None)}
+    with pytest.raises(ValueError, match=r"at least two different bit-widths, got \[4, \(4, None\)\] \(W4 "):
+        allocated(network, calibration, [4, (4, None)], compression=0.2)
+
+
+@pytest.fixture
+def narrow_layers():
+    """A cost registered by a user: the number of layers below 8 bits, pinned and float ones included."""
+
+    @register_cost("narrow_layers")
+    def count(inputs):
+        return inputs.tabulate(lambda name, config: float((config.bit_widths.weight or 32) < 8))
+
+    yield count
+    del _COSTS["narrow_layers"]
+
+
+@pytest.mark.usefixtures("narrow_layers")
+def test_a_cost_of_the_users_own_is_a_budget_and_is_minimised(calibrated):
+    network, calibration = calibrated
+    wanted = {"compression": 0.2, "budgets": {"narrow_layers": "3"}, "checks": 3}
+    chosen = allocated(network, calibration, CANDIDATES, **wanted).chosen
+    assert sum(bits.weight < 8 for bits in chosen.bits.values()) == chosen.costs["narrow_layers"] <= 3
+    fewest = allocated(network, calibration, CANDIDATES, max_loss=1e9, minimise="narrow_layers").chosen
+    assert fewest.costs["narrow_layers"] == 0 and set(fewest.bits.values()) == {B(8, 8)}
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"narrow_layers=0.5, compression=0.1|compression=0.1, narrow_layers"
+    ):
+        allocated(network, calibration, CANDIDATES, compression=0.1, budgets={"narrow_layers": 0.5})
+
+
+def test_two_layers_of_one_effective_format_are_measured_as_one_model(images, monkeypatch):
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).eval()
+    calibration = calibration_set(model, torch.randint(0, 9, (8, 3)))
+    network = calibrated_network(model, calibration, weight_bits=8, activation_bits=8, edge_bits=None)
+    counted, measured = [], Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda self, run=None: counted.append(run) or measured(self, run))
+    problem = Problem(network, calibration, [B(8, 4), B(8, 8)], Constraints({"compression": 0.5}))
+    model = Model(network, Loss(network, calibration), 0.0)
+    narrow = {**problem.uniform(B(8, 8)), "0": B(8, 4)}
+    assert model.measure(problem.uniform(B(8, 8))) == model.measure(narrow) and len(counted) == 1

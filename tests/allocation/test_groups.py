@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip.allocation.groups import feeding_an_add, named_groups, sharing_an_input
+from lightning_calibtip.allocation.groups import named_groups, sharing_a_weight
+from lightning_calibtip.network.dataflow import layers_feeding_an_add, layers_sharing_an_input
 from tests.networks import calibrated_network, calibration_set
 
 
@@ -36,20 +37,22 @@ def prepared(model, x):
 
 def test_layers_that_read_one_tensor():
     network = prepared(Attention(), torch.randn(2, 5, 8))
-    assert sharing_an_input(network) == [["query", "key", "value"]]
-    assert feeding_an_add(network) == []
+    assert layers_sharing_an_input(network.structure, network.layers) == [["query", "key", "value"]]
+    assert layers_feeding_an_add(network.structure, network.layers) == []
 
 
 def test_layers_that_feed_one_add():
     network = prepared(Joins(), torch.randn(2, 4, 6, 6))
-    assert feeding_an_add(network) == [["left", "right"]]
-    assert sharing_an_input(network) == [["left", "right"]]
+    assert layers_feeding_an_add(network.structure, network.layers) == [["left", "right"]]
+    assert layers_sharing_an_input(network.structure, network.layers) == [["left", "right"]]
 
 
 def test_an_identity_shortcut_of_a_sum_makes_no_group(tiny_resnet, images):
     network = prepared(tiny_resnet, images[:2])
     # The first block's shortcut is the stem's output, the second's is a sum.
-    assert [set(group) for group in feeding_an_add(network)] == [{"stem", "blocks.0.conv2"}]
+    assert [set(group) for group in layers_feeding_an_add(network.structure, network.layers)] == [
+        {"stem", "blocks.0.conv2"}
+    ]
 
 
 def test_named_groups_take_patterns_and_name_what_is_unknown():
@@ -59,3 +62,16 @@ def test_named_groups_take_patterns_and_name_what_is_unknown():
         named_groups(network, [["querry", "key"]])
     with pytest.raises(ValueError, match="groups must be lists of names or patterns, got 'query'"):
         named_groups(network, ["query"])
+
+
+def test_layers_tied_to_an_embedding_form_a_group():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, tokens):
+            return self.out(self.embed(tokens))
+
+    assert sharing_a_weight(prepared(Tied(), torch.randint(0, 10, (4, 3)))) == [["embed", "out"]]

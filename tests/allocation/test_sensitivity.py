@@ -3,15 +3,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_calibtip.allocation.sensitivity import Measurement, base_bits, measure_sensitivity
+from lightning_calibtip.allocation.sensitivity import SensitivityOptions, base_bits, measure_sensitivity
 from lightning_calibtip.allocation.table import read_table
 from lightning_calibtip.calibration.activation_store import ActivationStore
 from lightning_calibtip.calibration.losses import Loss
+from lightning_calibtip.quantization.spec import BitWidths as B
 from recipes.resnet_cifar10.model import ResNet
 from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set
 
-CANDIDATES = [(2, 8), (4, 6), (8, 8)]
+CANDIDATES = [B(2, 8), B(4, 6), B(8, 8)]
 
 
 def prepared(model, images, batch=16, **scheme):
@@ -23,12 +24,12 @@ def prepared(model, images, batch=16, **scheme):
 def by_whole_passes(network, loss, candidates):
     """The table as measured without any replay."""
     table = {}
-    for name in network.free_layers:
+    for name in network.searchable_layers:
         for bits in candidates:
             if bits != base_bits(candidates):
-                network.layers[name].take(bits)
+                network.switch(name, bits)
                 table[name, bits] = loss()
-                network.layers[name].take(base_bits(candidates))
+                network.switch(name, base_bits(candidates))
     return table
 
 
@@ -55,8 +56,8 @@ def test_replayed_measurements_equal_those_of_whole_passes(make, budget, images)
     loss = Loss(network, calibration)
     with ActivationStore(budget) as store:
         table = measure_sensitivity(network, loss, CANDIDATES, store=store)
-    assert list(table.losses) == [name for name in network.structure.calls_of if name in network.free_layers]
-    assert all(layer.bits == (8, 8) for layer in network.layers.values())
+    assert list(table.losses) == [name for name in network.structure.calls_of if name in network.searchable_layers]
+    assert all(layer.config.bit_widths == B(8, 8) for layer in network.layers.values())
     for (name, bits), measured in by_whole_passes(network, loss, CANDIDATES).items():
         assert table.losses[name][bits] == pytest.approx(measured, rel=1e-3, abs=1e-7), (name, bits)
     assert table.base_loss == pytest.approx(loss(), rel=1e-4)
@@ -69,15 +70,15 @@ def test_the_prefix_of_a_layer_is_not_computed_again(images):
         network, calibration = prepared(ResNet(depth).eval(), images[:16].repeat(1, 3, 1, 1), batch=2)
         loss = Loss(network, calibration)
         # Searching for ranges under the counter would take minutes.
-        for layer in network.layers.values():
-            for bits in ((2, 8), (3, 8), (4, 8)):
-                layer.take(bits)
-                layer.variants[bits] = layer.save()
+        for name, layer in network.layers.items():
+            for bits in (B(2, 8), B(3, 8), B(4, 8)):
+                network.switch(name, bits)
+                layer.variants[layer.config] = layer.save()
         with FlopCounterMode(display=False) as replayed:
-            measure_sensitivity(network, loss, [(2, 8), (3, 8), (4, 8)])
+            measure_sensitivity(network, loss, [B(2, 8), B(3, 8), B(4, 8)])
         with FlopCounterMode(display=False) as whole:
             loss()
-            by_whole_passes(network, loss, [(2, 8), (3, 8), (4, 8)])
+            by_whole_passes(network, loss, [B(2, 8), B(3, 8), B(4, 8)])
         shares.append(replayed.get_total_flops() / whole.get_total_flops())
     assert shares[1] < shares[0] < 0.8 and shares[1] < 0.62
 
@@ -148,7 +149,7 @@ def test_models_that_replay_does_not_serve_are_measured_by_whole_passes(make, im
     network, calibration = prepared(model, inputs, edge_bits=None)
     loss = Loss(network, calibration)
     table = measure_sensitivity(network, loss, CANDIDATES)
-    assert table.losses.keys() == set(network.free_layers)
+    assert table.losses.keys() == set(network.searchable_layers)
     for (name, bits), measured in by_whole_passes(network, loss, CANDIDATES).items():
         assert table.losses[name][bits] == pytest.approx(measured, rel=1e-2, abs=1e-7), (name, bits)
 
@@ -161,15 +162,26 @@ def test_a_layer_that_the_first_batch_does_not_reach_is_measured(images):
 
     network, calibration = prepared(Sometimes().eval(), images[:40], batch=16)
     table = measure_sensitivity(network, Loss(network, calibration), CANDIDATES)
-    assert "blocks.1.conv1" in table.losses and table.losses.keys() == set(network.free_layers)
+    assert "blocks.1.conv1" in table.losses and table.losses.keys() == set(network.searchable_layers)
 
 
 def test_base_is_the_widest_of_both_and_not_measured(images):
-    assert base_bits([(2, 8), (8, 2)]) == (8, 8)
+    assert base_bits([B(2, 8), B(8, 2)]) == B(8, 8)
     network, calibration = prepared(TinyResNet().eval(), images)
-    table = measure_sensitivity(network, Loss(network, calibration), [(2, 8), (8, 2)])
-    assert table.conditions.base == (8, 8)
-    assert all(of_layer.keys() == {(2, 8), (8, 2)} for of_layer in table.losses.values())
+    table = measure_sensitivity(network, Loss(network, calibration), [B(2, 8), B(8, 2)])
+    assert table.conditions.base == B(8, 8)
+    assert all(of_layer.keys() == {B(2, 8), B(8, 2)} for of_layer in table.losses.values())
+    assert base_bits([B(2, None), B(4, 8)]) == B(4, None)
+
+
+def test_candidates_of_one_effective_format_are_measured_once(images, monkeypatch):
+    network, calibration = prepared(nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)),
+                                    torch.randint(0, 9, (8, 3)), edge_bits=None)  # fmt: skip
+    counted, measured = [], Loss.__call__
+    monkeypatch.setattr(Loss, "__call__", lambda self, run=None: counted.append(None) or measured(self, run))
+    table = measure_sensitivity(network, Loss(network, calibration), [B(2, 4), B(2, 8), B(8, 8)])
+    # An embedding has no input to quantize.
+    assert table.losses["0"][B(2, 4)] == table.losses["0"][B(2, 8)] and len(counted) == 1 + 1 + 2
 
 
 def test_a_killed_run_goes_on_and_measures_nothing_twice(images, tmp_path, monkeypatch):
@@ -219,6 +231,6 @@ def test_a_layer_whose_loss_is_not_finite_is_named(images):
 @pytest.mark.parametrize(("samples", "message"), [(0, "samples must be at least 1, got 0")])
 def test_bad_settings_are_named(samples, message):
     with pytest.raises(ValueError, match=message):
-        Measurement(samples=samples)
+        SensitivityOptions(samples=samples)
     with pytest.raises(ValueError, match="metric must be kl, mse or a function"):
-        Measurement(metric="accuracy")
+        SensitivityOptions(metric="accuracy")

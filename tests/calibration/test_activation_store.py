@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_calibtip.calibration.activation_store import ActivationStore, parse_bytes, parse_precision
-from lightning_calibtip.calibration.recording import Recording
+from lightning_calibtip.calibration.options import StorageOptions
+from lightning_calibtip.calibration.recording import Recording, UnitCall
 
 
 @pytest.fixture
@@ -116,12 +117,17 @@ def test_equal_tensors_are_kept_once():
 def test_a_recording_keeps_nested_values_and_gives_zeros_for_what_is_forgotten():
     store = ActivationStore()
     recording = Recording(store, 2)
-    values = [((torch.rand(2, 3), "flag"), {"mask": torch.rand(2)}) for _ in range(2)]
+    values = [UnitCall((torch.rand(2, 3), "flag"), {"mask": torch.rand(2)}) for _ in range(2)]
     for value in values:
         recording.append(value)
     assert recording.nested_alike and len(recording) == 2
     (x, flag), kwargs = recording[1]
-    assert torch.equal(x, values[1][0][0]) and flag == "flag" and torch.equal(kwargs["mask"], values[1][1]["mask"])
+    assert (
+        isinstance(recording[1], UnitCall)
+        and torch.equal(x, values[1][0][0])
+        and flag == "flag"
+        and torch.equal(kwargs["mask"], values[1][1]["mask"])
+    )
     recording.forget()
     assert store.in_memory == 0
     (x, flag), _ = recording[1]
@@ -150,5 +156,19 @@ def test_other_sizes_are_refused(text):
 
 
 def test_other_precisions_are_refused():
-    with pytest.raises(ValueError, match="storage must be one of float32, bfloat16, got 'int8'"):
-        parse_precision("int8", "storage")
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'int8'"):
+        parse_precision("int8", "precision")
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [({"activation_budget": "much"}, "activation_budget must be"), ({"precision": "int8"}, "precision must be one of")],
+)
+def test_storage_options_are_checked_at_construction(options, message):
+    with pytest.raises(ValueError, match=message):
+        StorageOptions(**options)
+
+
+def test_storage_options_open_a_store(tmp_path):
+    with StorageOptions("1KB", "bfloat16", tmp_path).open() as store:
+        assert (store.budget, store.precision, store.folder) == (1000, torch.bfloat16, tmp_path)

@@ -4,7 +4,7 @@ from torch import nn
 
 from lightning_calibtip.calibration.calibration_set import CalibrationSet, FirstSamples, batch_size, output_logits
 from lightning_calibtip.calibration.logits import kl_divergence
-from lightning_calibtip.calibration.magnitudes import output_magnitudes
+from lightning_calibtip.calibration.output_rms import output_rms
 from tests.networks import calibrated_network, calibration_set
 
 
@@ -75,9 +75,9 @@ def test_single_outputs_are_compared_by_squared_error(shape):
     torch.testing.assert_close(kl_divergence(output, [target]), wanted)
 
 
-def test_output_magnitudes_are_root_mean_squares_by_layer():
+def test_output_rms_is_the_root_mean_square_by_layer():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     x = torch.randn(50, 2)
     network = calibrated_network(model, calibration_set(model, x))
-    found = output_magnitudes(network.layers.values(), lambda: model(x))
+    found = output_rms(network.layers.values(), lambda: model(x))
     assert found["1"] == pytest.approx(float(model(x).square().mean().sqrt()))

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_calibtip.calibration.replay import Replay
-from lightning_calibtip.quantization.kinds import layer_kind
-from lightning_calibtip.quantization.structure import observe_structure
+from lightning_calibtip.network.layer_types import layer_type_of
+from lightning_calibtip.network.observe import record
 from tests.conftest import TinyResNet
 from tests.networks import calibration_set
 
@@ -106,13 +106,9 @@ def finish_all(replay, model, names):
     """Capture and finish one unit after the other, as reconstruction does; returns each unit's inputs."""
     seen = {}
     for name in names:
-        module = model.get_submodule(name)
-        seen[name], outputs = [], replay.recording(name)
-        for calls in replay.capture(name):
-            for call in calls:
-                seen[name].append(torch.utils._pytree.tree_leaves((call.args, call.kwargs))[0].clone())
-                with torch.no_grad():
-                    outputs.append(module(*call.args, **call.kwargs))
+        inputs, outputs = replay.record(name, keep_inputs=True)
+        seen[name] = [torch.utils._pytree.tree_leaves(call)[0] for call in inputs]
+        inputs.forget()
         replay.finish(name, outputs)
     return seen
 
@@ -132,8 +128,8 @@ def test_replayed_inputs_equal_those_of_full_passes(model, shape):
     torch.manual_seed(0)
     model.eval()
     calibration = calibration_set(model, torch.randn(shape), torch.randn(shape))
-    structure = observe_structure(model, lambda: calibration.run(0))
-    names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+    structure = record(model, lambda: calibration.run(0))
+    names = [n for n in structure.calls_of if layer_type_of(model.get_submodule(n))]
     wanted = everything_each_unit_saw(model, calibration, names)
     seen = finish_all(Replay(model, structure, calibration, names), model, names)
     for name in names:
@@ -147,8 +143,8 @@ def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth(monke
     for blocks in (2, 8):
         model = TinyResNet(blocks=blocks).eval()
         calibration = calibration_set(model, torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8))
-        structure = observe_structure(model, lambda calibration=calibration: calibration.run(0))
-        names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+        structure = record(model, lambda calibration=calibration: calibration.run(0))
+        names = [n for n in structure.calls_of if layer_type_of(model.get_submodule(n))]
         replay = Replay(model, structure, calibration, names)
         calls = []
         convolve = nn.Conv2d._conv_forward
@@ -167,8 +163,8 @@ def test_each_layer_computes_a_constant_number_of_times_whatever_the_depth(monke
 def test_only_what_is_still_needed_is_kept():
     model = TinyResNet(blocks=12).eval()
     calibration = calibration_set(model, torch.randn(2, 1, 8, 8))
-    structure = observe_structure(model, lambda: calibration.run(0))
-    names = [n for n in structure.calls_of if layer_kind(model.get_submodule(n))]
+    structure = record(model, lambda: calibration.run(0))
+    names = [n for n in structure.calls_of if layer_type_of(model.get_submodule(n))]
     replay = Replay(model, structure, calibration, names)
     one = 2 * 6 * 8 * 8 * 4
     for name in names[:-1]:
@@ -181,14 +177,14 @@ def test_only_what_is_still_needed_is_kept():
 def test_model_is_as_before_after_a_capture():
     model = Shared().eval()
     calibration = calibration_set(model, torch.randn(3, 4))
-    structure = observe_structure(model, lambda: calibration.run(0))
+    structure = record(model, lambda: calibration.run(0))
     wanted = calibration.run(0)
     replay = Replay(model, structure, calibration, ["first", "shared", "last"])
-    list(replay.capture("first"))
+    list(replay.outputs("first"))
     outputs = replay.recording("first")
     outputs.append(torch.zeros(3, 4))
     replay.finish("first", outputs)
-    list(replay.capture("shared"))
+    list(replay.outputs("shared"))
     assert torch.equal(calibration.run(0), wanted)
     assert "forward" not in model.first.__dict__
 
@@ -204,6 +200,6 @@ def test_a_batch_that_does_not_reach_the_unit_is_an_error_that_names_it():
 
     model = Sometimes().eval()
     calibration = calibration_set(model, torch.ones(1, 2), -torch.ones(1, 2))
-    structure = observe_structure(model, lambda: calibration.run(0))
+    structure = record(model, lambda: calibration.run(0))
     with pytest.raises(RuntimeError, match="b: calibration batch 1 called it 0 times, the first batch 1 times"):
-        list(Replay(model, structure, calibration, ["b"]).capture("b"))
+        Replay(model, structure, calibration, ["b"]).record("b")

@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def stages():
-    return [Calibration(), AdaQuant(iterations=26), BitAllocation(0.2, checks=0), BiasTuning(epochs=1)]
+    return [Calibration(), AdaQuant(iterations=26), BitAllocation(compression=0.2, checks=0), BiasTuning(epochs=1)]
 
 
 def fit(tiny_classifier, loader, make_trainer, monkeypatch, output, *bar, **options):
@@ -67,7 +67,7 @@ def test_the_whole_pipeline_shows_its_bars_below_a_training_that_has_one(
         "rich": lambda: RichProgressBar(console_kwargs=rich_options),
         "own": lambda: Own("t"),
     }
-    callback = CalibTIP(calibration_samples=32, stage_options={"adaquant": {"iterations": 2}})
+    callback = CalibTIP(calibration_samples=32, options={"adaquant": {"iterations": 2}})
     make_trainer(callback, bars[kind](), enable_progress_bar=True, max_epochs=1).fit(tiny_classifier, loader)
     assert callback.report_folder.is_dir()
     assert "AdaQuant: net.blocks.0: relative error" in output.getvalue()

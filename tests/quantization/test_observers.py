@@ -8,14 +8,21 @@ from lightning_calibtip.quantization.observers import (
     MovingAverageObserver,
     make_observer,
     merge_histograms,
+    register_observer,
 )
+from lightning_calibtip.quantization.ranges import RangeOptions
+from lightning_calibtip.quantization.spec import TensorSpec
+
+
+def observer_of(method, **options):
+    return make_observer(RangeOptions(method, **options))
 
 
 def test_moving_average_follows_the_recurrence():
     observer = MovingAverageObserver(momentum=0.25)
     for low, high in ((-1.0, 4.0), (-3.0, 8.0)):
         observer.update(torch.tensor([low, high]))
-    low, high = observer.compute_range(8, False)
+    low, high = observer.compute_range(TensorSpec(8))
     assert float(low) == pytest.approx(-1.5) and float(high) == pytest.approx(5.0)
 
 
@@ -37,32 +44,32 @@ def test_histogram_counts_are_exact_while_the_range_doubles():
 def test_mse_observer_comes_close_to_the_optimum_on_the_raw_values(bits):
     torch.manual_seed(0)
     x = torch.nn.functional.relu(torch.randn(20_000)) ** 2
-    observer = make_observer("mse")
+    observer = observer_of("mse")
     for batch in x.split(5000):
         observer.update(batch)
 
     def error(low, high):
-        scale, zero_point = choose_qparams(low, high, bits, False)
+        scale, zero_point = choose_qparams(low, high, TensorSpec(bits))
         return float((fake_quantize(x, scale, zero_point, 0, 2**bits - 1) - x).square().mean())
 
     best = min(error(torch.zeros(1), x.max().view(1) * f) for f in torch.linspace(0.02, 1, 300).tolist())
-    assert error(*observer.compute_range(bits, False)) <= best * 1.05
+    assert error(*observer.compute_range(TensorSpec(bits))) <= best * 1.05
 
 
 def test_percentile_observer_leaves_the_share_outside():
-    observer = make_observer("percentile", percentile=99.0)
+    observer = observer_of("percentile", percentile=99.0)
     observer.update(torch.linspace(-1, 1, 100_001))
-    low, high = observer.compute_range(8, False)
+    low, high = observer.compute_range(TensorSpec(8))
     assert float(low) == pytest.approx(-0.98, abs=2e-3) and float(high) == pytest.approx(0.98, abs=2e-3)
 
 
 @pytest.mark.parametrize("method", ["minmax", "moving_average", "percentile", "mse", "lp"])
 def test_constant_and_zero_activations_give_finite_ranges(method):
     for value in (0.0, 2.0, -3.0):
-        observer = make_observer(method)
+        observer = observer_of(method)
         observer.update(torch.full((10,), value))
-        low, high = observer.compute_range(4, False)
-        scale, zero_point = choose_qparams(low, high, 4, False)
+        low, high = observer.compute_range(TensorSpec(4))
+        scale, zero_point = choose_qparams(low, high, TensorSpec(4))
         assert float(fake_quantize(torch.full((1,), value), scale, zero_point, 0, 15)) == pytest.approx(value, rel=1e-2)
 
 
@@ -70,18 +77,20 @@ def test_constant_and_zero_activations_give_finite_ranges(method):
 def test_reduced_over_processes_equals_one_process_that_saw_everything(method):
     torch.manual_seed(0)
     parts = [torch.randn(4000), torch.randn(4000) * 9]
-    together = make_observer(method)
-    observers = [make_observer(method) for _ in parts]
+    together = observer_of(method)
+    observers = [observer_of(method) for _ in parts]
     for observer, part in zip(observers, parts, strict=True):
         observer.update(part)
         together.update(part)
-    merged = make_observer(method)
+    merged = observer_of(method)
     merged.update(parts[0])
     # What torchmetrics does with the gathered states of each process.
     for state, reduce in merged._reductions.items():
         setattr(merged, state, reduce(torch.stack([getattr(observer, state) for observer in observers])).view(-1))
     for bits in (3, 8):
-        for got, wanted in zip(merged.compute_range(bits, False), together.compute_range(bits, False), strict=True):
+        for got, wanted in zip(
+            merged.compute_range(TensorSpec(bits)), together.compute_range(TensorSpec(bits)), strict=True
+        ):
             torch.testing.assert_close(got, wanted)
 
 
@@ -95,12 +104,33 @@ def test_merging_keeps_every_count():
 
 def test_asking_for_a_range_before_data_is_an_error():
     with pytest.raises(RuntimeError, match="has seen no data"):
-        MinMaxObserver().compute_range(8, False)
+        MinMaxObserver().compute_range(TensorSpec(8))
 
 
 @pytest.mark.parametrize("options,name", [({"percentile": 40.0}, "percentile"), ({"p": 0.0}, "p must be above 0")])
 def test_settings_out_of_range_are_refused(options, name):
     with pytest.raises(ValueError, match=name):
-        make_observer("lp", **options)
+        observer_of("lp", **options)
     with pytest.raises(ValueError, match="momentum"):
-        make_observer("moving_average", momentum=1.5)
+        observer_of("moving_average", momentum=1.5)
+
+
+def test_a_registered_observer_is_made_by_its_name():
+    @register_observer("doubled")
+    def doubled(options):
+        class Doubled(MinMaxObserver):
+            def _range(self, spec):
+                return 2 * self.minimum, 2 * self.maximum
+
+        return Doubled()
+
+    observer = observer_of("doubled")
+    observer.update(torch.tensor([-1.0, 3.0]))
+    assert [end.item() for end in observer.compute_range(TensorSpec(8))] == [-2.0, 6.0]
+
+
+def test_unknown_observers_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"observer must be one of minmax, .*got 'entropy'"):
+        RangeOptions("entropy")
+    with pytest.raises(ValueError, match=r"weight_observer must be one of .*mse.*got 'entropy'"):
+        RangeOptions("mse", "entropy")

@@ -1,9 +1,6 @@
 import pytest
 import torch
 
-from lightning_calibtip.quantization.kinds import Operand
-from lightning_calibtip.quantization.observers import MinMaxObserver
-from lightning_calibtip.quantization.quantizer import Quantizer
 from lightning_calibtip.quantization.tokens import token_mask
 
 TOKENS = torch.tensor([[True, True, True, False], [True, False, False, False]])
@@ -31,13 +28,3 @@ def test_what_does_not_run_over_tokens_counts_wholly(shape, axes):
     """Pooled features, other sequences, and a width that happens to be the number of tokens."""
     assert token_mask(shape, TOKENS, axes) is None
     assert token_mask((2, 4, 5), None, (1,)) is None
-
-
-def test_a_quantizer_observes_only_tokens_that_count():
-    quantizer = Quantizer("x", 8, symmetric=False, operand=Operand(token_axes=(2,)))
-    quantizer.observer, quantizer.observing, quantizer.tokens = MinMaxObserver(), True, TOKENS
-    x = torch.where(TOKENS[:, None, :, None], torch.linspace(-1, 2, 48).view(2, 2, 4, 3), torch.tensor(99.0))
-    quantizer(x)
-    low, high = quantizer.observer.compute_range(8, False)
-    inside = x[x < 99]
-    assert (float(low), float(high)) == (float(inside.min()), float(inside.max()))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lightning_calibtip import QuantizationModule
+from lightning_calibtip import QuantizationModule, QuantizationScheme
 from lightning_calibtip.allocation.table import read_table
 from recipes.output import make_logger
 from recipes.resnet_cifar10.__main__ import main
@@ -32,11 +32,12 @@ def test_recipe_writes_record_and_checkpoint(pipeline, tiny_cifar, cifar_checkpo
         data=str(tiny_cifar),
         pipeline=pipeline,
         calibration_samples=32,
-        candidates=[[2, 8], [4, 8], [8, 8]],
-        adaquant={"iterations": 2},
-        preparation={"iterations": 2},
-        allocation={"checks": 2},
-        bias_tuning={"epochs": 1},
+        options={
+            "adaquant": {"iterations": 2},
+            "preparation": {"iterations": 2},
+            "allocation": {"candidates": [[2, 8], [4, 8], [8, 8]], "checks": 2},
+            "bias_tuning": {"epochs": 1},
+        },
         accelerator="cpu",
         logger="csv",
         output=output,
@@ -101,8 +102,7 @@ def test_real_resnet20_keeps_its_accuracy_at_8_bits(data_folder, tmp_path):
         data_folder / "cifar10" / "resnet20.pt",
         data=str(data_folder / "cifar10"),
         pipeline="calibrate",
-        weight_bits=8,
-        activation_bits=8,
+        scheme=QuantizationScheme(8, 8),
         calibration_samples=256,
         split="train",
         accelerator="cpu",
@@ -129,12 +129,14 @@ def dying(self, factor):
 
 Adam.step = dying
 data, checkpoint, output = map(Path, sys.argv[1:])
-main(checkpoint, str(data), calibration_samples=32, accelerator="cpu", adaquant={"iterations": 3}, output=output)
+options = {"adaquant": {"iterations": 3}}
+main(checkpoint, str(data), calibration_samples=32, accelerator="cpu", options=options, output=output)
 """
 
 
 def test_a_killed_recipe_goes_on_in_its_output_folder(tiny_cifar, cifar_checkpoint, tmp_path):
-    options = {"data": str(tiny_cifar), "calibration_samples": 32, "accelerator": "cpu", "adaquant": {"iterations": 3}}
+    options = {"data": str(tiny_cifar), "calibration_samples": 32, "accelerator": "cpu"}
+    options["options"] = {"adaquant": {"iterations": 3}}
     main(cifar_checkpoint, output=tmp_path / "whole", **options)
     command = [sys.executable, "-c", KILLED, str(tiny_cifar), str(cifar_checkpoint), str(tmp_path / "killed")]
     killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)

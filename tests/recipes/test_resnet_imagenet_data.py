@@ -74,7 +74,7 @@ def test_one_image_of_each_class_is_drawn_and_all_are_equally_likely():
 def test_per_class_takes_one_training_image_of_each_folder(tree):
     chosen = {}
     for seed in range(6):
-        data = ImageNetData(tree, SMALL, calibration="per_class", calibration_seed=seed, split="train")
+        data = ImageNetData(tree, SMALL, calibration_set="per_class", calibration_seed=seed, split="train")
         assert sorted(labels_of(data.train_dataloader())) == [0, 1, 2]
         assert sorted(labels_of(data.val_dataloader())) == [0, 1, 1, 2, 2, 2]
         chosen[seed] = tuple(data.calibration.indices)
@@ -220,7 +220,7 @@ def test_the_hub_is_read_by_load_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
-    data = ImageNetData("imagenet-1k", SMALL, calibration="per_class")
+    data = ImageNetData("imagenet-1k", SMALL, calibration_set="per_class")
     assert asked == [("imagenet-1k", "train"), ("imagenet-1k", "validation")]
     assert sorted(data.calibration.dataset.labels[index] for index in data.calibration.indices) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"imagenet-1k \(validation\), row 1, cannot be read"):
@@ -244,7 +244,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(tmp_path,
         ({"calibration_samples": 0}, "calibration_samples=0"),
         ({"split": "train"}, "there are no others"),
         ({"calibration": "per_class", "calibration_samples": 3}, "leave out calibration_samples=3"),
-        ({"calibration": "each"}, "calibration must be samples or per_class, got 'each'"),
+        ({"calibration_set": "each"}, "calibration_set must be samples or per_class, got 'each'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
     ],
@@ -282,7 +282,7 @@ def test_evaluation_images_that_are_not_in_class_folders_are_an_error(tmp_path):
     (tmp_path / "val/0.JPEG").write_bytes(encoded())
     with pytest.raises(FileNotFoundError, match=r"val has no class folders; sort the images into"):
         ImageNetData(tmp_path, SMALL)
-    assert len(ImageNetData(tmp_path, SMALL, calibration="per_class", split="train").evaluation) == 6
+    assert len(ImageNetData(tmp_path, SMALL, calibration_set="per_class", split="train").evaluation) == 6
 
 
 def test_tables_that_are_not_of_labelled_images_are_errors(tmp_path):

@@ -35,17 +35,19 @@ def test_an_offline_run_has_config_metrics_tables_pictures_and_the_checkpoint(ti
         cifar_checkpoint,
         data=str(tiny_cifar),
         pipeline="advanced",
-        compression=[0.15, 0.2],
-        candidates=[2, 4, 8],
-        adaquant={"iterations": 2},
-        allocation={"checks": 1},
-        bias_tuning={"epochs": 1},
         calibration_samples=32,
+        options={
+            "adaquant": {"iterations": 2},
+            "allocation": {"compression": [0.15, 0.2], "candidates": [2, 4, 8], "checks": 1},
+            "bias_tuning": {"epochs": 1},
+        },
         accelerator="cpu",
         logger="wandb",
         output=tmp_path / "out",
     )
     wandb.finish()
+    # After ``finish`` W&B's service still has the last block of the file to write; ``teardown`` waits until it has.
+    wandb.teardown()
     (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
     (file,) = folder.glob("*.wandb")
     history, config, artifacts = {}, {}, []

@@ -1,5 +1,6 @@
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_calibtip.calibration.activation_store import ActivationStore
+from lightning_calibtip.calibration.recording import UnitCall
 from lightning_calibtip.reconstruction.adam import Adam
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.candidates import adaquant_candidates
-from lightning_calibtip.reconstruction.optimize import optimize_unit, output_tensors, relative_error
-from lightning_calibtip.reconstruction.samples import UnitSamples
-from lightning_calibtip.reconstruction.settings import PAPER, AdaQuantSettings
-from lightning_calibtip.reconstruction.units import find_units
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.objectives import SquaredError
+from lightning_calibtip.reconstruction.optimize import optimize_unit, relative_error
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
+from lightning_calibtip.reconstruction.unit_data import UnitDataset
+from lightning_calibtip.reconstruction.units import Unit, find_units
 from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set, recorded
 
-QUICK = AdaQuantSettings(iterations=40, batch_size=16)
+QUICK = AdaQuantOptions(iterations=40, batch_size=16)
 
 
 @pytest.fixture
@@ -52,10 +54,10 @@ def test_parallel_reconstruction_lowers_the_output_error_of_every_layer(calibrat
     network, calibration = calibrated
     fresh = torch.randn(64, 1, 8, 8, generator=generator)
     before = layer_errors(network, fresh)
-    settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
-    adaquant(network, calibration, Reconstruction(settings, "parallel", "layer"))
+    options = AdaQuantOptions("parallel", "layer", iterations=200, batch_size=16, weight_rate=3e-2)
+    adaquant(network, calibration, options)
     after = layer_errors(network, fresh)
-    for name in network.free_layers:
+    for name in network.searchable_layers:
         assert after[name] < 0.9 * before[name], name
 
 
@@ -67,8 +69,8 @@ def test_reconstruction_lowers_held_out_errors_and_keeps_the_float_model(
     network, calibration = calibrated
     with torch.no_grad(), network.quantized(False):
         wanted = tiny_resnet(images)
-    settings = AdaQuantSettings(iterations=200, batch_size=16, weight_rate=3e-2)
-    results = adaquant(network, calibration, Reconstruction(settings, mode, granularity))
+    options = AdaQuantOptions(mode, granularity, iterations=200, batch_size=16, weight_rate=3e-2)
+    results = adaquant(network, calibration, options)
     with torch.no_grad(), network.quantized(False):
         torch.testing.assert_close(tiny_resnet(images), wanted)
     for result in results:
@@ -84,13 +86,13 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
     network, calibration = calibrated
     seen = {}
 
-    def record(unit, samples, settings, steps):
-        draw = samples.take(torch.arange(samples.count))
-        seen[unit.name] = (draw.call.args[0], draw.target)
-        return optimize_unit(unit, samples, settings, steps)
+    def record(unit, dataset, *args):
+        batch = dataset.take(torch.arange(dataset.count))
+        seen[unit.name] = (batch.call.args[0], batch.target)
+        return optimize_unit(unit, dataset, *args)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
-    adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
+    adaquant(network, calibration, replace(QUICK, granularity="layer"))
     inputs = {}
     for name, layer in network.layers.items():
         layer.module.register_forward_pre_hook(
@@ -108,20 +110,21 @@ def test_sequential_units_see_the_quantized_outputs_before_them(tiny_resnet, ima
 def test_diverging_unit_is_restored_bit_for_bit_and_named(calibrated, caplog):
     network, calibration = calibrated
     before = {name: layer.save() for name, layer in network.layers.items()}
-    absurd = AdaQuantSettings(iterations=20, batch_size=16, weight_rate=1e6, bias_rate=1e6, relative=False)
+    absurd = AdaQuantOptions(iterations=20, batch_size=16, weight_rate=1e6, bias_rate=1e6, relative=False)
     with caplog.at_level(logging.WARNING):
-        results = adaquant(network, calibration, Reconstruction(absurd, granularity="layer"))
+        results = adaquant(network, calibration, replace(absurd, granularity="layer"))
     for result in results:
         assert not result.kept and result.error_after == result.error_before
         assert f"{result.name}: restored" in caplog.text
         layer, state = network.layers[result.name], before[result.name]
         assert torch.equal(layer.weight, state.weight) and torch.equal(layer.bias, state.bias)
-        assert torch.equal(layer.inputs[0].scale, state.qparams[2])
+        assert torch.equal(layer.input_quantizers[0].scale, state.qparams[2])
 
 
 def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
     network, calibration = calibrated
     before = network.layers["blocks.0.conv1"].save()
+    output_tensors = Unit.output_tensors
 
     def poison(unit, output):
         leaves = output_tensors(unit, output)
@@ -129,10 +132,10 @@ def test_nan_is_restored_and_the_run_goes_on(calibrated, monkeypatch, caplog):
             leaves = [leaf * float("nan") for leaf in leaves]
         return leaves
 
-    monkeypatch.setattr("lightning_calibtip.reconstruction.optimize.output_tensors", poison)
+    monkeypatch.setattr(Unit, "output_tensors", poison)
     with caplog.at_level(logging.WARNING):
         results = {
-            result.name: result for result in adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
+            result.name: result for result in adaquant(network, calibration, replace(QUICK, granularity="layer"))
         }
     assert not results["blocks.0.conv1"].kept and "nan at step 0" in results["blocks.0.conv1"].note
     assert "blocks.0.conv1: restored" in caplog.text
@@ -153,9 +156,9 @@ def test_autocast_sees_every_step_of_the_optimiser(images):
 
     model[1].register_forward_hook(note)
     frozen = {"weight_rate": 0, "weight_range_rate": 0, "input_range_rate": 0, "zero_point_rate": 0}
-    settings = AdaQuantSettings(iterations=3, batch_size=99, bias_rate=1.0, relative=False, **frozen)
+    options = AdaQuantOptions(granularity="layer", iterations=3, batch_size=99, bias_rate=1.0, relative=False, **frozen)
     with torch.autocast("cpu", torch.bfloat16):
-        adaquant(network, calibration, Reconstruction(settings, granularity="layer"))
+        adaquant(network, calibration, options)
     assert len(seen) == 3
     assert not torch.allclose(seen[0], seen[1], atol=0.05) and not torch.allclose(seen[1], seen[2], atol=0.05)
 
@@ -166,8 +169,7 @@ def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_re
         model = copy.deepcopy(tiny_resnet)
         calibration = calibration_set(model, *images.split(16))
         network = calibrated_network(model, calibration)
-        settings = AdaQuantSettings(iterations=15, batch_size=16, seed=seed)
-        adaquant(network, calibration, Reconstruction(settings, granularity="layer"))
+        adaquant(network, calibration, AdaQuantOptions(granularity="layer", iterations=15, batch_size=16, seed=seed))
         weights.append([layer.weight.clone() for layer in network.layers.values()])
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
@@ -176,14 +178,14 @@ def test_same_seed_gives_bit_identical_weights_and_another_seed_does_not(tiny_re
 def test_a_parameter_with_rate_zero_stays(calibrated):
     network, calibration = calibrated
     before = {name: layer.save() for name, layer in network.layers.items()}
-    only_bias = AdaQuantSettings(
+    only_bias = AdaQuantOptions(
         iterations=10, batch_size=16, weight_rate=0, weight_range_rate=0, input_range_rate=0, bias_rate=1e-3
     )
-    adaquant(network, calibration, Reconstruction(only_bias, granularity="layer"))
+    adaquant(network, calibration, replace(only_bias, granularity="layer"))
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight)
         assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
-        assert torch.equal(layer.inputs[0].scale, before[name].qparams[2])
+        assert torch.equal(layer.input_quantizers[0].scale, before[name].qparams[2])
     assert any(not torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
 
 
@@ -198,35 +200,30 @@ def test_one_dead_channel_does_not_spoil_the_rates():
         inputs = torch.randn(512, 4) @ torch.randn(4, 16)
         calibration = calibration_set(model, *inputs.split(128))
         network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
-        result = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=200), "parallel", "layer"))[
+        result = adaquant(network, calibration, AdaQuantOptions(iterations=200, mode="parallel", granularity="layer"))[
             0
         ]
         errors.append(result.error_after / result.error_before)
     assert errors[0] < 0.9 and errors[1] < 0.9
 
 
-def test_candidates_leave_a_state_for_each_width(calibrated):
-    network, calibration = calibrated
-    adaquant_candidates(network, calibration, Reconstruction(QUICK, "parallel", "layer"), [(2, 4), (8, 8)])
-    for name in network.free_layers:
-        layer = network.layers[name]
-        assert set(layer.variants) == {(2, 4), (8, 8)} and layer.bits == (2, 4)
-        assert layer.variants[2, 4].errors[1] > layer.variants[8, 8].errors[1]
-        layer.take((8, 8))
-        assert layer.bits == (8, 8) and torch.equal(layer.weight, layer.variants[8, 8].weight)
-    assert network.layers["stem"].bits == (8, 8) and not network.layers["stem"].variants
-
-
 def test_uncalibrated_model_and_unknown_mode_are_errors(calibrated):
     network, calibration = calibrated
     with pytest.raises(ValueError, match="mode must be one of parallel, sequential, got 'serial'"):
-        adaquant(network, calibration, Reconstruction(QUICK, "serial"))
+        AdaQuantOptions("serial")
     with pytest.raises(ValueError, match="granularity must be one of"):
-        adaquant(network, calibration, Reconstruction(QUICK, "parallel", "stage"))
-    for layer in network.layers.values():
-        layer.set_enabled(False)
+        AdaQuantOptions("parallel", "stage")
+    with pytest.raises(ValueError, match=r"rounding must be one of straight_through, learned.*, got 'up'"):
+        AdaQuantOptions(rounding="up")
+    with pytest.raises(ValueError, match=r"objective must be one of squared_error, fisher.*, got 'mine'"):
+        AdaQuantOptions(objective="mine")
+    with pytest.raises(
+        ValueError, match="objective='fisher' weights output elements by the gradient of a loss: give loss"
+    ):
+        AdaQuantOptions(objective="fisher")
+    network.calibrated = False
     with pytest.raises(RuntimeError, match="run Calibration first"):
-        adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
+        adaquant(network, calibration, replace(QUICK, granularity="layer"))
 
 
 @pytest.mark.parametrize(
@@ -242,16 +239,17 @@ def test_uncalibrated_model_and_unknown_mode_are_errors(calibrated):
         ("holdout", 1.0),
     ],
 )
-def test_settings_out_of_range_are_refused(name, value):
+def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
-        AdaQuantSettings(**{name: value})
+        AdaQuantOptions(**{name: value})
 
 
-def test_papers_settings_are_absolute_and_constant():
-    settings = AdaQuantSettings(**PAPER)
-    assert (settings.batch_size, settings.iterations, settings.relative) == (50, 1000, False)
-    assert settings.rate_at(0) == settings.rate_at(999) == 1.0
-    assert AdaQuantSettings(iterations=10).rate_at(5) == pytest.approx(0.5)
+def test_papers_options_are_absolute_and_constant():
+    options = AdaQuantOptions.paper()
+    assert (options.granularity, options.batch_size, options.iterations, options.relative) == ("layer", 50, 1000, False)
+    assert options.rate_at(0) == options.rate_at(999) == 1.0
+    assert AdaQuantOptions.paper(batch_size=3).batch_size == 3
+    assert AdaQuantOptions(iterations=10).rate_at(5) == pytest.approx(0.5)
 
 
 def test_error_is_relative_to_the_targets_power(calibrated):
@@ -260,9 +258,9 @@ def test_error_is_relative_to_the_targets_power(calibrated):
     x = torch.randn(20, 6)
     with torch.no_grad():
         output = unit.module(x)
-    samples = UnitSamples(recorded(((x,), {})), recorded(output + 2.0))
+    dataset = UnitDataset(recorded(UnitCall((x,), {})), recorded(output + 2.0))
     wanted = float(4.0 / (output + 2.0).square().mean())
-    assert relative_error(unit, samples, torch.arange(20)) == pytest.approx(wanted, rel=1e-4)
+    assert relative_error(unit, [SquaredError()], dataset, torch.arange(20)) == pytest.approx(wanted, rel=1e-4)
 
 
 def run_on_a_budget(tiny_resnet, images, **options):
@@ -270,7 +268,7 @@ def run_on_a_budget(tiny_resnet, images, **options):
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=2)
     with ActivationStore(**options) as store:
-        adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"), store)
+        adaquant(network, calibration, replace(QUICK, granularity="layer"), store)
     return store, [layer.weight for layer in network.layers.values()]
 
 
@@ -307,18 +305,16 @@ def test_the_whole_network_is_computed_a_constant_number_of_times(images, mode, 
             for index in range(len(calibration)):
                 calibration.run(index)
         with FlopCounterMode(display=False) as all_passes:
-            settings = AdaQuantSettings(iterations=1, batch_size=4)
-            adaquant(network, calibration, Reconstruction(settings, mode, granularity))
+            adaquant(network, calibration, AdaQuantOptions(mode, granularity, iterations=1, batch_size=4))
         passes[blocks] = all_passes.get_total_flops() / one.get_total_flops()
     assert 1 <= passes[2] < most and abs(passes[10] - passes[2]) < 0.1
 
 
-def weights_after(tiny_resnet, images, loss=None, **settings):
+def weights_after(tiny_resnet, images, **changes):
     model = copy.deepcopy(tiny_resnet)
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=3, activation_bits=3)
-    how = Reconstruction(AdaQuantSettings(**{"iterations": 20, "batch_size": 16, **settings}), loss=loss)
-    adaquant(network, calibration, how)
+    adaquant(network, calibration, AdaQuantOptions(**{"iterations": 20, "batch_size": 16, **changes}))
     return torch.cat([layer.weight.detach().flatten() for layer in network.layers.values()])
 
 
@@ -345,17 +341,17 @@ def test_float_inputs_are_mixed_in_where_quantization_is_dropped(calibrated, mon
     network, calibration = calibrated
     seen = []
 
-    def record(unit, samples, settings, steps):
-        draw = samples.take(torch.arange(4))
-        seen.append((draw.call.args[0], draw.float_call and draw.float_call.args[0]))
-        return optimize_unit(unit, samples, settings, steps)
+    def record(unit, dataset, *args):
+        batch = dataset.take(torch.arange(4))
+        seen.append((batch.call.args[0], batch.float_call and batch.float_call.args[0]))
+        return optimize_unit(unit, dataset, *args)
 
     monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", record)
-    adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1, drop_probability=0.5)))
+    adaquant(network, calibration, AdaQuantOptions(iterations=1, drop_probability=0.5))
     assert all(exact is not None and exact.shape == quantized.shape for quantized, exact in seen)
     assert not torch.equal(*seen[-1])
     seen.clear()
-    adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1)))
+    adaquant(network, calibration, AdaQuantOptions(iterations=1))
     assert all(exact is None for _, exact in seen)
 
 
@@ -363,10 +359,8 @@ def test_nothing_is_held_when_all_is_done(calibrated):
     network, calibration = calibrated
     for mode in ("parallel", "sequential"):
         store = ActivationStore()
-        how = Reconstruction(
-            AdaQuantSettings(iterations=1, drop_probability=0.5), mode, loss=squares_of_the_first_logit
-        )
-        adaquant(network, calibration, how, store)
+        options = AdaQuantOptions(mode, iterations=1, drop_probability=0.5, loss=squares_of_the_first_logit)
+        adaquant(network, calibration, options, store)
         assert store.most_held > 0 and store.in_memory == 0
 
 
@@ -383,6 +377,6 @@ def test_an_interrupted_unit_is_as_it_was(calibrated, monkeypatch):
     step = Adam.step
     monkeypatch.setattr(Adam, "step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=9, rounding="learned")))
+        adaquant(network, calibration, AdaQuantOptions(iterations=9, rounding="learned"))
     after = [tensor for layer in network.layers.values() for tensor in (layer.weight, layer.bias)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,9 +1,11 @@
+import copy
+
 import torch
 
-from lightning_calibtip.calibration.replay import UnitCall
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
+from lightning_calibtip.calibration.recording import UnitCall
+from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.dropping import Dropping, dropping
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from tests.networks import calibrated_network, calibration_set
 
 
@@ -11,14 +13,14 @@ def test_the_given_share_of_the_elements_is_float(tiny_resnet, images, generator
     calibration = calibration_set(tiny_resnet, *images.split(16))
     network = calibrated_network(tiny_resnet, calibration, activation_bits=2)
     layer, x = network.layers["blocks.0.conv1"], torch.rand(64, 6, 8, 8, generator=generator)
-    quantized = layer.inputs[0](x)
+    quantized = layer.input_quantizers[0](x)
     with dropping([layer], Dropping(0.3, generator)):
-        first, second = layer.inputs[0](x), layer.inputs[0](x)
+        first, second = layer.input_quantizers[0](x), layer.input_quantizers[0](x)
     is_float = first == x
     assert torch.equal(first[~is_float], quantized[~is_float])
     assert abs(float(is_float.float().mean()) - 0.3) < 0.02
     assert not torch.equal(first, second)
-    assert torch.equal(layer.inputs[0](x), quantized)
+    assert torch.equal(layer.input_quantizers[0](x), quantized)
 
 
 def test_arguments_are_mixed_of_both_models(generator):
@@ -31,15 +33,12 @@ def test_arguments_are_mixed_of_both_models(generator):
 
 
 def test_what_is_dropped_changes_the_result_and_is_drawn_from_the_seed(tiny_resnet, images):
-    import copy
-
     weights = []
     for probability in (0.5, 0.5, 0.0):
         model = copy.deepcopy(tiny_resnet)
         calibration = calibration_set(model, *images.split(16))
         network = calibrated_network(model, calibration, weight_bits=3, activation_bits=3)
-        settings = AdaQuantSettings(iterations=20, batch_size=16, drop_probability=probability)
-        adaquant(network, calibration, Reconstruction(settings, granularity="block"))
+        adaquant(network, calibration, AdaQuantOptions(iterations=20, batch_size=16, drop_probability=probability))
         weights.append([layer.weight.clone() for layer in network.layers.values()])
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))

@@ -2,12 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_calibtip.calibration.recording import UnitCall
 from lightning_calibtip.calibration.replay import Replay
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
+from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.importance import measure_importance
+from lightning_calibtip.reconstruction.objectives import FisherError
 from lightning_calibtip.reconstruction.optimize import relative_error
-from lightning_calibtip.reconstruction.samples import UnitSamples
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
+from lightning_calibtip.reconstruction.unit_data import UnitDataset
 from lightning_calibtip.reconstruction.units import find_units
 from tests.networks import calibrated_network, calibration_set, recorded
 
@@ -53,16 +55,16 @@ def test_errors_count_by_their_importance(calibrated):
     with torch.no_grad():
         target = unit.module(x) + torch.tensor([1.0, 0.0, 0.0, 2.0])
     weights = torch.tensor([2.5, 0.5, 0.5, 0.5])
-    samples = UnitSamples(recorded(((x,), {})), recorded(target), importance=recorded([weights.expand(4, 4)]))
+    dataset = UnitDataset(recorded(UnitCall((x,), {})), recorded(target), importance=recorded([weights.expand(4, 4)]))
     wanted = float((weights * torch.tensor([1.0, 0.0, 0.0, 4.0])).sum() * 4 / (target.square() * weights).sum())
-    assert relative_error(unit, samples, torch.arange(4)) == pytest.approx(wanted, rel=1e-4)
+    assert relative_error(unit, [FisherError()], dataset, torch.arange(4)) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_reconstruction_with_a_loss_differs_and_lowers_errors(calibrated, tiny_resnet, mode):
     network, calibration = calibrated
-    settings = AdaQuantSettings(iterations=150, batch_size=16, weight_rate=3e-2)
-    results = adaquant(network, calibration, Reconstruction(settings, mode, "block", loss=loss))
+    options = AdaQuantOptions(mode, loss=loss, iterations=150, batch_size=16, weight_rate=3e-2)
+    results = adaquant(network, calibration, options)
     assert sum(result.error_after for result in results) < 0.9 * sum(result.error_before for result in results)
 
 
@@ -79,4 +81,4 @@ def test_reconstruction_with_a_loss_differs_and_lowers_errors(calibrated, tiny_r
 )
 def test_a_loss_that_is_none_is_refused(calibrated, bad, message):
     with pytest.raises(ValueError, match=message):
-        adaquant(*calibrated, Reconstruction(AdaQuantSettings(iterations=1), loss=bad))
+        adaquant(*calibrated, AdaQuantOptions(iterations=1, loss=bad))

@@ -1,13 +1,15 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from lightning_calibtip.reconstruction.units import find_units
 from tests.networks import calibrated_network, calibration_set
 
-QUICK = AdaQuantSettings(iterations=40, batch_size=16)
+QUICK = AdaQuantOptions(iterations=40, batch_size=16)
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_named_blocks_are_units_and_the_rest_stays_as_it_was_found(calibrated):
         "stem", "blocks.0.conv1", "blocks.0.conv2", "blocks.1", "head",
     ]  # fmt: skip
     assert [unit.name for unit in find_units(network, "block", ["blocks"])] == ["stem", "blocks", "head"]
-    results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer", blocks=["blocks.*1"]))
+    results = adaquant(network, calibration, replace(QUICK, granularity="layer", blocks=["blocks.*1"]))
     assert results[3].layers == ("blocks.1.conv1", "blocks.1.conv2")
 
 

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
-from lightning_calibtip.reconstruction.adaquant import Reconstruction, adaquant
-from lightning_calibtip.reconstruction.settings import AdaQuantSettings
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from tests.networks import calibrated_network, calibration_set
 
-QUICK = AdaQuantSettings(iterations=40, batch_size=16)
+QUICK = AdaQuantOptions(iterations=40, batch_size=16)
 
 
 def test_shared_layer_is_reconstructed_on_all_its_calls():
@@ -26,8 +27,8 @@ def test_shared_layer_is_reconstructed_on_all_its_calls():
     model = Shared().eval()
     calibration = calibration_set(model, *torch.randn(1024, 6).split(128))
     network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4)
-    how = Reconstruction(AdaQuantSettings(iterations=200, batch_size=64))
-    results = {result.name: result for result in adaquant(network, calibration, how)}
+    options = AdaQuantOptions(iterations=200, batch_size=64)
+    results = {result.name: result for result in adaquant(network, calibration, options)}
     assert results["shared"].error_after < results["shared"].error_before
 
 
@@ -38,7 +39,7 @@ def test_block_with_the_sequence_first_is_kept_whole():
     model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)).eval()
     calibration = calibration_set(model, *torch.randn(12, 16, 8).split(4))
     network = calibrated_network(model, calibration, weight_bits=16, activation_bits=16, edge_bits=None)
-    results = adaquant(network, calibration, Reconstruction(AdaQuantSettings(iterations=1), granularity="block"))
+    results = adaquant(network, calibration, AdaQuantOptions(iterations=1, granularity="block"))
     assert results[-1].error_before < 1e-6
 
 
@@ -75,8 +76,8 @@ def test_tuples_keywords_and_dicts_reach_a_unit(granularity, options):
     for batch in batches:
         calibration.append(batch)
     network = calibrated_network(model, calibration, weight_bits=2, activation_bits=4, edge_bits=None)
-    settings = AdaQuantSettings(iterations=100, **options)
-    results = adaquant(network, calibration, Reconstruction(settings, granularity=granularity, blocks=["middle"]))
+    adaquant_options = AdaQuantOptions(granularity=granularity, blocks=["middle"], iterations=100, **options)
+    results = adaquant(network, calibration, adaquant_options)
     assert [result.name for result in results] == ["start", "middle", "end"]
     assert sum(r.error_after for r in results) < sum(r.error_before for r in results)
     assert results[1].error_after < results[1].error_before or options
@@ -96,7 +97,7 @@ def test_code_that_views_a_convolutions_output_is_not_given_another_memory_forma
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
     for granularity in ("layer", "block"):
-        adaquant(network, calibration, Reconstruction(QUICK, granularity=granularity))
+        adaquant(network, calibration, replace(QUICK, granularity=granularity))
 
 
 class ViewsInside(nn.Conv2d):
@@ -109,7 +110,7 @@ def test_a_convolution_whose_own_forward_needs_contiguous_tensors_gets_them(imag
     model = nn.Sequential(ViewsInside(1, 4, 3), nn.Linear(4 * 36, 3)).eval()
     calibration = calibration_set(model, *images.split(16))
     network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
-    results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer"))
+    results = adaquant(network, calibration, replace(QUICK, granularity="layer"))
     assert results[0].name == "0" and results[0].error_after <= results[0].error_before
 
 
@@ -145,7 +146,7 @@ def test_a_unit_that_cannot_be_optimised_is_named_and_the_run_goes_on(kind, capl
     network = calibrated_network(model, calibration, weight_bits=3, edge_bits=None)
     before = network.layers["block.linear"].save()
     with caplog.at_level(logging.WARNING):
-        results = adaquant(network, calibration, Reconstruction(QUICK, granularity="layer", blocks=["block"]))
+        results = adaquant(network, calibration, replace(QUICK, granularity="layer", blocks=["block"]))
     assert [result.name for result in results] == ["first", "block", "last"]
     if kind in ("integer", "detached"):
         assert not results[1].kept and "block: left as it was before AdaQuant: it cannot be optimised" in caplog.text
@@ -163,5 +164,5 @@ def test_masks_as_long_as_the_batch_reach_transformer_blocks():
     for batch in torch.randn(32, 5, 8).split(8):
         calibration.append(batch)
     network = calibrated_network(model, calibration, edge_bits=None)
-    results = adaquant(network, calibration, Reconstruction(QUICK, blocks=["encoder"]))
+    results = adaquant(network, calibration, replace(QUICK, blocks=["encoder"]))
     assert results[0].name == "encoder" and not results[0].note.startswith("it cannot")

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from lightning_calibtip import quantize
-from lightning_calibtip.quantization.observers import HistogramObserver
-from lightning_calibtip.report.exhibit import Exhibit
-from lightning_calibtip.report.histograms import histograms_exhibit
-from lightning_calibtip.report.layers import draw_bits, layers_exhibit
+from lightning_calibtip.quantization.spec import BitWidths
+from lightning_calibtip.report.item import ReportItem
+from lightning_calibtip.report.layers import draw_bit_widths
 from lightning_calibtip.report.page import Section, render_page
-from lightning_calibtip.report.reconstruction import reconstruction_exhibit
-from tests import transformer_models as models
-from tests.networks import as_loader, calibrated_network, calibration_set
+from lightning_calibtip.report.reconstruction import reconstruction_item
+from lightning_calibtip.report.record import write_record
+from tests.networks import as_loader
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -33,7 +32,7 @@ def run():
     def step(module, batch, index):
         module.log("score", module(batch).mean())
 
-    return quantize(net, batches, validation, "sequential", None, options, weight_bits=3, validation_step=step)
+    return quantize(net, batches, validation, "sequential", options, weight_bits=3, validation_step=step)
 
 
 @pytest.fixture(scope="module")
@@ -99,80 +98,58 @@ def test_a_browser_sorts_the_table_without_errors_and_takes_a_picture(page):
 
 
 def test_missing_values_and_text_of_any_kind_are_rendered():
-    exhibit = Exhibit("odd", ["name", "value"], [["<script>", None], ["b", float("inf")], ["c", 12345]], no_matplotlib)
+    rows = [["<script>", None], ["b", float("inf")], ["c", 12345]]
+    item = ReportItem("odd", "Odd <values>", ["name", "value"], rows, no_matplotlib)
     record = {
         "model": "m", "recipe": "r", "seed": 0, "calibration_samples": 1, "metric": "none", "float": None,
         "quantized": None, "stages": [], "size": {"quantized_bytes": 1, "ratio": 0.5},
     }  # fmt: skip
-    text = render_page(record, [Section("Odd", exhibit)], {"path": page})
+    text = render_page(record, [Section(item)], {"path": page})
     assert "&lt;script&gt;" in text and "<td>inf" not in text and ">inf<" in text and ">12,345<" in text
-    assert "needs matplotlib" in text
+    assert "needs matplotlib" in text and "<h2>Odd &lt;values&gt;</h2>" in text
 
 
 def no_matplotlib():
     raise ModuleNotFoundError("No module named 'matplotlib'")
 
 
-def test_the_worst_layers_come_first_and_ranges_are_those_of_the_quantizers(tiny_resnet, images):
-    network = calibrated_network(tiny_resnet, calibration_set(tiny_resnet, *images.split(16)))
-    names = list(network.layers)
-    for place, layer in enumerate(network.layers.values()):
-        layer.errors = (1.0, place / 10)
-    exhibit = histograms_exhibit(network, layers=2)
-    assert [row[0] for row in exhibit.rows] == [names[-1], names[-1], names[-2], names[-2]]
-    layer = network.layers[names[-1]]
-    weight, given = exhibit.rows[0], exhibit.rows[1]
-    assert weight[3] == pytest.approx(float(layer.weight.min())) and weight[2] == layer.bits[0]
-    on = layer.inputs[0]
-    assert given[5] == pytest.approx(float((on.qmin - on.zero_point) * on.scale))
-    assert given[6] == pytest.approx(float((on.qmax - on.zero_point) * on.scale))
-    observer = on.observer
-    assert isinstance(observer, HistogramObserver) and given[4] == pytest.approx(float(observer.row[2]))
-    figure = exhibit.draw()
-    assert len(figure.axes) == 4 and all(axes.get_xlabel() == "value" for axes in figure.axes)
-
-
-def test_layers_without_weight_or_input_are_drawn(tmp_path):
-    net = models.bert()
-    batches = models.batches_of(models.padded_tokens())
-    calibration = calibration_set(net)
-    calibration.forward = lambda batch, index: net(**batch)
-    calibration.batches.extend(batches)
-    network = calibrated_network(net, calibration, "minmax")
-    exhibit = layers_exhibit(network)
-    bits = {row[0]: row[3:5] for row in exhibit.rows}
-    assert bits["bert.encoder.layer.0.attention.self.query_key_product"] == [None, 4]
-    assert bits["bert.embeddings.word_embeddings"] == [8, None]
-    for shown in (exhibit, histograms_exhibit(network, 30)):
-        shown.save(tmp_path)
-        assert (tmp_path / f"{shown.name}.png").stat().st_size > 5_000
-
-
 def test_units_that_could_not_be_optimised_are_left_out_of_the_figure(run):
-    results = next(stage for stage in run.stages if stage.name == "AdaQuant").exhibits[0]
+    results = next(stage for stage in run.stages if stage.name == "AdaQuant").items[0]
     assert results.columns[2:4] == ["error before", "error after"] and len(results.rows) == 41
-    empty = reconstruction_exhibit([])
+    empty = reconstruction_item([])
     assert empty.rows == [] and empty.draw() is not None
 
 
+def test_a_candidates_item_is_named_by_its_bit_widths():
+    named = [reconstruction_item([], bits) for bits in (None, BitWidths(4, 8), BitWidths(4, None))]
+    assert [item.name for item in named] == ["reconstruction", "reconstruction_w4a8", "reconstruction_w4"]
+    title = "Error of each unit before and after AdaQuant"
+    assert [item.title for item in named] == [title, f"{title} at W4A8", f"{title} at W4"]
+
+
 def test_names_that_matplotlib_would_take_for_formulas_and_failing_figures_end_no_run(tmp_path, caplog):
-    bits = {"a$x_1^$": (4, 8), "bert.encoder.layer.0.attention.self.query_key_product" * 2: (8, 8)}
-    figure = draw_bits(bits)
-    Exhibit("odd", ["layer"], [["a"]], lambda: figure).save(tmp_path)
+    product = "bert.encoder.layer.0.attention.self.query_key_product" * 2
+    figure = draw_bit_widths({"a$x_1^$": BitWidths(4, 8), product: BitWidths(None, 8)})
+    ReportItem("odd", "Odd", ["layer"], [["a"]], lambda: figure).save(tmp_path)
     assert (tmp_path / "odd.png").stat().st_size > 5_000 and not caplog.records
     assert figure.axes[0].get_position().height > 0.2
 
     def fails():
         raise ValueError("no picture today")
 
-    assert Exhibit("failing", ["layer"], [["a"]], fails).png is None
+    assert ReportItem("failing", "Failing", ["layer"], [["a"]], fails).png is None
     assert "failing cannot be drawn (ValueError: no picture today)" in caplog.text
 
 
-def test_a_second_run_leaves_no_exhibits_of_the_first(run, tmp_path):
-    for name in ("trade_off.csv", "reconstruction_w2a2.png", "mine.csv"):
+def test_a_second_run_removes_what_the_first_one_wrote_and_nothing_else(run, tmp_path):
+    mine = ("mine.csv", "trade_off.csv", "layers.txt", "reconstruction_w2a2.png")
+    for name in (*mine, "histograms_of_yesterday.csv", "histograms_of_yesterday.png"):
         (tmp_path / name).touch()
+    write_record(tmp_path / "result.json", {"report_items": ["histograms_of_yesterday", "layers"]})
     run.write_report(tmp_path, {**run.record("test", "m", "score", 0), "odd": float("nan")})
     names = {path.name for path in tmp_path.iterdir()}
-    assert "mine.csv" in names and not names & {"trade_off.csv", "reconstruction_w2a2.png"}
-    assert json.loads((tmp_path / "result.json").read_text())["odd"] is None
+    assert set(mine) <= names and not any("yesterday" in name for name in names)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["odd"] is None
+    written = {path.stem for path in tmp_path.glob("*.csv")} - {"mine", "trade_off"}
+    assert set(record["report_items"]) == written

@@ -1,12 +1,24 @@
+import copy
 import json
 
 import pytest
+import torch
 
 from lightning_calibtip.report.figures import layer_error_figure, stage_figure
-from lightning_calibtip.report.record import StageRecord, peak_rss_bytes, record_table, run_record, write_record
+from lightning_calibtip.report.layers import layers_item
+from lightning_calibtip.report.record import (
+    StageRecord,
+    layer_records,
+    peak_rss_bytes,
+    record_table,
+    remove_previous_items,
+    run_record,
+    write_record,
+)
 from lightning_calibtip.report.size import model_size
 from lightning_calibtip.report.table import layer_table, text_table
 from tests.networks import calibrated_network, calibration_set
+from tests.report.branches import Branches
 
 STAGES = [StageRecord("Calibration", 1.5, 0.8), StageRecord("AdaQuant", 20.0, 0.9, {"step_seconds": 18.0})]
 
@@ -19,7 +31,7 @@ def network(tiny_resnet, images):
 @pytest.fixture
 def record(network):
     network.layers["head"].errors = (0.5, 0.25)
-    return run_record(network, "recipe", "tiny", "top1", 3, 48, 0.95, STAGES)
+    return run_record(network, "recipe", "tiny", "top1", 3, 48, 0.95, STAGES, ["layers", "histograms"])
 
 
 def test_size_counts_bits_scales_zero_points_and_what_stays_float(tiny_resnet, images):
@@ -39,15 +51,34 @@ def test_size_counts_bits_scales_zero_points_and_what_stays_float(tiny_resnet, i
 
 
 def test_symmetric_weights_need_no_zero_points(tiny_resnet, images):
-    network = calibrated_network(
-        tiny_resnet, calibration_set(tiny_resnet, images), symmetric=True, activation_symmetric=True
-    )
-    channels = sum(layer.weight_quantizer.scale.numel() for layer in network.layers.values())
-    symmetric = model_size(network).quantized_bytes
-    for layer in network.layers.values():
-        for quantizer in layer.quantizers:
-            quantizer.symmetric = False
-    assert model_size(network).quantized_bytes - symmetric == 4 * channels
+    sizes, channels = {}, 5 * 6 + 4
+    for symmetric in (False, True):
+        net = copy.deepcopy(tiny_resnet)
+        network = calibrated_network(net, calibration_set(net, images), symmetric=symmetric)
+        sizes[symmetric] = model_size(network).quantized_bytes
+    assert sizes[False] - sizes[True] == 4 * channels
+
+
+def test_size_counts_what_is_in_float_of_weight_only_and_of_activation_only_layers(tiny_resnet, images):
+    float_weights, bit_weights = 4 * (6 * 9 + 4 * 324 + 24), 6 * 9 // 2 + 4 * 324 // 2 + 24 // 2
+    biases = 4 * (5 * 6 + 4)
+    for scheme, expected in (
+        ({"activation_bits": None}, bit_weights + 4 * 2 * (5 * 6 + 4)),
+        ({"weight_bits": None}, float_weights + 4 * 2 * 6),
+        # Rows of 9, 54 and 6 weights in groups of 32.
+        ({"activation_bits": None, "group_size": 32}, bit_weights + 4 * 2 * (6 * 1 + 4 * 6 * 2 + 4 * 1)),
+    ):
+        net = copy.deepcopy(tiny_resnet)
+        network = calibrated_network(net, calibration_set(net, images), edge_bits=None, **scheme)
+        assert model_size(network).quantized_bytes == expected + biases, scheme
+
+
+def test_a_quantizer_that_layers_share_is_counted_once():
+    branches = Branches().eval()
+    network = calibrated_network(branches, calibration_set(branches, torch.randn(8, 4)), edge_bits=None)
+    assert network.layers["left"].input_quantizers[0] is network.layers["right"].input_quantizers[0]
+    qparams = 4 * 2 * (3 + 3 + 1)
+    assert model_size(network).quantized_bytes == 2 * (12 // 2) + 4 * 2 * 3 + qparams
 
 
 def test_record_has_every_field(record):
@@ -62,7 +93,7 @@ def test_record_has_every_field(record):
     }
     assert set(record["size"]) == {"float_bytes", "quantized_bytes", "ratio"}
     assert record["calibration_samples"] == 48
-    assert len(record["layers"]) == 6
+    assert len(record["layers"]) == 6 and record["report_items"] == ["layers", "histograms"]
     assert record["layers"][-1] == {
         "name": "head", "weight_bits": 8, "activation_bits": 8, "parameters": 24,
         "error_before": 0.5, "error_after": 0.25,
@@ -79,6 +110,54 @@ def test_record_is_written_whole(record, tmp_path):
         write_record(path, {"bad": object()})
     assert json.loads(path.read_text()) == record
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+
+
+def test_only_files_that_the_previous_record_names_are_removed(tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside.csv"
+    folder.mkdir()
+    kept = ["mine.csv", "layers.txt", "sensitivity.csv"]
+    for path in (outside, *(folder / name for name in ("layers.csv", "layers.png", *kept))):
+        path.touch()
+    (folder / "histograms.csv").mkdir()
+    write_record(folder / "result.json", {"report_items": ["layers", "gone", "histograms", "../outside", 3]})
+    remove_previous_items(folder)
+    assert {path.name for path in folder.iterdir()} == {*kept, "histograms.csv", "result.json"} and outside.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, "no JSON", "[]", "{}", '{"report_items": "layers"}', '{"report_items": null}']
+)
+def test_without_a_record_that_names_items_nothing_is_removed(content, tmp_path):
+    (tmp_path / "layers.csv").touch()
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    remove_previous_items(tmp_path)
+    assert (tmp_path / "layers.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "scheme,weight_bits,activation_bits,note",
+    [
+        ({"activation_bits": None}, 4, None, ""),
+        ({"weight_bits": None}, None, 4, ""),
+        ({"activation_bits": None, "group_size": 32}, 4, None, "weights in groups of 32"),
+    ],
+)
+def test_what_is_in_float_has_no_bits_in_tables_and_record(
+    scheme, weight_bits, activation_bits, note, tiny_resnet, images, tmp_path
+):
+    network = calibrated_network(tiny_resnet, calibration_set(tiny_resnet, images), edge_bits=None, **scheme)
+    item = layers_item(network)
+    row = next(row for row in item.rows if row[0] == "blocks.0.conv1")
+    assert item.title == "Layers" and row[3:5] == [weight_bits, activation_bits] and row[-1] == note
+    layer = next(layer for layer in layer_records(network) if layer["name"] == "blocks.0.conv1")
+    assert (layer["weight_bits"], layer["activation_bits"]) == (weight_bits, activation_bits)
+    figure = item.draw()
+    assert len(figure.axes[0].patches) == (6 if weight_bits else 0)
+    item.save(tmp_path)
+    assert (tmp_path / "layers.png").stat().st_size > 5_000
+    line = next(line for line in layer_table(network.summary()).splitlines() if line.startswith("head "))
+    assert line.split()[3:5] == [str(weight_bits or "-"), str(activation_bits or "-")]
 
 
 def test_tables_show_stages_and_layers(record, network):

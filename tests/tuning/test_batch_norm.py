@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip.tuning.batch_norm import tune_batch_norm
+from lightning_calibtip.tuning.batch_norm import BatchNormTuningOptions, tune_batch_norm
 from tests.conftest import randomize_batch_norms
 from tests.networks import calibrated_network, calibration_set
 
@@ -37,9 +37,12 @@ def always_better(monkeypatch):
 
 
 @pytest.mark.usefixtures("always_better")
-def test_channels_get_the_float_models_statistics_and_integers_stay(wide_net, images):
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_channels_get_the_float_models_statistics_and_integers_stay(wide_net, images, group_size):
     calibration = calibration_set(wide_net, *images.split(16))
-    network = calibrated_network(wide_net, calibration, weight_bits=2, activation_bits=3, edge_bits=None)
+    network = calibrated_network(
+        wide_net, calibration, weight_bits=2, activation_bits=3, edge_bits=None, group_size=group_size
+    )
     with network.quantized(False):
         wanted = {name: channel_statistics(wide_net, name, images) for name in ("0", "3")}
     before = {name: layer.integer_weight() for name, layer in network.layers.items()}
@@ -58,7 +61,7 @@ def test_channels_get_the_float_models_statistics_and_integers_stay(wide_net, im
 def test_training_reference_is_gamma_and_beta(wide_net, images):
     calibration = calibration_set(wide_net, images)
     network = calibrated_network(wide_net, calibration, weight_bits=2, edge_bits=None)
-    tune_batch_norm(network, calibration, "training")
+    tune_batch_norm(network, calibration, BatchNormTuningOptions("training"))
     norm = wide_net.get_submodule("4")
     mean, deviation = channel_statistics(wide_net, "3", images)
     torch.testing.assert_close(mean, norm.bias, rtol=1e-3, atol=1e-3)
@@ -109,7 +112,6 @@ def test_model_without_batch_norm_is_left_as_it_is(images):
     assert torch.equal(net(images), wanted)
 
 
-def test_unknown_reference_is_refused(wide_net, images):
-    calibration = calibration_set(wide_net, images)
+def test_unknown_reference_is_refused():
     with pytest.raises(ValueError, match="reference must be one of float, training, got 'batch'"):
-        tune_batch_norm(calibrated_network(wide_net, calibration), calibration, "batch")
+        BatchNormTuningOptions("batch")

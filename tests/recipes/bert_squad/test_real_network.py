@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_calibtip import Calibration, QuantizationModule
+from lightning_calibtip import Calibration, QuantizationModule, QuantizationScheme
 from recipes.bert_squad import __main__ as recipe
 from recipes.bert_squad.answers import best_answer
 from recipes.bert_squad.data import SquadData
@@ -108,10 +108,12 @@ def test_padding_to_256_or_384_gives_the_same_ranges_and_answers(data_folder, ma
     few = data.evaluation.windows[:24]
     scales, answers = [], []
     for length in (256, 384):
-        module = QuantizationModule(trained, 8, 8)
+        module = QuantizationModule(trained)
         calibration = [pad(data.calibration[i : i + 8], data.tokenizer, length) for i in (0, 8)]
         make_trainer(Calibration()).fit(module, DataLoader(calibration, batch_size=None))
-        scales.append(torch.stack([q.scale[0] for layer in module.network.layers.values() for q in layer.inputs]))
+        scales.append(
+            torch.stack([q.scale[0] for layer in module.network.layers.values() for q in layer.input_quantizers])
+        )
         batch = pad(few, data.tokenizer, length)
         with torch.no_grad():
             output = module(**batch)
@@ -134,8 +136,7 @@ def test_w8a8_with_all_products_quantized_keeps_the_scores(data_folder, tmp_path
         str(folder / "train-sample.json"),
         str(folder / "xquad-a.json"),
         pipeline="calibrate",
-        weight_bits=8,
-        activation_bits=8,
+        scheme=QuantizationScheme(8, 8),
         max_length=256,
         doc_stride=96,
         accelerator="cpu",

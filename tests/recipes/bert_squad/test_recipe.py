@@ -3,12 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonargparse import auto_cli
 from transformers import (
     BertModel,
 )
 
-from lightning_calibtip import QuantizationModule
+from lightning_calibtip import QuantizationModule, QuantizationScheme
 from recipes.bert_squad import __main__ as recipe
 from recipes.bert_squad import model as model_file
 from recipes.bert_squad.data import SquadData
@@ -17,9 +16,11 @@ from recipes.bert_squad.windows import (
     WindowMaker,
     load_tokenizer,
 )
+from recipes.command_line import run_recipe
 
 from .material import QUESTIONS, entry, prepared, squad, tiny_config, write
 
+W8A8 = QuantizationScheme(8, 8)
 SHORT = {"max_length": 30, "doc_stride": 8, "calibration_samples": 5, "accelerator": "cpu"}
 
 
@@ -29,9 +30,7 @@ def test_recipe_writes_record_and_checkpoint(tiny_bert, file, tmp_path, make_tra
     entry(content, 2)["question"] = "it " * 19
     validation = write(tmp_path / "validation.json", content)
     output = tmp_path / "out"
-    recipe.main(
-        tiny_bert, file, validation, pipeline="calibrate", weight_bits=8, activation_bits=8, output=output, **SHORT
-    )
+    recipe.main(tiny_bert, file, validation, pipeline="calibrate", scheme=W8A8, output=output, **SHORT)
     record = json.loads((output / "result.json").read_text())
     assert (record["recipe"], record["model"], record["metric"]) == ("bert_squad", tiny_bert, "f1")
     assert record["calibration_samples"] == 5 and record["questions"] == 4
@@ -62,12 +61,20 @@ def test_settings_files_are_read(tiny_bert, file, tmp_path, monkeypatch):
     for name in names:
         options = {"model": tiny_bert, "train": file, "validation": file, "output": tmp_path, **SHORT}
         with pytest.raises(ZeroDivisionError):
-            auto_cli(
-                recipe.main,
-                args=[f"--config={folder / name}.yaml", *(f"--{key}={value}" for key, value in options.items())],
-                as_positional=False,
-            )
+            words = [f"--config={folder / name}.yaml", *(f"--{key}={value}" for key, value in options.items())]
+            run_recipe(recipe.main, words)
         assert seen["pipeline"] == {"w8a8": "calibrate", "w4a8": "sequential", "mixed": "mixed"}[name]
+
+
+def test_groups_of_weights_alone_go_through_the_recipe(tiny_bert, file, tmp_path):
+    words = {"model": tiny_bert, "train": file, "validation": file, "output": tmp_path / "out", **SHORT}
+    words |= {"weight_bits": 4, "activation_bits": "null", "edge_bits": "null", "group_size": 32}
+    words |= {"adaquant.iterations": 2, "bias_tuning.epochs": 1}
+    run_recipe(recipe.main, [f"--{key}={value}" for key, value in words.items()])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [stage["name"] for stage in record["stages"]][-2:] == ["AdaQuant", "BiasTuning"]
+    assert {layer["activation_bits"] for layer in record["layers"]} == {None}
+    assert {layer["weight_bits"] for layer in record["layers"]} == {4, None}
 
 
 def test_a_checkpoint_without_head_is_fine_tuned_first(tokenizer, file, tmp_path, monkeypatch, caplog):
@@ -80,14 +87,14 @@ def test_a_checkpoint_without_head_is_fine_tuned_first(tokenizer, file, tmp_path
     monkeypatch.setattr(recipe, "FINE_TUNING_EPOCHS", 100)
     options = {**SHORT, "max_length": 60}
     output = tmp_path / "out"
-    recipe.main(str(tmp_path / "b"), file, file, pipeline="calibrate", weight_bits=8, output=output, **options)
+    recipe.main(str(tmp_path / "b"), file, file, pipeline="calibrate", scheme=W8A8, output=output, **options)
     assert "has no trained question answering head: it is fine-tuned on" in caplog.text
     record = json.loads((output / "result.json").read_text())
     assert record["float"] == record["exact_match"]["float"] == 1.0
     caplog.clear()
     # What was written is a model with a head.
     recipe.main(
-        str(output / "fine_tuned"), file, file, pipeline="calibrate", weight_bits=8, output=tmp_path / "2", **options
+        str(output / "fine_tuned"), file, file, pipeline="calibrate", scheme=W8A8, output=tmp_path / "2", **options
     )
     assert "fine-tuned" not in caplog.text
     assert json.loads((tmp_path / "2" / "result.json").read_text())["float"] == 1.0

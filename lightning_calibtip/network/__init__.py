@@ -1,0 +1,1 @@
+"""A model as a quantized network: observed, planned, applied; its states and its checkpoint."""

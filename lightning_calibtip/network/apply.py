@@ -1,0 +1,121 @@
+"""Applying a plan: the only code that changes a model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .attention import PRODUCTS, add_products
+from .folding import apply_fold
+from .layer_types import layer_type_of
+from .layers import QuantizedLayer
+from .plan import ModulePlan, QuantizationPlan
+from .tensors import ObservedTensor
+from .tying import bake_parametrizations, find_ties, own_parameter
+
+
+def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]:
+    """Make a float model what the plan says: BatchNorms folded, quantizers attached (and switched off).
+
+    Args:
+        model: The float model, changed in place; in eval mode.
+        plan: From ``plan`` for this model, or from a checkpoint of it.
+
+    Returns:
+        The quantized layers by name, in the order of the plan.
+
+    Raises:
+        ValueError: If the plan is of another model: a module is missing, is of another type, or weights that the plan
+            ties are not tied.
+
+    Example:
+        >>> from lightning_calibtip.network.observe import observe
+        >>> from lightning_calibtip.network.plan import plan
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+        >>> structure = observe(model, lambda: model(torch.ones(1, 2)))
+        >>> layers = apply(model, plan(model, structure, QuantizationScheme()))
+        >>> list(layers), type(model[0].parametrizations.weight[0]).__name__
+        (['0', '2'], 'AffineQuantizer')
+    """
+    _add_products(model, plan)
+    _check(model, plan)
+    for module_plan in plan.modules:
+        if module_plan.role == "layer":
+            # Also of layers that stay in float: what they share would be folded into and reconstructed.
+            layer = model.get_submodule(module_plan.name)
+            bake_parametrizations(layer)
+            for parameter in module_plan.copies:
+                own_parameter(layer, parameter)
+    for fold in plan.folds:
+        apply_fold(model, fold)
+    tensors = _observed_tensors(plan)
+    layers: dict[str, QuantizedLayer] = {}
+    # Owners of tied weights come first.
+    for name in sorted(plan.layers, key=lambda name: plan.layers[name].tied_to is not None):
+        layers[name] = _attach(model, plan.layers[name], tensors, layers)
+    return {name: layers[name] for name in plan.layers}
+
+
+def _add_products(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Give attention modules the products that the plan names, as running them would."""
+    modules = dict(model.named_modules())
+    for parent, _, child in (module.name.rpartition(".") for module in plan.modules if module.role == "layer"):
+        if child in PRODUCTS and parent in modules:
+            add_products(modules[parent])
+
+
+def _check(model: nn.Module, plan: QuantizationPlan) -> None:
+    modules = dict(model.named_modules())
+    layers = [module.name for module in plan.modules if module.role == "layer"]
+    wanted = {*layers, *(name for fold in plan.folds for name in (fold.layer, fold.normalization))}
+    if missing := sorted(wanted - modules.keys()):
+        raise ValueError(f"The checkpoint is of another model: this one has no module {', '.join(missing[:5])}.")
+    for name in plan.layers:
+        layer_type = layer_type_of(modules[name])
+        if layer_type is None or len(layer_type.operands) != len(plan.layers[name].reads):
+            raise ValueError(
+                f"The checkpoint is of another model: {name} is a {type(modules[name]).__name__} here, and was a "
+                f"{plan.layers[name].type}; register a layer type of your own with register_layer() before loading."
+            )
+    tied = find_ties(model, {name: modules[name] for name in plan.layers}).tied
+    untied = [name for name, layer in plan.layers.items() if layer.tied_to and tied.get(name) != layer.tied_to]
+    if untied:
+        raise ValueError(
+            f"The checkpoint has the weight of {', '.join(sorted(untied))} tied to an embedding's, this model has not: "
+            "tie it (tie_word_embeddings) before loading."
+        )
+
+
+def _observed_tensors(plan: QuantizationPlan) -> dict[str, ObservedTensor]:
+    """The activations that the quantized layers read, by name."""
+    tensors: dict[str, ObservedTensor] = {}
+    for layer in plan.layers.values():
+        for name in layer.reads:
+            readers = tensors.setdefault(name, ObservedTensor(name)).readers
+            if layer.name not in readers:
+                readers.append(layer.name)
+    return tensors
+
+
+def _attach(
+    model: nn.Module,
+    planned: ModulePlan,
+    tensors: Mapping[str, ObservedTensor],
+    layers: Mapping[str, QuantizedLayer],
+) -> QuantizedLayer:
+    module = model.get_submodule(planned.name)
+    layer_type = layer_type_of(module)
+    assert layer_type is not None and planned.config is not None
+    read = tuple(tensors[name] for name in planned.reads)
+    for tensor, operand in zip(read, layer_type.operands, strict=True):
+        tensor.token_axes = operand.token_axes
+    written = ObservedTensor(f"{planned.name} output", layer_type.output_token_axes, [planned.name])
+    tied_to = layers[planned.tied_to] if planned.tied_to else None
+    parent = model.get_submodule(planned.name.rpartition(".")[0])
+    device = next((p.device for p in (*parent.parameters(), *model.parameters())), torch.device("cpu"))
+    layer = QuantizedLayer(
+        planned.name, module, layer_type, planned.config, read, written, tied_to, first_device=device
+    )
+    layer.attach()
+    return layer

@@ -1,0 +1,46 @@
+"""Matrix products that stay float because no quantized layer computes them, found by running."""
+
+from collections.abc import Collection
+
+from .structure import Structure, is_fused_attention
+
+_OPERATORS = {
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "convolution", "embedding",
+    "embedding_bag", "grouped_mm", "scaled_mm", "int_mm", "native_multi_head_attention",
+    "transformer_encoder_layer_fwd", "mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "thnn_fused_lstm_cell", "thnn_fused_gru_cell",
+}  # fmt: skip
+
+
+def find_float_matmuls(structure: Structure, known: Collection[str]) -> dict[str, str]:
+    """Find the modules that compute matrix products of their own.
+
+    Args:
+        structure: As observed.
+        known: Names of the layers whose products are accounted for, quantized or not.
+
+    Returns:
+        The reason why a module is listed, with the operators that it computes, by the name of the innermost module
+        (``""`` for the model itself).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.observe import record
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> structure = record(model, lambda: model(torch.ones(1, 2)))
+        >>> find_float_matmuls(structure, known=["0"])
+        {'1': 'computes addmm outside of a quantizable layer'}
+    """
+    found: dict[str, set[str]] = {}
+    for operator in structure.operators:
+        if not operator.scope or not (is_fused_attention(operator) or operator.name in _OPERATORS):
+            continue
+        scope = [structure.calls[index].name for index in operator.scope]
+        if not any(name in known for name in scope):
+            fused = is_fused_attention(operator)
+            found.setdefault(scope[-1], set()).add("scaled_dot_product_attention" if fused else operator.name)
+    return {
+        name: f"computes {', '.join(sorted(operators))} outside of a quantizable layer"
+        for name, operators in found.items()
+    }

@@ -1,0 +1,247 @@
+"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), where running has proved the pair."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layer_types import LayerType, layer_type_of, quantizable_layers
+from .structure import Fold, Structure
+from .tying import find_ties, with_baked_parametrizations
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class FoldedBatchNorm(nn.Module):
+    """Takes the place of a BatchNorm that was folded away: passes its input on, and keeps for re-tuning the statistics
+    that the BatchNorm's output had.
+
+    ``weight`` and ``bias`` are the BatchNorm's gamma and beta; ``deviation`` is the standard deviation that its output
+    had in training.
+
+    Args:
+        normalization: The BatchNorm that was folded.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(2, eps=0.0)
+        >>> norm.running_var.fill_(4.0)
+        tensor([4., 4.])
+        >>> FoldedBatchNorm(norm).deviation
+        tensor([1., 1.])
+    """
+
+    weight: Tensor
+    bias: Tensor
+    deviation: Tensor
+
+    def __init__(self, normalization: _BatchNorm) -> None:
+        super().__init__()
+        self.num_features, self.eps = normalization.num_features, normalization.eps
+        gamma, beta = _affine_parameters(normalization)
+        variance: Tensor = normalization.running_var  # type: ignore[assignment]
+        self.register_buffer("weight", gamma.clone())
+        self.register_buffer("bias", beta.clone())
+        # This is gamma, but for channels whose variance is not large against eps.
+        self.register_buffer("deviation", gamma.abs() * torch.sqrt(variance / (variance + self.eps)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+def prove_folds(
+    model: nn.Module, structure: Structure, run: Callable[[], Any]
+) -> tuple[tuple[Fold, ...], dict[str, str]]:
+    """Find each BatchNorm that can be folded into the layer before it: the structure proves the pair, and running one
+    batch checks the result. The model stays as it is.
+
+    A fold is proved if the layer with the folded parameters reproduces the BatchNorm's output on the batch (this covers
+    subclasses with a ``forward`` of their own that ignores the bias, say). Parametrized weights count as baked, and
+    layers that share a weight as if each had a copy of its own.
+
+    Args:
+        model: Must be in eval mode.
+        structure: Its structure, as ``record`` has observed it.
+        run: Calls the model on one batch.
+
+    Returns:
+        The folds, in the order of execution, and the reason for each BatchNorm that is left alone.
+
+    Example:
+        >>> from lightning_calibtip.network.observe import record
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2)).eval()
+        >>> run = lambda: model(torch.ones(1, 1, 4, 4))
+        >>> folds, left = prove_folds(model, record(model, run), run)
+        >>> folds
+        (Fold(layer='0', normalization='1'),)
+        >>> left
+        {'3': 'no convolution or linear layer right before it'}
+        >>> apply_fold(model, folds[0])
+        >>> type(model[1]).__name__
+        'FoldedBatchNorm'
+    """
+    modules = dict(model.named_modules())
+    tied = find_ties(model, quantizable_layers(model)).tied
+    candidates: dict[Fold, nn.Module] = {}
+    left = {
+        name: "no convolution or linear layer right before it"
+        for name in structure.calls_of
+        if isinstance(modules[name], _BatchNorm)
+    }
+    for name in structure.calls_of:
+        if layer_type_of(modules[name]) is None:
+            continue
+        follower, reason = structure.normalization_after(name, lambda other: isinstance(modules[other], _BatchNorm))
+        if follower is None:
+            for call in structure.calls_of[name] if reason else []:
+                readers = [c.name for c in structure.calls if c.name in left and c.reads == call.writes]
+                left.update(dict.fromkeys(readers, reason))
+            continue
+        with torch.no_grad():
+            layer = with_baked_parametrizations(modules[name])
+        if reason := _why_not(layer, modules[follower], tied.get(name)):
+            left[follower] = reason
+        else:
+            candidates[Fold(name, follower)] = layer
+    exact = _reproduced(modules, candidates, run)
+    folds = tuple(fold for fold in candidates if fold in exact)
+    for fold in candidates:
+        if fold in exact:
+            del left[fold.normalization]
+        else:
+            left[fold.normalization] = f"folding it into {fold.layer} changes the output"
+    return folds, left
+
+
+@torch.no_grad()
+def apply_fold(model: nn.Module, fold: Fold) -> None:
+    """Fold one pair in place: the layer gets the folded weight and a bias, the BatchNorm becomes a ``FoldedBatchNorm``.
+
+    Args:
+        model: Holds both; the layer's parameters are plain ones and its own.
+        fold: The pair, see ``prove_folds``, which has an example.
+
+    Raises:
+        AttributeError: If the model has no module of one of the names.
+    """
+    layer, normalization = model.get_submodule(fold.layer), model.get_submodule(fold.normalization)
+    assert isinstance(normalization, _BatchNorm)
+    weight, bias = _folded_parameters(layer, normalization)
+    getattr(layer, _weight_name(layer)).copy_(weight)
+    layer.bias = nn.Parameter(bias.to(weight.dtype))
+    folded = FoldedBatchNorm(normalization).train(normalization.training)
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is normalization:
+                setattr(parent, child, folded)
+
+
+def _affine_parameters(normalization: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """``gamma`` and ``beta`` of a BatchNorm, 1 and 0 where it has none."""
+    mean: Tensor = normalization.running_mean  # type: ignore[assignment]
+    gamma = torch.ones_like(mean) if normalization.weight is None else normalization.weight.detach()
+    beta = torch.zeros_like(mean) if normalization.bias is None else normalization.bias.detach()
+    return gamma, beta
+
+
+def _folded_parameters(layer: nn.Module, normalization: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias that make ``layer`` alone compute what ``normalization(layer(x))`` computes in eval mode."""
+    weight: Tensor = getattr(layer, _weight_name(layer)).detach()
+    mean: Tensor = normalization.running_mean  # type: ignore[assignment]
+    variance: Tensor = normalization.running_var  # type: ignore[assignment]
+    gamma, beta = _affine_parameters(normalization)
+    factor = gamma / torch.sqrt(variance + normalization.eps)
+    bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else torch.zeros_like(mean)
+    return weight * _output_channels(layer, weight, factor).to(weight.dtype), (bias - mean) * factor + beta
+
+
+def _output_channels(layer: nn.Module, weight: Tensor, factor: Tensor) -> Tensor:
+    """View one factor for each output channel so that it multiplies ``weight`` of ``layer``."""
+    if isinstance(layer, _TRANSPOSED):
+        # The weight is (in, out / groups, ...), and the inputs of one group are consecutive.
+        grouped = factor.view(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
+        return grouped.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
+    axis = _registered(layer).channel_axis or 0
+    shape = [1] * weight.dim()
+    shape[axis] = -1
+    return factor.view(shape)
+
+
+def _registered(layer: nn.Module) -> LayerType:
+    layer_type = layer_type_of(layer)
+    assert layer_type is not None
+    return layer_type
+
+
+def _weight_name(layer: nn.Module) -> str:
+    """Name of a layer's weight; ``""``, which no parameter has, if it has none."""
+    return _registered(layer).weight or ""
+
+
+def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) -> str:
+    """Reason why the pair cannot be folded, whatever runs, or ''.
+
+    Args:
+        layer: The layer, without parametrizations.
+        normalization: The BatchNorm after it.
+        embedding: Name of the embedding that has the layer's weight too, if one does.
+    """
+    assert isinstance(normalization, _BatchNorm)
+    if type(normalization).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return f"{type(normalization).__name__} has a forward of its own"
+    if normalization.running_mean is None:
+        return "it has no running statistics"
+    weight = layer._parameters.get(_weight_name(layer))
+    if not isinstance(weight, Tensor) or "bias" not in layer._parameters:
+        return "the layer's weight or bias is not a plain parameter"
+    if embedding is not None:
+        return f"the layer's weight is also that of the embedding {embedding}"
+    groups = layer.groups if isinstance(layer, _TRANSPOSED) else 1
+    axis = _registered(layer).channel_axis
+    if axis is None or weight.shape[axis] * groups != normalization.num_features:
+        return "it normalizes another dimension than the layer's output channels"
+    return ""
+
+
+def _reproduced(
+    modules: Mapping[str, nn.Module], candidates: Mapping[Fold, nn.Module], run: Callable[[], Any]
+) -> set[Fold]:
+    """Folds whose layer, with the folded parameters, gives the BatchNorm's output on the batch that ``run`` runs.
+
+    Args:
+        modules: All modules of the model by name.
+        candidates: The folds, each with its layer without parametrizations.
+        run: Calls the model on one batch.
+    """
+    exact = set(candidates)
+    entered: dict[Fold, tuple[Any, Any]] = {}
+
+    def remember(fold: Fold) -> Callable[..., None]:
+        return lambda module, args, kwargs: entered.__setitem__(fold, (args, kwargs))
+
+    def compare(fold: Fold, layer: nn.Module) -> Callable[..., None]:
+        def hook(normalization: _BatchNorm, inputs: Any, wanted: Tensor) -> None:
+            args, kwargs = entered.pop(fold)
+            weight, bias = _folded_parameters(layer, normalization)
+            kept = dict(layer._parameters)
+            layer._parameters.update({_weight_name(layer): nn.Parameter(weight), "bias": nn.Parameter(bias)})
+            try:
+                got = layer.forward(*args, **kwargs)
+            finally:
+                layer._parameters.update(kept)
+            tolerance = 1e-3 * float(wanted.abs().max()) + 1e-6
+            if got.shape != wanted.shape or not float((got - wanted).abs().max()) <= tolerance:
+                exact.discard(fold)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for fold, layer in candidates.items():
+            remembering = modules[fold.layer].register_forward_pre_hook(remember(fold), with_kwargs=True)
+            stack.callback(remembering.remove)
+            stack.callback(modules[fold.normalization].register_forward_hook(compare(fold, layer)).remove)
+        run()
+    return exact

@@ -1,0 +1,86 @@
+"""Hooks on a layer: its inputs and its output go through quantizers, and observers see them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .tensors import ObservedTensor
+
+# Names of the quantizers of activations below a layer.
+INPUT_QUANTIZERS, OUTPUT_QUANTIZER = "input_quantizers", "output_quantizer"
+
+
+def quantize_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook: the floating-point tensors that the layer is given go through its quantizers, by position.
+
+    Example:
+        See ``QuantizedLayer``.
+    """
+    quantizers: nn.ModuleDict = layer.input_quantizers  # type: ignore[assignment]
+    positions = iter(range(len(args) + len(kwargs)))
+
+    def through(value: Any) -> Any:
+        if not _is_real(value):
+            return value
+        key = str(next(positions))
+        return quantizers[key](value) if key in quantizers else value
+
+    return tuple(map(through, args)), {key: through(value) for key, value in kwargs.items()}
+
+
+def quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: the first floating-point tensor that the layer returns goes through its
+    output's quantizer.
+
+    Example:
+        See ``QuantizedLayer``.
+    """
+    waiting: list[nn.Module] = [layer.output_quantizer]  # type: ignore[list-item]
+
+    def through(leaf: Any) -> Any:
+        return waiting.pop()(leaf) if waiting and _is_real(leaf) else leaf
+
+    return tree_map(through, output)
+
+
+@contextmanager
+def observing_activations(
+    layer: nn.Module, inputs: Sequence[ObservedTensor], output: ObservedTensor, tokens: Tensor | None
+) -> Iterator[None]:
+    """Inside, the observers of a layer's activations see what passes, as the model gives it.
+
+    Args:
+        layer: The layer.
+        inputs: The activations that it reads, by position among its floating-point inputs.
+        output: The activation that it writes.
+        tokens: Which tokens of the batch count, bool, shape (batch, positions); all if None.
+
+    Example:
+        See ``QuantizedNetwork``.
+    """
+
+    def see_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [value for value in (*args, *kwargs.values()) if _is_real(value)]
+        for tensor, value in zip(inputs, values, strict=False):
+            tensor.observe(value, tokens)
+
+    def see_output(module: nn.Module, args: Any, result: Any) -> None:
+        if (value := next(filter(_is_real, tree_leaves(result)), None)) is not None:
+            output.observe(value, tokens)
+
+    hooks = [
+        layer.register_forward_pre_hook(see_inputs, with_kwargs=True, prepend=True),
+        layer.register_forward_hook(see_output),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

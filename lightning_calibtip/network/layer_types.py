@@ -1,0 +1,153 @@
+"""The registry of quantizable layer types, and what has to be known of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one floating-point input of a layer type is quantized.
+
+    Args:
+        dynamic_range_axes: Dimensions, counted from the last, over which a range spans that is found at run time
+            (``per_token``): those that the layer sums over for one element of its output. Empty if tokens are among
+            them; such an operand always has one calibrated range.
+        token_axes: Dimensions that run over tokens, where padding may be. They count only where the input has at least
+            three dimensions.
+        nonnegative: Whether the input is never negative (probabilities, say), so that its zero point stays that of
+            zero.
+
+    Example:
+        >>> Operand(nonnegative=True)
+        Operand(dynamic_range_axes=(-1,), token_axes=(1,), nonnegative=True)
+    """
+
+    dynamic_range_axes: tuple[int, ...] = (-1,)
+    token_axes: tuple[int, ...] = (1,)
+    nonnegative: bool = False
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What has to be known of a layer type to quantize it.
+
+    Args:
+        weight: Name of the parameter that is its weight; None if it has none (a matrix product of two inputs).
+        channel_axis: Output-channel dimension of the weight; None exactly if there is no weight.
+        operands: Its floating-point inputs that are quantized, from the first on; empty for an embedding, whose input
+            is indices.
+        output_token_axes: Dimensions of its output that run over tokens.
+
+    Raises:
+        ValueError: If only one of ``weight`` and ``channel_axis`` is None.
+
+    Example:
+        >>> layer_type_of(nn.Linear(2, 2)) == LayerType()
+        True
+    """
+
+    weight: str | None = "weight"
+    channel_axis: int | None = 0
+    operands: tuple[Operand, ...] = (Operand(),)
+    output_token_axes: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if (self.weight is None) != (self.channel_axis is None):
+            raise ValueError(
+                f"weight and channel_axis must both be None or neither, got weight={self.weight!r} and "
+                f"channel_axis={self.channel_axis!r}."
+            )
+
+
+_LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
+
+
+def register_layer(
+    layer_type: type[nn.Module],
+    channel_axis: int | None = 0,
+    operands: Sequence[Operand] = (Operand(),),
+    output_token_axes: Sequence[int] = (1,),
+    weight: str = "weight",
+) -> None:
+    """Make a layer type, and its subclasses, quantizable.
+
+    The type must compute its output from its floating-point inputs and, if it has one, its weight. Its inputs are
+    counted in the order in which they are passed: positional arguments first, then keyword arguments.
+
+    Args:
+        layer_type: Class of the layer.
+        channel_axis: Output-channel dimension of its weight; None if it has no weight (a matrix product).
+        operands: How each of its inputs is quantized, from the first on; empty if none is.
+        output_token_axes: Dimensions of its output that run over tokens.
+        weight: Name of the parameter that is its weight; it does not count if ``channel_axis`` is None.
+
+    Raises:
+        ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
+            parameter.
+
+    Example:
+        >>> import torch
+        >>> class Scale(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.factors = nn.Parameter(torch.ones(4, 1))
+        ...     def forward(self, x):
+        ...         return x * self.factors[:, 0]
+        >>> register_layer(Scale, channel_axis=0, weight="factors")
+        >>> layer_type_of(Scale()).weight
+        'factors'
+    """
+    if channel_axis is None and not operands:
+        raise ValueError(f"{layer_type.__name__} has neither a weight nor an operand to quantize.")
+    if not isinstance(weight, str) or not weight.isidentifier():
+        raise ValueError(
+            f"{layer_type.__name__}: weight must be the name of the parameter that is its weight, got {weight!r}."
+        )
+    name = None if channel_axis is None else weight
+    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), tuple(output_token_axes))
+
+
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """Find the layer type of the nearest registered class that ``module`` is an instance of; None if there is none.
+
+    Example:
+        >>> layer_type_of(nn.ConvTranspose2d(1, 2, 3)).channel_axis
+        1
+        >>> layer_type_of(nn.ReLU()) is None
+        True
+    """
+    return next((_LAYER_TYPES[cls] for cls in type(module).__mro__ if cls in _LAYER_TYPES), None)
+
+
+def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Find all modules of a registered type, by their full names and in the order of registration in the model.
+
+    Example:
+        >>> list(quantizable_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))))
+        ['0', '2']
+    """
+    return {name: module for name, module in model.named_modules() if layer_type_of(module) is not None}
+
+
+def reads_indices(module: nn.Module) -> bool:
+    """Whether a layer has a weight but no input to quantize, as an embedding does.
+
+    Example:
+        >>> reads_indices(nn.Embedding(3, 2)), reads_indices(nn.Linear(3, 2))
+        (True, False)
+    """
+    layer_type = layer_type_of(module)
+    return layer_type is not None and not layer_type.operands
+
+
+_CONVOLUTIONS = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))
+
+for _dimensions, (_conv, _transposed) in enumerate(_CONVOLUTIONS, start=1):
+    # A convolution sums over channels and positions, so a range found at run time is that of a sample.
+    _input = Operand(tuple(range(-_dimensions - 1, 0)), (2,) if _dimensions == 1 else ())
+    register_layer(_conv, 0, [_input], _input.token_axes)
+    register_layer(_transposed, 1, [_input], _input.token_axes)
+register_layer(nn.Linear)
+register_layer(nn.Embedding, 0, operands=())

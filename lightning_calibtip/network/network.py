@@ -1,0 +1,334 @@
+"""A model with quantized layers: observed, planned, applied; calibrated, switched, shown as the float model."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantization.observers import make_observer
+from ..quantization.quantizers import Quantizer
+from ..quantization.ranges import RangeOptions
+from ..quantization.spec import BitWidths, LayerConfig
+from .apply import apply
+from .attention import PRODUCTS, possible_products, route_attention
+from .layer_types import layer_type_of, quantizable_layers
+from .layers import QuantizedLayer
+from .observe import observe, record
+from .plan import QuantizationPlan, Target, layer_config, plan, weights_of
+from .scheme import QuantizationScheme
+from .structure import Structure
+from .summary import LayerSummary, summarize
+from .tensors import ObservedTensor
+
+log = logging.getLogger(__name__)
+
+
+class QuantizedNetwork:
+    """The quantized layers of a model, and what is known of its structure.
+
+    The model is changed in place: pass a copy if the original is still needed. ``prepare`` does all that needs a batch.
+
+    Args:
+        model: Any module, in eval mode.
+        scheme: Bit-widths and formats.
+        target: What the model is to run on; None for no restriction.
+
+    Attributes:
+        layers: The quantized layers by name, in the order of execution.
+        structure: What one batch has shown of the float model with folded BatchNorms; None before ``prepare``.
+        calibrated: Whether all quantizers have ranges.
+        fingerprint: Digest of the float model.
+        has_float_weights: Whether the float weights are those of the model that was quantized (not after a checkpoint
+            was loaded into another one).
+
+    Raises:
+        ValueError: If the model is quantized already, has no quantizable layer, or an override matches none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+        >>> network = QuantizedNetwork(model, QuantizationScheme(weight_bits=4, edge_bits=None))
+        >>> batch = torch.tensor([[1.0, -1.0]])
+        >>> network.prepare(lambda: model(batch))
+        >>> network.attach_observers(RangeOptions("minmax"))
+        >>> with network.observing():
+        ...     _ = model(batch)
+        >>> network.fit_ranges()
+        >>> network.calibrated, [line.weight_bits for line in network.summary()]
+        (True, [4, 4])
+    """
+
+    def __init__(self, model: nn.Module, scheme: QuantizationScheme, target: Target | None = None) -> None:
+        self.model, self.scheme, self.target = model, scheme, target
+        for module in model.modules():
+            if isinstance(module, Quantizer):
+                raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
+        route_attention(model)
+        candidates = list(quantizable_layers(model))
+        if not candidates:
+            raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
+        scheme.check_overrides([*candidates, *possible_products(model)])
+        self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        self.fingerprint = _fingerprint(model)
+        self.layers: dict[str, QuantizedLayer] = {}
+        self.structure: Structure | None = None
+        self.calibrated = False
+        self.has_float_weights = True
+        self._plan: QuantizationPlan | None = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether BatchNorms are folded and quantizers attached."""
+        return self._plan is not None
+
+    @property
+    def plan(self) -> QuantizationPlan:
+        """What becomes of every module, with the present formats of the layers; before ``prepare``, nothing yet."""
+        if self._plan is None:
+            return QuantizationPlan.pending(self.model)
+        return self._plan.with_configs({name: layer.config for name, layer in self.layers.items()})
+
+    def prepare(self, run: Callable[[], Any]) -> None:
+        """Observe one batch; the first time, plan and apply the plan.
+
+        Args:
+            run: Calls the model on one batch.
+        """
+        if not self.prepared:
+            decided = plan(self.model, observe(self.model, run), self.scheme, self.target)
+            for name, reason in decided.unfolded_norms.items():
+                log.warning("BatchNorm %s is not folded: %s.", name, reason)
+            for name, reason in decided.float_matmuls.items():
+                log.warning("%s %s: that stays float.", name or "The model itself", reason)
+            for name, reason in decided.float_layers.items():
+                if not self.scheme.is_overridden(name):
+                    log.warning("Layer %s stays float: %s.", name, reason)
+            self.apply(decided)
+        with self._mode(quantized=False):
+            self.structure = record(self.model, run)
+
+    def apply(self, decided: QuantizationPlan) -> None:
+        """Make the float model what a plan says.
+
+        Raises:
+            ValueError: If the plan is of another model.
+        """
+        self.layers = apply(self.model, decided)
+        self._plan = decided
+
+    def adopt(self, decided: QuantizationPlan) -> None:
+        """Give a model that is quantized already the formats of another plan for the same layers.
+
+        Raises:
+            ValueError: If the plans differ in more than formats.
+        """
+        assert self._plan is not None
+        for what, there, here in (
+            ("layers", list(decided.layers), list(self.layers)),
+            ("folded BatchNorms", decided.folds, self._plan.folds),
+            ("tied weights", decided.tied, self._plan.tied),
+            ("shared activations", decided.reads, self._plan.reads),
+        ):
+            if there != here:
+                raise ValueError(
+                    f"The model is already quantized, with other {what} than the checkpoint's; load the checkpoint "
+                    "into a QuantizationModule made anew from the float model."
+                )
+        for name, layer in decided.layers.items():
+            assert layer.config is not None
+            self.layers[name].install(layer.config)
+        self._plan = decided
+
+    def config_for(self, name: str, bit_widths: BitWidths) -> LayerConfig:
+        """Format that a quantized layer has at given bit-widths."""
+        return layer_config(name, self.layers[name].type, bit_widths, self.scheme, self.target)
+
+    def switch(self, name: str, bit_widths: BitWidths) -> None:
+        """Switch a layer to other bit-widths, see ``QuantizedLayer.switch``."""
+        self.layers[name].switch(self.config_for(name, bit_widths))
+
+    @property
+    def pinned_layers(self) -> list[str]:
+        """Quantized layers whose bit-widths ``edge_bits`` or an override has pinned, in the order of execution."""
+        return [] if self._plan is None else [name for name in self.layers if self._plan.layers[name].pinned]
+
+    @property
+    def searchable_layers(self) -> list[str]:
+        """Quantized layers whose bit-widths are free to be chosen, in the order of execution."""
+        return [] if self._plan is None else [name for name in self.layers if not self._plan.layers[name].pinned]
+
+    @property
+    def float_layers(self) -> dict[str, str]:
+        """Layers of a quantizable type that stay in float, and why."""
+        return {} if self._plan is None else self._plan.float_layers
+
+    def leave_float(self, name: str, reason: str) -> None:
+        """Take a layer out of quantization, for a reason that the summary gives; warns, since it was meant to be
+        quantized."""
+        for other in [key for key, layer in self.layers.items() if layer.tied_to and layer.tied_to.name == name]:
+            self.leave_float(other, f"its weight is that of {name}, which stays float")
+        if name in self.layers:
+            layer = self.layers.pop(name)
+            layer.detach()
+            for tensor in layer.tensors:
+                tensor.readers.remove(name)
+        assert self._plan is not None
+        own = self.model.get_submodule(name).parameters(recurse=False)
+        self._plan = self._plan.with_float_layer(name, reason, sum(parameter.numel() for parameter in own))
+        log.warning("Layer %s stays float: %s.", name, reason)
+
+    @property
+    def quantizers(self) -> list[Quantizer]:
+        """All quantizers that the layers have at present; one that several layers share counts once."""
+        return list(dict.fromkeys(quantizer for layer in self.layers.values() for quantizer in layer.quantizers))
+
+    @property
+    def tensors(self) -> list[ObservedTensor]:
+        """All activations that the layers read or write."""
+        found = (tensor for layer in self.layers.values() for tensor in (*layer.tensors, layer.output_tensor))
+        return list(dict.fromkeys(found))
+
+    @property
+    def quantizable_parameters(self) -> int:
+        """Number of weights of all layers that could be quantized, whether they are or not."""
+        return sum(self.weights_of(name) for name in (*self.layers, *self.float_layers))
+
+    def weights_of(self, name: str) -> int:
+        """Number of weights of a quantizable layer; 0 if it has none of its own."""
+        if name in self.layers:
+            return self.layers[name].weight.numel()
+        return weights_of(self.model.get_submodule(name))
+
+    @property
+    def weight_bits_total(self) -> int:
+        """Bits of the weights of all quantizable layers: 32 for each weight that is in float."""
+        bits = {name: layer.weight_quantizer.spec.bits for name, layer in self.layers.items() if layer.weight_quantizer}
+        return sum(self.weights_of(name) * bits.get(name, 32) for name in (*self.layers, *self.float_layers))
+
+    def attach_observers(self, options: RangeOptions) -> None:
+        """Give each activation a fresh observer, and each layer the way its weight's range is chosen."""
+        for layer in self.layers.values():
+            layer.range_options = options
+            for tensor in (*layer.tensors, layer.output_tensor):
+                tensor.observer = None
+        for layer in self.layers.values():
+            outputs = [layer.output_tensor] if layer.config.output is not None else []
+            for tensor in [*layer.tensors, *outputs]:
+                tensor.observer = tensor.observer or make_observer(options).to(layer.device)
+
+    @contextmanager
+    def observing(self, tokens: Tensor | None = None) -> Iterator[None]:
+        """Inside, observers see what passes, and the model computes in float.
+
+        Args:
+            tokens: Which tokens of the batch count, bool, shape (batch, positions); all if None.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._mode(quantized=False))
+            for tensor in self.tensors:
+                tensor.next_batch()
+            for layer in self.layers.values():
+                stack.enter_context(layer.observing(tokens))
+            yield
+
+    def fit_ranges(self) -> None:
+        """Choose all ranges from what was observed and switch quantization on; layers that never ran stay float, with a
+        warning.
+
+        Raises:
+            RuntimeError: If no layer was reached at all.
+        """
+        runs = self.structure.calls_of if self.structure else {}
+        reached = {name for name, layer in self.layers.items() if (layer.observed if layer.tensors else name in runs)}
+        # The weight of one that does not run may be that of another, which does.
+        owners = {layer.tied_to.name for name, layer in self.layers.items() if layer.tied_to and name in reached}
+        unreached = [name for name in self.layers if name not in reached | owners]
+        if not reached:
+            raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
+        for name in unreached:
+            if name in self.layers:
+                self.leave_float(name, "no calibration batch has reached it")
+        self._note_late_products()
+        for layer in self.layers.values():
+            layer.variants.clear()
+            layer.errors = None
+            layer.fit_ranges()
+        self.calibrated = True
+        self._set_mode(quantized=True)
+
+    def _note_late_products(self) -> None:
+        """List the products of attention that first ran after the plan was made."""
+        assert self._plan is not None
+        known = {*self.layers, *(module.name for module in self._plan.modules)}
+        for name, module in self.model.named_modules():
+            if name.endswith(PRODUCTS) and layer_type_of(module) and name not in known:
+                reason = "first ran after the first calibration batch"
+                self._plan = self._plan.with_float_matmul(name, type(module).__name__, reason)
+                log.warning("%s %s: it stays float.", name, reason)
+
+    def reset_to_float(self) -> None:
+        """Put all layers back to their float weights, with ranges alone, at their present bit-widths."""
+        for layer in self.layers.values():
+            layer.reset()
+
+    @contextmanager
+    def quantized(self, enabled: bool) -> Iterator[None]:
+        """Inside, the model computes quantized, or as the float model it was made from (BatchNorms folded).
+
+        Raises:
+            RuntimeError: If float is wanted, but the model that a checkpoint was loaded into had other weights; or if
+                quantized is wanted before calibration.
+        """
+        if not enabled and not self.has_float_weights:
+            raise RuntimeError(
+                "The float weights are not in a quantized checkpoint, and the model it was loaded into is not the "
+                "one that was quantized; pass the trained model to load_from_checkpoint(path, model=...)."
+            )
+        if enabled and not self.calibrated:
+            raise RuntimeError("The model has no ranges yet, so it cannot compute quantized: run Calibration first.")
+        with self._mode(enabled):
+            yield
+
+    @contextmanager
+    def _mode(self, quantized: bool) -> Iterator[None]:
+        """Inside, all layers compute quantized, or all as float; afterwards as before."""
+        was = {name: (layer.shows_float, layer.enabled) for name, layer in self.layers.items()}
+        try:
+            self._set_mode(quantized)
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                if name in was:
+                    shows_float, enabled = was[name]
+                    layer.show_float(shows_float)
+                    layer.set_enabled(enabled)
+
+    def _set_mode(self, quantized: bool) -> None:
+        for layer in self.layers.values():
+            layer.show_float(not quantized)
+            layer.set_enabled(quantized)
+
+    def set_calibrated(self, calibrated: bool) -> None:
+        """Say whether the quantizers have ranges, as a checkpoint that was loaded says; they are at work from then
+        on."""
+        self.calibrated = calibrated
+        for layer in self.layers.values():
+            layer.show_float(False)
+            layer.set_enabled(calibrated)
+
+    def summary(self) -> list[LayerSummary]:
+        """Status of each layer, see ``summarize``."""
+        return summarize(self.plan)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of all parameters and buffers, to know the float model again."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,373 @@
+"""The plan: what becomes of every module of one model, as plain values that can be compared, printed and stored."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from ..quantization.spec import BitWidths, LayerConfig
+from .dataflow import shared_operands
+from .float_matmuls import find_float_matmuls
+from .layer_types import LayerType, layer_type_of, quantizable_layers
+from .scheme import QuantizationScheme
+from .structure import Fold, Structure
+from .tying import Ties, find_ties
+
+_COPIED = "with a copy of its own of a shared parameter"
+
+
+class Target(Protocol):
+    """What the model is to run on, as far as it decides how a layer is quantized.
+
+    Example:
+        >>> class SymmetricWeights:
+        ...     def config(self, name, layer_type, config):
+        ...         return config if config.weight is None else replace(
+        ...             config, weight=replace(config.weight, symmetric=True))
+        >>> target: Target = SymmetricWeights()
+    """
+
+    def config(self, name: str, layer_type: LayerType, config: LayerConfig) -> LayerConfig:
+        """Format of a layer on this target.
+
+        Args:
+            name: Full name of the layer.
+            layer_type: Its type.
+            config: Format that the scheme gives it.
+        """
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one module.
+
+    Args:
+        name: Full name in the model; ``""`` for the model itself.
+        type: Name of its class.
+        role: ``"layer"`` (of a quantizable type), ``"normalization"`` (a BatchNorm), ``"matmul"`` (computes matrix
+            products of its own) or ``"module"`` (anything else with parameters).
+        parameters: Number of the weights of a quantized layer, or of all own parameters of what stays in float.
+        config: Format of a layer that is quantized; None for everything else.
+        reason: Why it stays in float; of a quantized layer, what else was done to it.
+        folded_into: Layer that a BatchNorm is folded into.
+        tied_to: Layer that owns the weight of this one.
+        copies: Names of shared parameters that the layer gets a copy of.
+        reads: Names of the activations that it reads, one for each operand; layers that read the same one share its
+            quantizers.
+        pinned: Whether the user has said which bit-widths it has.
+
+    Example:
+        See ``plan``.
+    """
+
+    name: str
+    type: str
+    role: str
+    parameters: int = 0
+    config: LayerConfig | None = None
+    reason: str = ""
+    folded_into: str | None = None
+    tied_to: str | None = None
+    copies: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    pinned: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        config = None if self.config is None else self.config.to_dict()
+        return {**asdict(self), "config": config, "copies": list(self.copies), "reads": list(self.reads)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModulePlan":
+        """Inverse of ``to_dict``."""
+        config = None if values["config"] is None else LayerConfig.from_dict(values["config"])
+        sequences = {"copies": tuple(values["copies"]), "reads": tuple(values["reads"])}
+        return cls(**{**values, "config": config, **sequences})
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What becomes of every module of one model, in the order of execution; what does not run comes last.
+
+    Example:
+        See ``plan``.
+    """
+
+    modules: tuple[ModulePlan, ...]
+
+    @cached_property
+    def layers(self) -> dict[str, ModulePlan]:
+        """The quantized layers by name."""
+        return {module.name: module for module in self.modules if module.config is not None}
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """The BatchNorms that are folded, each with its layer."""
+        return tuple(Fold(module.folded_into, module.name) for module in self.modules if module.folded_into is not None)
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Layers that have the weight of another one, and which."""
+        return {name: layer.tied_to for name, layer in self.layers.items() if layer.tied_to is not None}
+
+    @cached_property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """Names of the activations that each quantized layer reads."""
+        return {name: layer.reads for name, layer in self.layers.items()}
+
+    @cached_property
+    def float_layers(self) -> dict[str, str]:
+        """Layers of a quantizable type that stay in float, and why."""
+        return self._float("layer")
+
+    @cached_property
+    def unfolded_norms(self) -> dict[str, str]:
+        """BatchNorms that are not folded, and why."""
+        return self._float("normalization")
+
+    @cached_property
+    def float_matmuls(self) -> dict[str, str]:
+        """Modules that compute matrix products outside of quantizable layers, and which."""
+        return self._float("matmul")
+
+    def _float(self, role: str) -> dict[str, str]:
+        found = [module for module in self.modules if module.role == role]
+        return {module.name: module.reason for module in found if module.config is None and module.folded_into is None}
+
+    def with_configs(self, configs: Mapping[str, LayerConfig]) -> "QuantizationPlan":
+        """The same plan with other formats of some quantized layers."""
+        return QuantizationPlan(
+            tuple(
+                replace(module, config=configs[module.name]) if module.name in configs else module
+                for module in self.modules
+            )
+        )
+
+    def with_float_layer(self, name: str, reason: str, parameters: int) -> "QuantizationPlan":
+        """The same plan with a layer left in float after all."""
+        changes: dict[str, Any] = {"config": None, "reason": reason, "parameters": parameters, "pinned": False}
+        changes |= {"tied_to": None, "reads": ()}
+        return QuantizationPlan(
+            tuple(replace(module, **changes) if module.name == name else module for module in self.modules)
+        )
+
+    def with_float_matmul(self, name: str, type_name: str, reason: str) -> "QuantizationPlan":
+        """The same plan with one more module that computes matrix products in float."""
+        return QuantizationPlan((*self.modules, ModulePlan(name, type_name, "matmul", reason=reason)))
+
+    @classmethod
+    def pending(cls, model: nn.Module) -> "QuantizationPlan":
+        """The modules with parameters of a model that has not been observed yet."""
+        layers = quantizable_layers(model)
+        found = []
+        for name, module in model.named_modules():
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            reason = "not calibrated yet" if name in layers else "not a quantizable type of layer"
+            if own and ".parametrizations." not in f".{name}.":
+                found.append(ModulePlan(name, _class_name(module), "module", own, reason=reason))
+        return cls(tuple(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {"modules": [module.to_dict() for module in self.modules]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationPlan":
+        """Inverse of ``to_dict``."""
+        return cls(tuple(map(ModulePlan.from_dict, values["modules"])))
+
+
+def plan(
+    model: nn.Module, structure: Structure, scheme: QuantizationScheme, target: Target | None = None
+) -> QuantizationPlan:
+    """Decide what becomes of every module; nothing is changed, and nothing is run.
+
+    Args:
+        model: The float model.
+        structure: What ``observe`` has seen of it, with the BatchNorms that it has proved to be foldable.
+        scheme: Bit-widths and formats that the user asks for.
+        target: What the model is to run on; None for no restriction.
+
+    Raises:
+        ValueError: If an override matches no layer, or overrides give one weight, which layers share, several
+            bit-widths.
+
+    Example:
+        >>> from lightning_calibtip.network.observe import observe
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+        >>> structure = observe(model, lambda: model(torch.ones(1, 2)))
+        >>> decided = plan(model, structure, QuantizationScheme(weight_bits=4, overrides={"2": None}))
+        >>> [(module.name, module.config and module.config.bit_widths.label) for module in decided.modules]
+        [('0', 'W8A8'), ('2', None)]
+        >>> QuantizationPlan.from_dict(decided.to_dict()) == decided
+        True
+    """
+    return _Planner(model, structure, scheme, target).plan()
+
+
+class _Planner:
+    """The decisions of one plan, each derived from those before."""
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, scheme: QuantizationScheme, target: Target | None
+    ) -> None:
+        self.model, self.structure, self.scheme, self.target = model, structure, scheme, target
+        self.layers = quantizable_layers(model)
+        scheme.check_overrides(list(self.layers))
+        self.running = [name for name in structure.calls_of if name in self.layers]
+        edges = {self.running[0], self.running[-1]} if self.running else set()
+        self.bit_widths = {name: scheme.bit_widths_of(name, name in edges) for name in self.layers}
+        pins_edges = scheme.edge_bits is not None
+        self.pinned = {name for name in self.layers if scheme.is_overridden(name) or (name in edges and pins_edges)}
+        self.ties = self._agreed_ties()
+        self.configs = {name: self._config(name) for name in self.layers}
+        self.float_layers = {name: reason for name in self.layers if (reason := self._why_float(name))}
+
+    def plan(self) -> QuantizationPlan:
+        matmuls = find_float_matmuls(self.structure, list(self.layers))
+        reads = self._reads()
+        folds = {fold.normalization: fold.layer for fold in self.structure.folds}
+        found = []
+        for name, module in self.model.named_modules():
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            described = ModulePlan(name, _class_name(module), "module", own)
+            if name in self.layers:
+                found.append(self._layer(described, module, reads))
+            elif isinstance(module, _BatchNorm) and name in folds:
+                found.append(replace(described, role="normalization", parameters=0, folded_into=folds[name]))
+            elif name in self.structure.unfolded_norms:
+                found.append(replace(described, role="normalization", reason=self.structure.unfolded_norms[name]))
+            elif name in matmuls:
+                found.append(replace(described, role="matmul", reason=matmuls[name]))
+            elif own and ".parametrizations." not in f".{name}.":
+                found.append(replace(described, reason="not a quantizable type of layer"))
+        order = {name: position for position, name in enumerate(self.structure.calls_of)}
+        return QuantizationPlan(tuple(sorted(found, key=lambda module: order.get(module.name, len(order)))))
+
+    def _layer(self, described: ModulePlan, module: nn.Module, reads: Mapping[str, tuple[str, ...]]) -> ModulePlan:
+        name = described.name
+        copies = self.ties.copies.get(name, ())
+        note = _COPIED if copies else ""
+        if name in self.float_layers:
+            return replace(described, role="layer", reason=self.float_layers[name], copies=copies)
+        tied_to = self.ties.tied.get(name)
+        return replace(
+            described,
+            role="layer",
+            parameters=0 if tied_to else weights_of(module),
+            config=self.configs[name],
+            reason=f"with the weight of {tied_to}" if tied_to else note,
+            tied_to=tied_to,
+            copies=copies,
+            reads=reads[name],
+            pinned=name in self.pinned,
+        )
+
+    def _agreed_ties(self) -> Ties:
+        """Ties between layers that can share a weight, whose bit-widths of it are made one; the others get copies."""
+        ties = find_ties(self.model, self.layers)
+        copies, tied = dict(ties.copies), dict(ties.tied)
+        for name, owner in ties.tied.items():
+            widths = [self.bit_widths[layer] for layer in (name, owner)]
+            is_float = any(self._config(layer).is_float for layer in (name, owner))
+            if is_float or len({width.weight is None for width in widths}) > 1:
+                layer_type = layer_type_of(self.layers[name])
+                copies[name] = (*copies.get(name, ()), (layer_type and layer_type.weight) or "weight")
+                del tied[name]
+        for owner in set(tied.values()):
+            self._agree([owner, *(name for name, other in tied.items() if other == owner)])
+        return Ties(copies, tied)
+
+    def _agree(self, layers: list[str]) -> None:
+        """Give layers that share one weight one bit-width of it: that of an override, or else of the first or last
+        layer.
+
+        Raises:
+            ValueError: If overrides contradict each other.
+        """
+        wanted = {name: self.bit_widths[name].weight for name in layers}
+        overridden = {name: wanted[name] for name in layers if self.scheme.is_overridden(name)}
+        if len(set(overridden.values())) > 1:
+            raise ValueError(f"overrides give one weight, which these layers share, several bit-widths: {overridden}.")
+        decisive = list(overridden) or [name for name in layers if name in self.pinned] or layers[:1]
+        for name in layers:
+            self.bit_widths[name] = BitWidths(wanted[decisive[0]], self.bit_widths[name].activation)
+        if self.pinned & set(layers):
+            self.pinned.update(layers)
+
+    def _config(self, name: str) -> LayerConfig:
+        layer_type = layer_type_of(self.layers[name])
+        assert layer_type is not None
+        return layer_config(name, layer_type, self.bit_widths[name], self.scheme, self.target)
+
+    def _why_float(self, name: str) -> str:
+        module, layer_type = self.layers[name], layer_type_of(self.layers[name])
+        assert layer_type is not None
+        if self.configs[name].is_float:
+            if self.scheme.is_overridden(name):
+                return "left float by an override"
+            return "none of its tensors is quantized at these bit-widths"
+        weight = layer_type.weight
+        if weight is None or parametrize.is_parametrized(module, weight):
+            return ""
+        is_plain = isinstance(module._parameters.get(weight), nn.Parameter)
+        return "" if is_plain or not hasattr(module, weight) else "its weight is not a plain parameter"
+
+    def _reads(self) -> dict[str, tuple[str, ...]]:
+        """Names of the activations that each quantized layer reads, where those that several layers read have one."""
+        types = {name: layer_type_of(self.layers[name]) for name in self.layers if name not in self.float_layers}
+        operands = {name: layer_type.operands for name, layer_type in types.items() if layer_type is not None}
+        names = {
+            (name, i): activation_name(name, i) for name, of_layer in operands.items() for i in range(len(of_layer))
+        }
+        for group in shared_operands(self.structure, {name: len(of_layer) for name, of_layer in operands.items()}):
+            first = {operands[name][i].token_axes: (name, i) for name, i in reversed(group)}
+            for name, i in group:
+                names[name, i] = activation_name(*first[operands[name][i].token_axes])
+        return {name: tuple(names[name, i] for i in range(len(of_layer))) for name, of_layer in operands.items()}
+
+
+def layer_config(
+    name: str, layer_type: LayerType, bit_widths: BitWidths, scheme: QuantizationScheme, target: Target | None
+) -> LayerConfig:
+    """Format of a layer at given bit-widths, by the user's scheme and the target.
+
+    Example:
+        >>> from lightning_calibtip.network.layer_types import LayerType
+        >>> layer_config("fc", LayerType(), BitWidths(4, None), QuantizationScheme(), None).inputs
+        (None,)
+    """
+    config = scheme.config(layer_type, bit_widths)
+    return config if target is None else target.config(name, layer_type, config)
+
+
+def activation_name(layer: str, operand: int) -> str:
+    """Name of the activation that a layer reads as one of its operands.
+
+    Example:
+        >>> activation_name("fc", 0), activation_name("product", 1), activation_name("gate", 2)
+        ('fc input', 'product second input', 'gate input 3')
+    """
+    return f"{layer} {('input', 'second input')[operand] if operand < 2 else f'input {operand + 1}'}"
+
+
+def weights_of(layer: nn.Module) -> int:
+    """Number of weights of a layer of a quantizable type; 0 if it has none.
+
+    Example:
+        >>> weights_of(nn.Linear(2, 3))
+        6
+    """
+    layer_type = layer_type_of(layer)
+    weight = getattr(layer, (layer_type and layer_type.weight) or "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
+
+
+def _class_name(module: nn.Module) -> str:
+    cls = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
+    return cls.__name__

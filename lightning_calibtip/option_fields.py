@@ -1,0 +1,52 @@
+"""Frozen option dataclasses with some fields changed, where a wrong name is answered with the right one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+
+def check_names(kind: Any, names: Iterable[str], place: str) -> None:
+    """Raise ``TypeError`` if a name is no field of a dataclass; the message suggests the nearest one and lists all.
+
+    Args:
+        kind: The dataclass, or an instance of it.
+        names: Names as the user gave them.
+        place: Where they were given, for the message.
+
+    Example:
+        See ``with_changes``.
+    """
+    known = [field.name for field in fields(kind) if field.init]
+    for name in names:
+        if name not in known:
+            nearest = get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+            raise TypeError(f"{place}: unknown option {name!r}{hint} The options are: {', '.join(known)}.")
+
+
+def with_changes(options: Options, changes: Mapping[str, Any], place: str) -> Options:
+    """Return frozen options with some of their fields changed.
+
+    Args:
+        options: Instance of a dataclass.
+        changes: New values by the names of fields.
+        place: Where the changes were given, for the message about a wrong name.
+
+    Raises:
+        TypeError: If a name is none of the fields.
+        ValueError: If the dataclass refuses a value.
+
+    Example:
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> with_changes(QuantizationScheme(), {"weight_bits": 4}, "scheme").weight_bits
+        4
+        >>> with_changes(QuantizationScheme(), {"weight_bit": 4}, "scheme")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        TypeError: scheme: unknown option 'weight_bit'; did you mean 'weight_bits'? The options are: weight_bits, ...
+    """
+    check_names(options, changes, place)
+    return replace(options, **changes)  # type: ignore[type-var]

@@ -1,0 +1,175 @@
+"""Running stages on a finished model, with the user's validation before and after each."""
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..calibration.calibration_set import FirstSamples, batch_size
+from ..callbacks.stage import Stage
+from ..module import QuantizationModule
+from .options import PipelineOptions
+from .presets import make_stages
+from .run import QuantizationRun, StageOutcome
+
+log = logging.getLogger(__name__)
+
+
+def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+    defaults = {
+        "accelerator": "auto",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**{**defaults, "callbacks": callbacks, **options})
+
+
+def run_stages(
+    module: QuantizationModule,
+    stages: Sequence[Stage],
+    calibration: Iterable[Any],
+    validation: Any = None,
+    trainer_options: Mapping[str, Any] | None = None,
+    configuration: Mapping[str, Any] | None = None,
+) -> QuantizationRun:
+    """Run stages one after the other, with the user's validation before and after each.
+
+    Args:
+        module: Not calibrated yet, or to be tuned further.
+        stages: In order. A stage whose ``evaluate`` is None gets the user's validation, to evaluate the model while it
+            works.
+        calibration: Dataloader (or any iterable) of calibration batches; it is gone through once, and the batches are
+            kept.
+        validation: Dataloader(s) for ``validation_step``, or None to evaluate nothing.
+        trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, callbacks, ...). Its
+            loggers get the metrics after each stage, under ``<stage>/<metric>``.
+        configuration: Settings to be kept with the run; its loggers get them as hyperparameters.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibtip.pipeline.presets import make_stages
+        >>> module = QuantizationModule(nn.Sequential(nn.Linear(4, 4)), weight_bits=4)
+        >>> batches, cpu = [torch.randn(8, 4)], {"accelerator": "cpu"}
+        >>> run = run_stages(module, make_stages("calibrate"), batches, trainer_options=cpu)
+        >>> [stage.name for stage in run.stages], run.calibration_samples
+        (['Calibration'], 8)
+    """
+    options = dict(trainer_options or {})
+    callbacks = list(options.pop("callbacks", None) or [])
+    loggers = _quiet_trainer(options, []).loggers
+    options["logger"] = loggers or False
+    for logger in loggers if configuration else ():
+        logger.log_hyperparams(dict(configuration or {}))
+    # Kept, so that every stage sees the same samples, also of a loader that shuffles; and the Trainer would take a list
+    # for several dataloaders.
+    batches: DataLoader[Any] = DataLoader(list(calibration), batch_size=None)  # type: ignore[arg-type]
+
+    def validate() -> dict[str, float]:
+        # The user's step may use self.logger; what it logs there belongs to no stage.
+        trainer = _quiet_trainer({**options, "logger": DummyLogger()}, callbacks)
+        logged = trainer.validate(module, validation, verbose=False)
+        return {key: float(value) for results in logged for key, value in results.items()}
+
+    def evaluate_meanwhile() -> dict[str, float]:
+        """Validate while another Trainer is at work on the module, and give it back as it was."""
+        trainer, device = module.trainer, module.device
+        try:
+            return validate()
+        finally:
+            module.trainer = trainer
+            module.to(device)
+
+    def evaluate(name: str, step: int) -> dict[str, float]:
+        if validation is None:
+            return {}
+        metrics = validate()
+        for logger in loggers:
+            logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
+        log.info("%s: %s", name, metrics)
+        return metrics
+
+    done: list[StageOutcome] = []
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        float_metrics = evaluate("float", 0)
+        for step, stage in enumerate(stages, start=1):
+            stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+            if stage.evaluate is None and validation is not None:
+                stage.evaluate = evaluate_meanwhile
+            _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
+            before = sum(other.name == stage.name for other in stages[: step - 1])
+            name = f"{stage.name} {before + 1}" if before else stage.name
+            metrics = evaluate(name, step)
+            done.append(StageOutcome(name, stage.seconds, metrics, stage.result.figures, stage.result.items))
+    for stage in stages:
+        stage.clean_up()
+    samples = sum(batch_size(batch) for batch in batches)
+    return QuantizationRun(module, float_metrics, done, samples, dict(configuration or module.hparams))
+
+
+# What the Trainer says of every calibration, where it is meant to be so.
+_EXPECTED_WARNINGS = (
+    ".*configure_optimizers.* returned `None`",
+    ".*does not have many workers.*",
+    ".*defined a `validation_step` but have no `val_dataloader`.*",
+    ".*max_epochs. was not set.*",
+    r".*module\(s\) in eval mode at the start of training.*",
+    r".*isinstance\(treespec, LeafSpec\)..*deprecated.*",
+    ".*smaller than the logging interval.*",
+)
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    validation: Any = None,
+    pipeline: str = "sequential",
+    options: PipelineOptions | Mapping[str, Any] | None = None,
+    calibration_samples: int | None = None,
+    trainer_options: Mapping[str, Any] | None = None,
+    configuration: Mapping[str, Any] | None = None,
+    **module_options: Any,
+) -> QuantizationRun:
+    """Quantize a finished model in one call.
+
+    Args:
+        model: A trained ``LightningModule`` (or any ``nn.Module``, with ``validation_step=`` among the module options).
+        calibration: Dataloader of calibration batches; labels are not used.
+        validation: Dataloader(s) for the model's ``validation_step``, to evaluate before and after each stage.
+        pipeline: ``"calibrate"``, ``"light"``, ``"advanced"``, ``"sequential"`` or ``"mixed"``; see ``make_stages``.
+        options: Options of the stages, see ``PipelineOptions``, or a nested mapping of those that differ from the
+            defaults: ``{"adaquant": {"iterations": 200}}``.
+        calibration_samples: Use only the first batches of ``calibration`` that hold this many samples.
+        trainer_options: Further arguments of the ``Trainer``.
+        configuration: Settings to be kept with the run, in the report and by loggers; if None, those given here.
+        **module_options: Arguments of ``QuantizationModule``: ``scheme``, ``validation_step``, or fields of the scheme
+            (``weight_bits``, ``activation_bits``, ``group_size``, ``overrides``, ...).
+
+    Raises:
+        ValueError: If a value is out of its range.
+        TypeError: If an option does not exist.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> batches = [torch.randn(8, 4)]
+        >>> run = quantize(model, batches, pipeline="calibrate", weight_bits=4, trainer_options={"accelerator": "cpu"})
+        >>> run.module.network.calibrated
+        True
+    """
+    options = PipelineOptions.of(options)
+    if calibration_samples is not None:
+        calibration = FirstSamples(calibration, calibration_samples)
+    module = QuantizationModule(model, **module_options)
+    if configuration is None:
+        configuration = {"pipeline": pipeline, **options.to_dict(), **module.hparams}
+    return run_stages(module, make_stages(pipeline, options), calibration, validation, trainer_options, configuration)

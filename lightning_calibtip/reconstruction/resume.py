@@ -1,0 +1,119 @@
+"""Finished units on disk, from which a run that was killed is resumed."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.calibration_set import CalibrationSet
+from ..calibration.files import write_atomically
+from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..network.layers import QuantizedLayer
+from ..network.states import LayerState
+from .optimize import UnitResult
+from .units import Unit
+
+# Version of the files, in run.json; folders of earlier releases have none.
+FORMAT_VERSION = 2
+
+_VERSION_KEY = "format version"
+
+
+class FinishedUnits:
+    """Finished units of one reconstruction, each in a file that is written completely or not at all.
+
+    Args:
+        folder: Folder of this reconstruction alone; made if it does not exist.
+        run: What the reconstruction depends on, by name; where a folder was begun with other values, it is refused.
+
+    Raises:
+        ValueError: If the folder belongs to another run, or was written by a release with another format.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = FinishedUnits(folder, {"seed": "0"})
+        ...     FinishedUnits(folder, {"seed": "1"})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: ... holds an unfinished reconstruction with another seed: repeat that run to finish it, or ...
+    """
+
+    def __init__(self, folder: str | Path, run: dict[str, str]) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = self.folder / "run.json"
+        if not description.exists():
+            # Earlier releases kept a folder for each candidate.
+            if any(self.folder.glob("*/run.json")):
+                self._refuse_format()
+            write_atomically(description, json.dumps({_VERSION_KEY: FORMAT_VERSION, **run}, indent=2).encode())
+        begun = json.loads(description.read_text())
+        if begun.get(_VERSION_KEY) != FORMAT_VERSION:
+            self._refuse_format(begun.get(_VERSION_KEY, 1))
+        if other := [name for name in run if begun.get(name) != run[name]]:
+            raise ValueError(
+                f"{self.folder} holds an unfinished reconstruction with another {', '.join(other)}: repeat that run "
+                "to finish it, or remove the folder to begin anew."
+            )
+
+    def load(self, position: int, unit: Unit, label: str = "") -> UnitResult | None:
+        """Put a finished unit's layers into their final state and return its result; None if it is not finished.
+
+        Args:
+            position: Index of the unit.
+            unit: The unit.
+            label: Name of the candidate, where a unit is reconstructed for several.
+        """
+        path = self._path(position, label)
+        if not path.exists():
+            return None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for layer, state in zip(unit.layers, saved["states"], strict=True):
+            layer.restore(LayerState.from_dict(state))
+        return UnitResult(**{**saved["result"], "layers": tuple(saved["result"]["layers"])})
+
+    def save(self, position: int, unit: Unit, result: UnitResult, label: str = "") -> None:
+        """Keep a finished unit.
+
+        Args:
+            position: Index of the unit.
+            unit: The unit, in its final state.
+            result: Outcome of its reconstruction.
+            label: See ``load``.
+        """
+        states = [layer.save().to_dict() for layer in unit.layers]
+        content = io.BytesIO()
+        torch.save({"states": states, "result": asdict(result)}, content)
+        write_atomically(self._path(position, label), content.getvalue())
+
+    def _path(self, position: int, label: str) -> Path:
+        return self.folder / (f"{position:04d}-{label}.pt" if label else f"{position:04d}.pt")
+
+    def _refuse_format(self, version: int = 1) -> None:
+        what = "an earlier release" if version < FORMAT_VERSION else f"a later release (format version {version})"
+        raise ValueError(
+            f"{self.folder} was written by {what}: finish it with that release, or remove the folder to begin anew."
+        )
+
+
+def describe_run(
+    units: Sequence[Unit], layers: Sequence[QuantizedLayer], calibration: CalibrationSet, settings: dict[str, Any]
+) -> dict[str, str]:
+    """Short description of everything that the result of a reconstruction depends on. See ``FinishedUnits``.
+
+    Args:
+        units: Units to reconstruct.
+        layers: All layers of the network, in their states before it.
+        calibration: Calibration set.
+        settings: Other values, by name.
+    """
+    return {
+        **{name: repr(value) for name, value in settings.items()},
+        "units": digest([unit.name for unit in units]),
+        "calibrated state": digest_states(layer.save() for layer in layers),
+        "calibration data": digest_data(calibration),
+    }

@@ -1,0 +1,220 @@
+"""The data set of one unit: inputs and float targets over the calibration set, drawn in mini-batches."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+
+from ..calibration.activation_store import TensorSeries
+from ..calibration.recording import Recording, UnitCall
+from .units import Unit
+
+# Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
+# kernels for other batch sizes may make (mixing samples up makes one of about 1).
+_ROWS_TRIED, _TOLERANCE = 8, 0.1
+
+
+class MiniBatch(NamedTuple):
+    """Some samples of a unit.
+
+    Args:
+        call: Arguments of the unit, as the model in work gives them.
+        target: Output of the float unit.
+        float_call: Arguments of the unit in the float model, where they are wanted too.
+        importance: Weight of each element of the output's floating-point tensors, where they are not equally important.
+
+    Example:
+        See ``UnitDataset``.
+    """
+
+    call: UnitCall
+    target: Any
+    float_call: UnitCall | None
+    importance: list[Tensor] | None
+
+
+class UnitData(NamedTuple):
+    """What is recorded of a unit over the calibration set.
+
+    Args:
+        inputs: ``UnitCall`` of each call.
+        targets: Float output of each call.
+        float_inputs: ``UnitCall`` of each call in the float model, where they are wanted too.
+        importance: Weights of the output's elements, a list of tensors for each call, where they are not all alike.
+
+    Example:
+        See ``UnitDataset``.
+    """
+
+    inputs: Recording
+    targets: Recording
+    float_inputs: Recording | None = None
+    importance: Recording | None = None
+
+
+class UnitDataset:
+    """Inputs and targets of a unit over the calibration set.
+
+    Every tensor that has the samples along its first dimension is drawn from by rows; what is the same for all (masks
+    that broadcast, flags) is kept once. Where calls do not fit together (sequences of different lengths), each call
+    stays whole and counts as one sample.
+
+    Args:
+        inputs: ``UnitCall`` of each call.
+        targets: Float output of each call.
+        float_inputs: ``UnitCall`` of each call in the float model.
+        importance: Weights of the output's elements, a list of tensors for each call.
+        shares: Whether a tensor argument that never changes is the same for all samples even if it is as long as each
+            batch; otherwise it is drawn from by rows too.
+        contiguous: Whether tensors are drawn contiguous, in whatever memory format they are kept.
+        whole: Whether each call is kept whole, for units that do not have the samples along the first dimension.
+
+    Raises:
+        ValueError: If the calls' arguments are nested differently.
+
+    Example:
+        >>> from lightning_calibtip.calibration.activation_store import ActivationStore
+        >>> inputs, targets = (Recording(ActivationStore(), 1) for _ in range(2))
+        >>> inputs.append(UnitCall((torch.tensor([[1.0], [2.0]]),), {}))
+        >>> targets.append(torch.tensor([[3.0], [4.0]]))
+        >>> batch = UnitDataset(inputs, targets).take(torch.tensor([1]))
+        >>> batch.call.args[0], batch.target
+        (tensor([[2.]]), tensor([[4.]]))
+    """
+
+    def __init__(
+        self,
+        inputs: Recording,
+        targets: Recording,
+        float_inputs: Recording | None = None,
+        importance: Recording | None = None,
+        shares: bool = True,
+        contiguous: bool = False,
+        whole: bool = False,
+    ) -> None:
+        self._contiguous = contiguous
+        if not inputs.nested_alike:
+            raise ValueError("the unit is called with differently nested arguments in different batches")
+        # In the order of the fields of MiniBatch.
+        self._recordings = (inputs, targets, float_inputs, importance)
+        self._tables: list[_Table | None] = []
+        lengths, repeated = ([], False) if whole else _lengths(targets)
+        for recording in self._recordings if lengths else ():
+            whole_constants = shares and not repeated and (recording is inputs or recording is float_inputs)
+            table = None if recording is None else _table(recording, lengths, whole_constants)
+            if table is None and recording is not None:
+                lengths = []
+                break
+            self._tables.append(table)
+        self.whole = not lengths
+        self.count = sum(lengths) or len(inputs)
+
+    def take(self, index: Tensor) -> MiniBatch:
+        """The samples at ``index`` (int64, shape (n,)) as one call; of whole calls, the first of ``index``."""
+        values: list[Any]
+        if self.whole:
+            values = [None if recording is None else recording[int(index[0])] for recording in self._recordings]
+        else:
+            values = [None if table is None else table.take(index) for table in self._tables]
+        if self._contiguous:
+            values = [tree_map(_contiguous, value) for value in values]
+        return MiniBatch(*values)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A recording by samples: each column is drawn from by rows, or is the same for all."""
+
+    columns: list[Any]
+    spec: TreeSpec
+
+    def take(self, index: Tensor) -> Any:
+        return tree_unflatten([_drawn(column, index) for column in self.columns], self.spec)
+
+
+def _drawn(column: Any, index: Tensor) -> Any:
+    """Fresh tensors, since a unit may change its arguments, and the error is computed in the target's place."""
+    if isinstance(column, TensorSeries):
+        return column.rows(index)
+    return column.clone() if isinstance(column, Tensor) else column
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _lengths(targets: Recording) -> tuple[list[int], bool]:
+    """Samples of each call, which is the length of the first output tensor, and whether all calls gave the same; no
+    lengths if there is no such tensor."""
+    found = targets.columns()
+    series = next((column for column in found[0] if isinstance(column, TensorSeries)), None) if found else None
+    if series is None or not series.aligned:
+        return [], False
+    return [shape[0] for shape in series.shapes], series.constant
+
+
+def _table(recording: Recording, lengths: list[int], shares_constants: bool) -> _Table | None:
+    """The recording by samples, or None if a tensor in it has neither a row for each sample nor the same value always.
+
+    Args:
+        recording: Values of all calls.
+        lengths: Number of samples in each call.
+        shares_constants: Whether a tensor that never changes is kept whole even if it is as long as each batch.
+    """
+    found = recording.columns()
+    if found is None:
+        return None
+    columns, spec = found
+    table = []
+    for column in columns:
+        if isinstance(column, TensorSeries):
+            by_rows = column.aligned and [shape[0] for shape in column.shapes] == lengths
+            if (column.constant and len(column) > 1 and shares_constants) or (column.constant and not by_rows):
+                column = column[0]
+            elif not by_rows:
+                return None
+        table.append(column)
+    return _Table(table, spec)
+
+
+def split_by_samples(unit: Unit, data: UnitData) -> UnitDataset:
+    """The data set of a unit, split along the first dimension only if the unit gives the same on a part of them.
+
+    Args:
+        unit: The unit.
+        data: What is recorded of it.
+
+    Raises:
+        ValueError: If batches call the unit with differently nested arguments.
+
+    Example:
+        See ``UnitDataset``.
+    """
+    with torch.no_grad():
+        outputs = unit.output_tensors(unit(data.inputs[0]))
+    # Rows of convolutions come channels-last, which code with views of its own may not take.
+    for contiguous in (False, True) if unit.prefers_channels_last else (False,):
+        for shares in (True, False):
+            dataset = UnitDataset(*data, shares, contiguous)
+            if not dataset.whole and _gives_the_same_by_rows(unit, dataset, outputs):
+                return dataset
+    return UnitDataset(*data, whole=True)
+
+
+@torch.no_grad()
+def _gives_the_same_by_rows(unit: Unit, dataset: UnitDataset, outputs: list[Tensor]) -> bool:
+    """Whether some samples of the first call, drawn by rows, have the ``outputs`` that they have in the whole call."""
+    count = len(outputs[0])
+    rows = torch.arange(0, count, 2)[:_ROWS_TRIED]
+    try:
+        drawn = unit.output_tensors(unit(dataset.take(rows).call))
+    except Exception:
+        # The unit's own code, which does not take what it was tried with.
+        return False
+    for output, part in zip(outputs, drawn, strict=True):
+        wanted = output[rows.to(output.device)] if output.dim() and len(output) == count else output
+        if part.shape != wanted.shape or float((part - wanted).norm()) > _TOLERANCE * max(float(output.norm()), 1e-20):
+            return False
+    return True

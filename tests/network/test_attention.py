@@ -1,0 +1,273 @@
+"""Attention of transformers' models through the registry, and attention that is left float."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_calibtip import Calibration, QuantizationModule
+from lightning_calibtip.calibration.calibration_set import output_logits
+from lightning_calibtip.network.attention import PRODUCTS, possible_products
+from lightning_calibtip.network.layer_types import layer_type_of
+from lightning_calibtip.quantization.quantizers import Quantizer
+from lightning_calibtip.quantization.spec import PerChannel
+from tests import transformer_models as models
+from tests.networks import as_loader
+
+LINEAR_LAYERS = {"bert": 13, "bert_classifier": 14, "roberta": 14, "distilbert": 13, "gpt2": 9, "llama": 15, "t5": 12}
+EMBEDDINGS = {"bert": 3, "bert_classifier": 3, "roberta": 3, "distilbert": 2, "gpt2": 2, "llama": 1, "t5": 2}
+
+
+def calibrated(net, make_trainer, batches, **options):
+    module = QuantizationModule(net, **{"weight_bits": 8, "edge_bits": None, **options})
+    make_trainer(Calibration()).fit(module, as_loader(*batches))
+    return module
+
+
+@pytest.mark.parametrize("make", models.TEXT_MODELS, ids=lambda make: make.__name__)
+def test_a_model_computes_in_float_what_it_did_before(make, make_trainer):
+    """Causal and padding masks, grouped heads, a position bias, and attention scaled by the model."""
+    net, tokens = make(), models.padded_tokens()
+    with torch.no_grad():
+        wanted = output_logits(net(**tokens))
+        module = calibrated(net, make_trainer, models.batches_of(tokens))
+        with module.quantized(False):
+            found = output_logits(module.model(**tokens))
+        quantized = output_logits(module.model(**tokens))
+    present = tokens["attention_mask"].bool()
+    for before, after, rounded in zip(wanted, found, quantized, strict=True):
+        assert len(before) == len(after)
+        if before.shape[:2] == present.shape:
+            before, after, rounded = before[present], after[present], rounded[present]
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+        assert 1e-4 < float((rounded - before).norm() / before.norm()) < 0.2
+
+
+@pytest.mark.parametrize("make", models.TEXT_MODELS, ids=lambda make: make.__name__)
+def test_every_linear_layer_embedding_and_product_is_quantized(make, make_trainer):
+    module = calibrated(make(), make_trainer, models.batches_of(models.padded_tokens()))
+    classes = [type(layer.module).__mro__ for layer in module.network.layers.values()]
+    assert sum(nn.Embedding in mro for mro in classes) == EMBEDDINGS[make.__name__] + (make is models.t5)
+    products = [name for name in module.network.layers if name.endswith(PRODUCTS)]
+    assert len(products) == 4
+    others = len(module.network.layers) - len(products) - sum(nn.Embedding in mro for mro in classes)
+    assert others == LINEAR_LAYERS[make.__name__]
+    assert not module.network.float_layers and not module.network.plan.float_matmuls
+
+
+def test_probabilities_have_a_range_of_their_own_that_is_never_negative(make_trainer):
+    for symmetric in (False, True):
+        batches = models.batches_of(models.padded_tokens())
+        module = calibrated(models.bert(), make_trainer, batches, activation_symmetric=symmetric)
+        for name, layer in module.network.layers.items():
+            if name.endswith("probability_value_product"):
+                probabilities, values = layer.input_quantizers
+                spec = probabilities.spec
+                assert (spec.qmin, spec.qmax, float(probabilities.zero_point)) == (0, 255, 0.0)
+                assert 0 < float(probabilities.scale) * 255 <= 1.001
+                assert (values.spec.qmin == -128) == symmetric
+                assert float(values.scale) != float(probabilities.scale)
+                learned = [{trainable.role for trainable in q.trainables()} for q in (probabilities, values)]
+                assert learned == [{"scale"}, {"scale"} if symmetric else {"scale", "zero_point"}]
+
+
+class Products(TorchFunctionMode):
+    """Every operand of a matrix product or a table look-up, by how it was computed."""
+
+    FUNCTIONS = (F.linear, torch.matmul, torch.bmm, torch.addmm, F.embedding, torch.Tensor.matmul, F.conv2d)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[bool]]] = []
+        self.on_grid: dict[int, torch.Tensor] = {}
+        self.handles = [m.register_forward_hook(self.note) for m in model.modules() if isinstance(m, Quantizer)]
+
+    def note(self, quantizer: Quantizer, args, output) -> None:
+        if quantizer.enabled:
+            spec, granularity = quantizer.spec, quantizer.spec.granularity
+            axis = granularity.axis if isinstance(granularity, PerChannel) else None
+            shape = [-1 if d == axis else 1 for d in range(output.dim())]
+            scale, point = (t if axis is None else t.view(shape) for t in (quantizer.scale, quantizer.zero_point))
+            integers = output / scale + point
+            assert float((integers - integers.round()).abs().max()) < 1e-2
+            assert spec.qmin - 0.01 <= float(integers.min()) <= float(integers.max()) <= spec.qmax + 0.01
+            self.on_grid[id(output)] = output
+
+    def is_on_grid(self, operand: torch.Tensor) -> bool:
+        # A transposed or flattened view is on the grid as well.
+        return id(operand) in self.on_grid or (operand._base is not None and id(operand._base) in self.on_grid)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.FUNCTIONS:
+            operands = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim() > 1]
+            self.seen.append((func.__name__, [self.is_on_grid(operand) for operand in operands]))
+        return func(*args, **(kwargs or {}))
+
+
+def products_of(module, tokens) -> list[tuple[str, list[bool]]]:
+    products = Products(module.model)
+    with torch.no_grad(), products:
+        module.model(**tokens)
+    return products.seen
+
+
+@pytest.mark.parametrize(
+    "make", [models.bert, models.roberta, models.gpt2, models.llama], ids=lambda make: make.__name__
+)
+def test_no_float_matrix_product_is_left(make, make_trainer):
+    tokens = models.padded_tokens()
+    module = calibrated(make(), make_trainer, models.batches_of(tokens))
+    seen = products_of(module, tokens)
+    linear, embeddings = LINEAR_LAYERS[make.__name__], EMBEDDINGS[make.__name__]
+    assert len(seen) == 4 + linear + embeddings
+    assert all(all(operands) and operands for _, operands in seen), seen
+    assert (
+        sum(len(operands) for _, operands in seen) == 8 + 2 * LINEAR_LAYERS[make.__name__] + EMBEDDINGS[make.__name__]
+    )
+
+
+def test_what_is_left_float_is_found_and_listed_by_name(make_trainer):
+    tokens = models.padded_tokens()
+    left = {"*layer.0*query_key_product": None, "*layer.1.output.dense": None}
+    module = calibrated(models.bert(), make_trainer, models.batches_of(tokens), overrides=left)
+    seen = products_of(module, tokens)
+    assert sum(not all(operands) for _, operands in seen) == 2
+    listed = [line.name for line in module.layer_summary() if line.kind == "float" and "override" in line.note]
+    assert listed == ["bert.encoder.layer.0.attention.self.query_key_product", "bert.encoder.layer.1.output.dense"]
+
+
+def test_an_override_for_products_that_there_cannot_be_is_an_error():
+    with pytest.raises(ValueError, match="matches no quantizable layer"):
+        QuantizationModule(models.bert(), overrides={"*layer.7*query_key_product": 4})
+    module = QuantizationModule(models.bert(), overrides={"*.intermediate.query_key_product": 4})
+    with pytest.raises(ValueError, match="matches no quantizable layer"):
+        module.network.prepare(lambda: module.model(**models.padded_tokens()))
+    with pytest.raises(ValueError, match="matches no quantizable layer"):
+        QuantizationModule(nn.Sequential(nn.Linear(2, 2)), overrides={"*_product": 4})
+    assert possible_products(nn.Linear(2, 2)) == []
+
+
+def test_queries_keys_and_values_are_computed_from_one_input_with_one_quantizer(make_trainer):
+    module = calibrated(models.bert(), make_trainer, models.batches_of(models.padded_tokens()))
+    layers = module.network.layers
+    for attention in [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]:
+        quantizers = [layers[f"{attention}.{name}"].input_quantizers for name in ("query", "key", "value")]
+        assert all(len(own) == 1 and own[0] is quantizers[0][0] for own in quantizers)
+
+
+def test_the_products_of_attention_are_layers_without_a_weight_and_with_two_inputs(make_trainer):
+    module = calibrated(models.bert(), make_trainer, models.batches_of(models.padded_tokens()), activation_bits=6)
+    products = [layer for name, layer in module.network.layers.items() if name.endswith(PRODUCTS)]
+    for layer in products:
+        assert layer_type_of(layer.module).weight is None and not layer.has_weight
+        assert layer.config.weight is None and [spec.bits for spec in layer.config.inputs] == [6, 6]
+
+
+def test_the_users_own_model_is_not_rerouted():
+    net = models.gpt2()
+    QuantizationModule(net)
+    assert net.config._attn_implementation != "calibtip" and net.config.use_cache
+
+
+def test_attention_of_a_model_without_eager_attention_beside_it_stays_float(make_trainer, monkeypatch):
+    net, tokens = models.bert(), models.padded_tokens()
+    with torch.no_grad():
+        wanted = net(**tokens).start_logits
+    monkeypatch.setattr("lightning_calibtip.network.attention._EAGER", "eager_under_another_name")
+    module = calibrated(net, make_trainer, models.batches_of(tokens))
+    names = [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]
+    assert list(module.network.plan.float_matmuls) == names
+    assert all("scaled_dot_product_attention" in reason for reason in module.network.plan.float_matmuls.values())
+    with torch.no_grad(), module.quantized(False):
+        torch.testing.assert_close(module.model(**tokens).start_logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_only_a_later_batch_reaches_is_listed(make_trainer, caplog):
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = models.bert(), models.distilbert()
+
+        def forward(self, input_ids, attention_mask):
+            output = self.first(input_ids, attention_mask).start_logits
+            if int(input_ids[0, 0]) == 2:
+                output = output + self.second(input_ids, attention_mask).start_logits
+            return output
+
+    batches = models.batches_of(models.padded_tokens())
+    for index, batch in enumerate(batches):
+        batch["input_ids"][0, 0] = 2 if index == 1 else 3
+    module = calibrated(Sometimes(), make_trainer, batches)
+    found = module.network.plan.float_matmuls
+    late = [name for name in found if name.startswith("second") and name.endswith("_product")]
+    assert len(late) == 4 and "first ran after the first calibration batch" in caplog.text
+    assert all(line.kind == "float" for line in module.layer_summary() if line.name in late)
+
+
+class OwnAttention(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.fused = fused
+
+    def forward(self, x):
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        if self.fused:
+            return self.out(F.scaled_dot_product_attention(q, k, v))
+        return self.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
+
+
+class TorchAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+class First(nn.Module):
+    def forward(self, outputs):
+        return outputs[0]
+
+
+@pytest.mark.parametrize(
+    "net,name,operators",
+    [
+        (nn.Sequential(OwnAttention(True), nn.Linear(8, 3)), "0", "scaled_dot_product_attention"),
+        (nn.Sequential(OwnAttention(False), nn.Linear(8, 3)), "0", "bmm"),
+        (TorchAttention(), "attention", ""),
+        (nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"),
+    ],
+)
+def test_attention_in_the_users_code_stays_float_with_a_warning_and_is_listed(
+    net, name, operators, make_trainer, caplog
+):
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 8)
+    module = calibrated(net.eval(), make_trainer, x.split(2))
+    assert list(module.network.plan.float_matmuls) == [name] and operators in module.network.plan.float_matmuls[name]
+    assert any(record.message.startswith(f"{name} computes") for record in caplog.records)
+    line = next(line for line in module.layer_summary() if line.name == name)
+    assert line.kind == "float" and "outside of a quantizable layer" in line.note
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), net(x), rtol=0.1, atol=0.1)
+        with module.quantized(False):
+            torch.testing.assert_close(module(x), net(x))
+
+
+def test_an_encoder_of_torch_that_packs_its_tokens_is_observed(make_trainer):
+    """Its fast path makes nested tensors."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] > 1))
+
+    module = calibrated(Encoder().eval(), make_trainer, torch.randn(6, 5, 8).split(2))
+    assert "head" in module.network.layers and module.network.plan.float_matmuls

@@ -1,0 +1,266 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lightning_calibtip.network.folding import FoldedBatchNorm, apply_fold, prove_folds
+from lightning_calibtip.network.layer_types import register_layer
+from lightning_calibtip.network.observe import record
+from lightning_calibtip.network.tying import bake_parametrizations, find_ties, own_parameter
+from tests.conftest import randomize_batch_norms
+
+
+def fold(model, *inputs):
+    """Fold a copy; returns it, the folds as pairs, and what was left with the reason."""
+    model.eval()
+    randomize_batch_norms(model, torch.Generator().manual_seed(1))
+    folded = copy.deepcopy(model)
+    folds, left = proved(folded, *inputs)
+    layers = {fold.layer: folded.get_submodule(fold.layer) for fold in folds}
+    ties = find_ties(folded, layers)
+    for name, layer in layers.items():
+        bake_parametrizations(layer)
+        for parameter in ties.copies.get(name, ()):
+            own_parameter(layer, parameter)
+    for pair in folds:
+        apply_fold(folded, pair)
+    with torch.no_grad():
+        for got, wanted in zip(_tuple(folded(*inputs)), _tuple(model(*inputs)), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    return folded, [(f.layer, f.normalization) for f in folds], left
+
+
+def proved(model, *inputs):
+    """Prove folds and see to it that the model has not changed in any way."""
+    before = state_of(model)
+    folds, left = prove_folds(model, record(model, lambda: model(*inputs)), lambda: model(*inputs))
+    after = state_of(model)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key], key
+    return folds, left
+
+
+def state_of(model):
+    """Classes, hooks and tensors by identity, and all values."""
+    state = {f"value {name}": value.clone() for name, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        state[f"class {name}"] = (id(module), type(module))
+        state[f"hooks {name}"] = (list(module._forward_pre_hooks), list(module._forward_hooks))
+        state[f"children {name}"] = {key: id(child) for key, child in module._modules.items()}
+        state[f"parameters {name}"] = {key: (id(p), getattr(p, "_version", 0)) for key, p in module._parameters.items()}
+    return state
+
+
+def _tuple(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+@pytest.mark.parametrize(
+    "layer,norm,shape",
+    [
+        (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+        (nn.Conv3d(4, 6, 2, bias=False), nn.BatchNorm3d(6), (2, 4, 5, 5, 5)),
+        (nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False), nn.BatchNorm2d(6), (2, 4, 5, 5)),
+        (nn.ConvTranspose3d(4, 6, 2), nn.BatchNorm3d(6), (2, 4, 4, 4, 4)),
+        (nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), (8, 4)),
+        (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False), (2, 4, 9, 9)),
+        (nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6), (2, 4, 9, 9)),
+    ],
+)
+def test_every_kind_of_layer_folds(layer, norm, shape):
+    if norm.weight is None:
+        norm.weight, norm.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+    folded, folds, left = fold(nn.Sequential(layer, norm, nn.ReLU(inplace=True)), torch.randn(shape))
+    assert folds == [("0", "1")] and not left
+    assert isinstance(folded[1], FoldedBatchNorm)
+
+
+def test_subclass_with_its_own_forward_folds():
+    class SamePadding(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+    _, folds, _ = fold(nn.Sequential(SamePadding(3, 5, 3, bias=False), nn.BatchNorm2d(5)), torch.randn(2, 3, 6, 6))
+    assert folds == [("0", "1")]
+
+
+def test_subclass_that_ignores_its_bias_is_left_alone_with_a_reason():
+    class NoBias(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    _, folds, left = fold(nn.Sequential(NoBias(3, 5, 3), nn.BatchNorm2d(5)), torch.randn(2, 3, 6, 6))
+    assert not folds and "changes the output" in left["1"]
+
+
+class _Branching(nn.Module):
+    def __init__(self, second):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.second = second
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.second(self, y)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda self, y: self.bn(y) + y,
+        lambda self, y: (self.bn(y), y),
+        lambda self, y: self.bn(y) * y.mean(),
+        lambda self, y: self.bn(y.add_(1)),
+        lambda self, y: self.bn(F.relu(y)),
+        lambda self, y: self.bn(y) + self.bn(y * 2),
+    ],
+    ids=["added", "returned", "pooled", "changed in place", "after relu", "BatchNorm used twice"],
+)
+def test_output_with_another_reader_is_not_folded(second):
+    _, folds, left = fold(_Branching(second), torch.randn(2, 3, 4, 4))
+    assert not folds and "bn" in left
+
+
+def test_one_convolution_before_two_batch_norms_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.a(self.conv(x)) + self.b(self.conv(-x))
+
+    _, folds, _ = fold(Shared(), torch.randn(2, 3, 4, 4))
+    assert not folds
+
+
+def test_a_pair_that_runs_twice_together_folds():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(self.conv(self.bn(self.conv(x))))
+
+    _, folds, _ = fold(Twice(), torch.randn(2, 3, 4, 4))
+    assert folds == [("conv", "bn")]
+
+
+def test_batch_norm_with_a_forward_of_its_own_is_left_alone():
+    class NormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    _, folds, left = fold(nn.Sequential(nn.Conv2d(3, 3, 1), NormAct(3)), torch.randn(2, 3, 4, 4))
+    assert not folds and "forward of its own" in left["1"]
+
+
+def test_batch_norm_over_another_dimension_is_left_alone():
+    _, folds, left = fold(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(5)), torch.randn(2, 5, 4))
+    assert not folds and "another dimension" in left["1"]
+
+
+def test_batch_norm_under_two_names_is_replaced_under_both():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model.alias = model[1]
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.alias = self.bn
+
+        def forward(self, x):
+            return self.alias(self.conv(x))
+
+    folded, folds, _ = fold(Wrapper(), torch.randn(2, 3, 4, 4))
+    assert folds and folded.bn is folded.alias and isinstance(folded.bn, FoldedBatchNorm)
+
+
+def test_folded_batch_norm_remembers_the_deviation_it_had_in_training():
+    norm = nn.BatchNorm2d(2).eval()
+    norm.weight.data = torch.tensor([2.0, -3.0])
+    norm.running_var = torch.tensor([4.0, 1e-5])
+    x = torch.randn(40_000, 2, 1, 1) * norm.running_var.sqrt().view(1, 2, 1, 1)
+    torch.testing.assert_close(norm(x).std((0, 2, 3)), FoldedBatchNorm(norm).deviation, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_parametrized_layer_folds_and_proving_leaves_it_parametrized(parametrize):
+    model = nn.Sequential(parametrize(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+    folded, folds, left = fold(model, torch.randn(2, 3, 6, 6))
+    assert folds == [("0", "1")] and not left
+    assert type(folded[0]) is nn.Conv2d and isinstance(folded[1], FoldedBatchNorm)
+
+
+def test_convolutions_that_share_a_weight_fold_each_with_its_own_batch_norm():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 1, bias=False) for _ in range(3))
+            self.b.weight = self.c.weight = self.a.weight
+            self.norm_a, self.norm_b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.c(self.norm_b(self.b(self.norm_a(self.a(x)))))
+
+    _, folds, left = fold(Siamese(), torch.randn(2, 3, 4, 4))
+    assert folds == [("a", "norm_a"), ("b", "norm_b")] and not left
+
+
+def test_a_weight_that_is_an_embedding_as_well_is_not_folded_into():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out, self.norm = nn.Embedding(6, 4), nn.Linear(4, 6), nn.BatchNorm1d(6)
+            self.out.weight = self.table.weight
+
+        def forward(self, indices):
+            return self.norm(self.out(self.table(indices)))
+
+    _, folds, left = fold(Tied(), torch.tensor([0, 3, 5]))
+    assert not folds and left == {"norm": "the layer's weight is also that of the embedding table"}
+
+
+class Mixing(nn.Module):
+    """A linear layer whose weight is transposed and has a name of its own."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 6))
+        if bias:
+            self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        y = x @ self.kernel
+        return y if getattr(self, "bias", None) is None else y + self.bias
+
+
+def test_a_layer_whose_weight_has_another_name_and_axis_folds_if_it_has_a_bias():
+    register_layer(Mixing, channel_axis=1, weight="kernel")
+    _, folds, left = fold(nn.Sequential(Mixing(bias=True), nn.BatchNorm1d(6)), torch.randn(5, 4))
+    assert folds == [("0", "1")] and not left
+    _, folds, left = fold(nn.Sequential(Mixing(bias=False), nn.BatchNorm1d(6)), torch.randn(5, 4))
+    assert not folds and left == {"1": "the layer's weight or bias is not a plain parameter"}
+
+
+def test_a_failing_batch_leaves_no_hooks():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    structure, before = record(model, lambda: model(x)), state_of(model)
+
+    def fail():
+        model(x)
+        raise RuntimeError("no second batch")
+
+    with pytest.raises(RuntimeError, match="no second batch"):
+        prove_folds(model, structure, fail)
+    assert state_of(model).keys() == before.keys()
+    assert state_of(model)["hooks 0"] == before["hooks 0"] == ([], [])

@@ -1,0 +1,137 @@
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_calibtip import CalibTIP, QuantizationModule
+from tests.conftest import TinyClassifier
+
+QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "allocation": {"compression": 0.2}}
+
+
+@pytest.mark.parametrize("pipeline", ["calibrate", "light", "advanced", "sequential"])
+def test_pipeline_runs_when_training_ends(pipeline, tiny_classifier, images, loader, make_trainer, tmp_path):
+    callback = CalibTIP(pipeline, QUICK, calibration_samples=32, weight_bits=4, activation_bits=4)
+    logger = CSVLogger(tmp_path, name="log", version=0)
+    trainer = make_trainer(callback, max_epochs=1, logger=logger)
+    trainer.fit(tiny_classifier, loader, loader)
+    result = callback.result
+    assert result.calibration_samples == 32
+    assert set(result.float_metrics) == set(result.metrics) == {"val_loss", "val_acc", "epoch_ends"}
+    float_loss = trainer.validate(tiny_classifier, loader, verbose=False)[0]["val_loss"]
+    assert result.float_metrics["val_loss"] == pytest.approx(float_loss, rel=1e-4)
+    loaded = QuantizationModule.load_from_checkpoint(callback.checkpoint_path, model=TinyClassifier())
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.module(images))
+    columns = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "calibtip/Calibration/val_acc" in columns and "calibtip/float/val_loss" in columns
+    assert type(tiny_classifier.net.stem) is torch.nn.Conv2d
+
+
+def test_checkpoint_lies_beside_the_trainers_own(tiny_classifier, loader, make_trainer, tmp_path):
+    own = ModelCheckpoint(tmp_path / "ckpt")
+    callback = CalibTIP("calibrate", filename="int8")
+    make_trainer(callback, own, max_epochs=1, enable_checkpointing=True).fit(tiny_classifier, loader)
+    names = {path.name for path in (tmp_path / "ckpt").iterdir()}
+    assert {"int8.ckpt", "int8_report"} <= names and len(names) == 3
+    report = (tmp_path / "ckpt" / "int8_report" / "report.html").read_text()
+    assert callback.report_folder.name == "int8_report" and "net.blocks.0.conv1" in report
+    record = json.loads((callback.report_folder / "result.json").read_text())
+    assert record["metric"] == "no metric" and record["quantized"] is None, "there are no validation data"
+
+
+def test_the_report_shows_the_metric_asked_for(tiny_classifier, loader, make_trainer):
+    callback = CalibTIP("calibrate", calibration_samples=16, metric="val_acc")
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader, loader)
+    record = json.loads((callback.report_folder / "result.json").read_text())
+    assert record["metric"] == "val_acc" and record["quantized"] == callback.result.metrics["val_acc"]
+
+
+def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):
+    observer = {"calibration": {"observer": "minmax"}}
+    callback = CalibTIP("calibrate", observer, calibration_dataloader=[images[:10] * 100])
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
+    quantizer = callback.result.module.network.layers["net.stem"].input_quantizers[0]
+    assert quantizer.step_size() * 255 == pytest.approx(100 * float(images[:10].max() - images[:10].min()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"pipeline": "fast"}, "pipeline must be one of calibrate, light, advanced, sequential, mixed, got 'fast'"),
+        ({"weight_bits": 1}, "weight_bits must be"),
+        ({"calibration_samples": 0}, "calibration_samples must be at least 1"),
+        ({"pipeline": "light", "options": {"allocation": {"compression": 2.0}}}, "compression must be"),
+        ({"options": {"adaquant": {"iterations": 0}}}, r"options\.adaquant: iterations must be"),
+        ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
+    ],
+)
+def test_bad_settings_raise_before_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        CalibTIP(**options)
+
+
+def test_unknown_settings_raise_before_training():
+    with pytest.raises(TypeError, match="CalibTIP: unknown option 'weight_bit'; did you mean 'weight_bits'"):
+        CalibTIP(weight_bit=4)
+    with pytest.raises(TypeError, match="CalibTIP: unknown option 'compression'"):
+        CalibTIP("light", compression=0.13)
+    with pytest.raises(TypeError, match=r"options\.adaquant: unknown option 'iteration'"):
+        CalibTIP(options={"adaquant": {"iteration": 3}})
+
+
+def test_datamodules_transfer_hooks_are_applied(images, make_trainer):
+    class Scaled(pl.LightningDataModule):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(images, torch.arange(len(images)) % 4), 16)
+
+        val_dataloader = train_dataloader
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 100, batch[1]]
+
+    callback = CalibTIP("calibrate", {"calibration": {"observer": "minmax"}})
+    trainer = make_trainer(callback, max_epochs=1)
+    data = Scaled()
+    trainer.fit(TinyClassifier(), datamodule=data)
+    quantizer = callback.result.module.network.layers["net.stem"].input_quantizers[0]
+    assert quantizer.step_size() * 255 == pytest.approx(100 * float(images.max() - images.min()), rel=1e-3)
+
+
+def test_override_that_matches_nothing_and_equal_filenames_are_refused_before_training(
+    tiny_classifier, loader, make_trainer
+):
+    with pytest.raises(ValueError, match=r"overrides\['hed'\] matches no quantizable layer"):
+        make_trainer(CalibTIP(overrides={"hed": 8})).fit(tiny_classifier, loader)
+    with pytest.raises(MisconfigurationException, match=r"would write quantized\.ckpt"):
+        make_trainer(CalibTIP(), CalibTIP(weight_bits=4)).fit(tiny_classifier, loader)
+
+
+def test_fast_dev_run_quantizes_nothing(tiny_classifier, loader, make_trainer):
+    callback = CalibTIP("calibrate")
+    make_trainer(callback, fast_dev_run=True).fit(tiny_classifier, loader)
+    assert not hasattr(callback, "result")
+
+
+def test_streams_without_a_length_work(tiny_classifier, images, make_trainer):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(image, 0) for image in images])
+
+    callback = CalibTIP("calibrate", calibration_samples=20)
+    stream = DataLoader(Stream(), batch_size=16)
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, stream, stream)
+    assert callback.result.calibration_samples == 32 and "val_loss" in callback.result.metrics
+
+
+def test_more_than_one_process_is_refused_before_training(tiny_classifier, make_trainer):
+    trainer = make_trainer()
+    trainer.strategy.__class__ = type("Two", (type(trainer.strategy),), {"world_size": 2})
+    trainer.__class__ = type("TwoTrainer", (type(trainer),), {"world_size": 2})
+    with pytest.raises(MisconfigurationException, match="CalibTIP runs on one process, got 2"):
+        CalibTIP().setup(trainer, tiny_classifier, "fit")

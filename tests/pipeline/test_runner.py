@@ -1,0 +1,226 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_calibtip import (
+    AdaQuantOptions,
+    QuantizationModule,
+    Stage,
+    StageResult,
+    StorageOptions,
+    make_stages,
+    quantize,
+    run_stages,
+)
+from lightning_calibtip.pipeline.presets import PIPELINES
+from tests.conftest import TinyClassifier
+
+QUICK = {
+    "adaquant": {"iterations": 3},
+    "preparation": {"iterations": 3},
+    "bias_tuning": {"epochs": 1},
+    "allocation": {"compression": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    "pipeline,names",
+    [
+        ("calibrate", ["Calibration"]),
+        ("light", ["Calibration", "BitAllocation", "BatchNormTuning"]),
+        ("advanced", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"]),
+        ("sequential", ["Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning"]),
+        ("mixed", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "AdaQuant 2", "BiasTuning"]),
+    ],
+)
+def test_pipelines_have_their_stages_in_order(pipeline, names, tiny_classifier, loader):
+    assert [stage.name for stage in make_stages(pipeline)] == [name.split(" ")[0] for name in names]
+    run = quantize(tiny_classifier, loader, loader, pipeline, options=QUICK, weight_bits=4, activation_bits=4)
+    assert [stage.name for stage in run.stages] == names
+    record = run.record("test", "tiny", "val_acc", 0)
+    assert record["float"] == run.float_metrics["val_acc"] and record["calibration_samples"] == 48
+    assert [stage["name"] for stage in record["stages"]] == names
+
+
+def test_users_step_may_use_the_trainer_and_the_logger(loader):
+    class Chatty(TinyClassifier):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.logger.experiment.add_image("first", batch[0][0])
+            self.log("batches", float(self.trainer.num_val_batches[0]))
+
+    run = quantize(Chatty(), loader, loader, "calibrate")
+    assert run.metrics["batches"] == 3
+
+
+def test_shuffled_loader_gives_all_stages_the_same_samples(tiny_classifier, images):
+    seen = []
+
+    class Watching(QuantizationModule):
+        def calibration_step(self, batch, batch_idx):
+            seen.append(float(batch.sum()))
+            return super().calibration_step(batch, batch_idx)
+
+    shuffled = DataLoader(images, batch_size=16, shuffle=True)
+    run = run_stages(Watching(tiny_classifier), make_stages("light", {"allocation": {"compression": 0.2}}), shuffled)
+    assert len(set(seen)) == 3 and len(seen) > 3
+    assert run.calibration_samples == 48
+
+
+def test_trainer_options_may_name_loggers_and_callbacks(tiny_classifier, loader, tmp_path):
+    class Watching(pl.Callback):
+        fits = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            self.fits += 1
+
+    watching, logger = Watching(), CSVLogger(tmp_path, name="log", version=0)
+    trainer_options = {"logger": logger, "callbacks": [watching]}
+    quantize(tiny_classifier, loader, loader, "light", options=QUICK, trainer_options=trainer_options)
+    assert watching.fits == 3
+    logger.save()
+    assert "BatchNormTuning/val_acc" in (tmp_path / "log" / "version_0" / "metrics.csv").read_text()
+
+
+def test_the_papers_options_reach_adaquant():
+    (stage,) = make_stages("sequential", {"adaquant": AdaQuantOptions.paper(iterations=9)})[2:3]
+    assert (stage.options.batch_size, stage.options.iterations, stage.options.granularity) == (50, 9, "layer")
+
+
+def test_same_seed_gives_bit_identical_models_in_two_runs(tiny_classifier, loader):
+    states = []
+    for _ in range(2):
+        run = quantize(tiny_classifier, loader, pipeline="advanced", options=QUICK, weight_bits=4)
+        states.append(run.module.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_batches_may_be_a_plain_list_and_validation_left_out(tiny_classifier, images):
+    run = quantize(tiny_classifier, list(images.split(16)), pipeline="calibrate", calibration_samples=20)
+    assert run.calibration_samples == 32 and run.metrics == {}
+
+
+def test_a_metric_that_was_not_logged_is_an_error_that_lists_what_was(tiny_classifier, loader):
+    run = quantize(tiny_classifier, loader, loader, "calibrate")
+    with pytest.raises(KeyError, match=r"validation logged no 'f1', only .*val_acc"):
+        run.record("test", "tiny", "f1", 0)
+
+
+def test_further_stages_can_run_on_the_result(tiny_classifier, loader):
+    module = QuantizationModule(tiny_classifier, weight_bits=2)
+    run_stages(module, make_stages("calibrate"), loader)
+    before = module.network.layers["net.blocks.0.conv1"].weight.clone()
+    run_stages(module, make_stages("sequential", {"adaquant": {"iterations": 100}})[2:], loader)
+    assert module.network.layers["net.blocks.0.conv1"].errors is not None
+    assert not torch.equal(before, module.network.layers["net.blocks.0.conv1"].weight)
+
+
+def bit_widths(run):
+    return {name: layer.config.bit_widths for name, layer in run.module.network.layers.items()}
+
+
+def test_mixed_reconstructs_the_chosen_bit_widths_as_sequential_would(tiny_classifier, loader):
+    """The candidates' states serve the choice alone: what follows starts from the float weights."""
+    mixed = quantize(tiny_classifier, loader, pipeline="mixed", options=QUICK)
+    overrides = {name: (bits.weight, bits.activation) for name, bits in bit_widths(mixed).items()}
+    assert len(set(overrides.values())) > 1
+    options = {key: value for key, value in QUICK.items() if key != "allocation"}
+    chosen = quantize(tiny_classifier, loader, pipeline="sequential", options=options, overrides=overrides)
+    states = [run.module.network.layers.values() for run in (mixed, chosen)]
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one.integer_weight(), other.integer_weight()), one.name
+
+
+def test_mixed_reuses_a_table_without_preparing_candidates(tiny_classifier, loader, tmp_path):
+    first = quantize(tiny_classifier, loader, pipeline="mixed", options=QUICK)
+    items = {item.name: item for item in first.stages[2].items}
+    items["sensitivity"].save(tmp_path)
+    reuse = {**QUICK, "allocation": {"compression": 0.2, "sensitivity": tmp_path / "sensitivity.csv"}}
+    run = quantize(tiny_classifier, loader, pipeline="mixed", options=reuse)
+    assert [stage.name for stage in run.stages][1:3] == ["BitAllocation", "BatchNormTuning"]
+    assert run.stages[1].figures["predicted_loss"] == first.stages[2].figures["predicted_loss"]
+
+
+def test_a_table_of_the_user_s_stays_and_a_state_folder_goes(tiny_classifier, loader, tmp_path):
+    options = {"allocation": {"compression": 0.2, "output_folder": tmp_path / "shown"}}
+    options["state_folder"] = tmp_path / "state"
+    quantize(tiny_classifier, loader, pipeline="light", options=options)
+    assert not (tmp_path / "state").exists() and (tmp_path / "shown" / "allocation.png").exists()
+    options["allocation"] = {"compression": 0.2, "table": tmp_path / "mine" / "table.csv"}
+    quantize(tiny_classifier, loader, pipeline="light", options=options)
+    assert (tmp_path / "mine" / "table.csv").exists()
+
+
+def test_a_sweep_evaluates_each_point_with_the_user_s_validation(tiny_classifier, loader):
+    options = {"allocation": {"compression": [0.1, 0.2], "candidates": [2, 4, 8], "checks": 2}}
+    run = quantize(tiny_classifier, loader, loader, "light", options)
+    trade_off = run.stages[1].items[-1]
+    assert trade_off.name == "trade_off" and trade_off.columns[-3:] == ["val_loss", "val_acc", "epoch_ends"]
+    assert [row[0] for row in trade_off.rows] == ["0.1", "0.2", "W2A2", "W4A4", "W8A8"]
+    assert all(0 <= row[-2] <= 1 and row[3] is not None for row in trade_off.rows)
+    assert run.metrics.keys() == run.float_metrics.keys()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_weights_alone_go_through_every_pipeline(pipeline, tiny_classifier, loader, images):
+    options = {**QUICK, "allocation": {"compression": 0.2, "candidates": [4, 8]}}
+    scheme = {"weight_bits": 4, "activation_bits": None, "group_size": 4}
+    run = quantize(tiny_classifier, loader, loader, pipeline, options, **scheme)
+    found = set(bit_widths(run).values())
+    assert all(bits.activation is None for bits in found) and {bits.weight for bits in found} <= {4, 8}
+    with torch.no_grad():
+        assert not torch.equal(run.module(images), tiny_classifier(images))
+    record = run.record("test", "tiny", "val_acc", 0)
+    assert {layer["activation_bits"] for layer in record["layers"]} == {None}
+
+
+def test_the_configuration_of_a_run_is_what_was_given(tiny_classifier, loader):
+    run = quantize(tiny_classifier, loader, pipeline="calibrate", options={"seed": 3}, weight_bits=5)
+    assert run.configuration["pipeline"] == "calibrate" and run.configuration["seed"] == 3
+    assert run.configuration["weight_bits"] == 5 and run.configuration["adaquant"]["iterations"] == 500
+
+
+def test_unknown_options_are_errors_before_anything_runs(tiny_classifier, loader):
+    with pytest.raises(TypeError, match="QuantizationModule: unknown option 'weight_bit'; did you mean 'weight_bits'"):
+        quantize(tiny_classifier, loader, weight_bit=4)
+    with pytest.raises(TypeError, match=r"options\.calibration: unknown option 'percent'"):
+        quantize(tiny_classifier, loader, options={"calibration": {"percent": 99}})
+
+
+def test_any_stage_may_evaluate_while_it_works(tiny_classifier, loader):
+    class Asking(Stage):
+        def run(self, module):
+            return StageResult({"loss_meanwhile": self.evaluate()["val_loss"]}, [])
+
+    run = run_stages(QuantizationModule(tiny_classifier), [*make_stages("calibrate"), Asking()], loader, loader)
+    assert run.stages[1].figures["loss_meanwhile"] == pytest.approx(run.stages[0].metrics["val_loss"])
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "advanced"])
+def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
+    tiny_classifier, loader, tmp_path, pipeline
+):
+    options = {
+        "storage": {"activation_budget": "3kB", "scratch_folder": tmp_path / "scratch"},
+        "state_folder": tmp_path / "state",
+        "allocation": {"compression": 0.2},
+        "adaquant": {"iterations": 2},
+    }
+    stages = {stage.name: stage for stage in make_stages(pipeline, options)}
+    assert (
+        stages["AdaQuant"].storage
+        == stages["BatchNormTuning"].storage
+        == StorageOptions("3kB", "float32", tmp_path / "scratch")
+    )
+    seen = []
+    stages["AdaQuant"].clean_up, clean_up = (
+        lambda: seen.extend((tmp_path / "state").rglob("*.pt")),
+        stages["AdaQuant"].clean_up,
+    )
+    run_stages(QuantizationModule(tiny_classifier), list(stages.values()), loader)
+    assert seen
+    clean_up()
+    assert not (tmp_path / "state").exists()
