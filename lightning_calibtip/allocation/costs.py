@@ -216,8 +216,8 @@ def bit_operations(inputs: CostInputs) -> CostTable:
     def operations(name: str, config: LayerConfig) -> float:
         first, second = config.bit_widths.weight, config.bit_widths.activation
         if not inputs.has_weight(name):
-            bits = [None if spec is None else spec.bits for spec in config.inputs] or [None]
-            first, second = bits[0], bits[min(1, len(bits) - 1)]
+            factors = [None if spec is None else spec.bits for spec in config.inputs] or [None]
+            first, second = (*factors, *factors)[:2]
         return inputs.work[name].multiply_accumulates * _bits(first) * _bits(second)
 
     return inputs.tabulate(operations)

@@ -86,7 +86,7 @@ def read_latencies(path: str | Path) -> dict[str, dict[BitWidths, float]]:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder, "latency.csv")
-        ...     _ = path.write_text("layer,weight_bits,activation_bits,latency\\nconv1,4,,2.5\\n")
+        ...     _ = path.write_text("layer,weight_bits,activation_bits,latency\nconv1,4,,2.5\n")
         ...     read_latencies(path)
         {'conv1': {BitWidths(weight=4, activation=None): 2.5}}
     """

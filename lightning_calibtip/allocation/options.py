@@ -49,7 +49,7 @@ class AllocationOptions:
         agree_on_input: Whether layers that read the same tensor must.
         agree_on_add: Whether layers whose outputs are added up must.
         metric: What is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, or a function
-            ``metric(output, batch)``, less being better: a labelled loss, say.
+            ``metric(output, batch)``, less being better: a labelled loss, say (in YAML its import path).
         samples: Number of calibration samples to measure on; all if None.
         checks: Number of alternatives to the program's answer whose true loss is measured; the best is kept.
         pick_under: Greatest compression of the point that is picked from a sweep; None for any.
@@ -88,7 +88,8 @@ class AllocationOptions:
     groups: Sequence[Sequence[str]] = ()
     agree_on_input: bool = False
     agree_on_add: bool = False
-    metric: str | LossFunction = "kl"
+    # In this order jsonargparse takes the path of a function for the function.
+    metric: LossFunction | str = "kl"
     samples: int | None = None
     checks: int = 16
     pick_under: float | None = None

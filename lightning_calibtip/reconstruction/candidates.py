@@ -148,15 +148,15 @@ class _Work:
                 if layer in unit.layers:
                     layer.variants.pop(config, None)
                 layer.switch(config)
-        told = part_of(self.progress, self.done, self.total, f"{candidate.label} ")
+        report = part_of(self.progress, self.done, self.total, f"{candidate.label} ")
         result = self.finished.load(position, unit, candidate.label) if self.finished else None
         if result is None:
             assert record.inputs is not None
             data = UnitData(record.inputs, record.targets, None, record.weights)
-            result = reconstruct(unit, data, self.options, _read_elsewhere(unit), told)
+            result = reconstruct(unit, data, self.options, _read_elsewhere(unit), report)
             if self.finished:
                 self.finished.save(position, unit, result, candidate.label)
-        told(self.options.iterations, self.options.iterations, summary_of(result))
+        report(self.options.iterations, self.options.iterations, summary_of(result))
         self.done += 1
         for layer in unit.layers:
             if layer.name in self.network.searchable_layers:

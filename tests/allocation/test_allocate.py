@@ -467,3 +467,12 @@ def test_two_layers_of_one_effective_format_are_measured_as_one_model(images, mo
     model = Model(network, Loss(network, calibration), 0.0)
     narrow = {**problem.uniform(B(8, 8)), "0": B(8, 4)}
     assert model.measure(problem.uniform(B(8, 8))) == model.measure(narrow) and len(counted) == 1
+
+
+def test_candidates_that_make_no_difference_to_a_layer_are_ordered_all_the_same(images):
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).eval()
+    calibration = calibration_set(model, torch.randint(0, 9, (8, 3)))
+    network = calibrated_network(model, calibration, weight_bits=8, activation_bits=8, edge_bits=None)
+    candidates = [B(4, 4), B(4, 6), B(4, None), B(8, 8)]
+    chosen = allocated(network, calibration, candidates, compression=0.5).chosen
+    assert abs(chosen.measured_loss) < 1e-3 and chosen.bits.keys() == {"0", "2"}

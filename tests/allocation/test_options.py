@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 
 from lightning_calibtip.allocation.costs import cost_names, register_cost
@@ -79,6 +80,9 @@ def test_a_parser_reads_all_kinds_of_values(tmp_path):
     limits = {"weight_bytes": 2e6, "bit_operations": 2e9, "activation_bytes": 1e6, "compression": 0.2}
     assert options.constraints.limits == limits and options.constraints.groups == [["a", "b.*"]]
     assert parser.parse_args(["--allocation.weight_bytes=3"]).allocation.weight_bytes == 3
+    given = parser.parse_args(["--allocation.metric=torch.nn.functional.mse_loss"])
+    made = getattr(parser, "instantiate", parser.instantiate_classes)(given).allocation
+    assert made.sensitivity_options().metric is torch.nn.functional.mse_loss
 
 
 @pytest.mark.parametrize(

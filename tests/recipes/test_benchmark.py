@@ -104,7 +104,7 @@ def test_samples_are_measured_for_both_methods(tiny_cifar, cifar_checkpoint, mon
 
 def test_fine_tuning_learns_the_labels_of_its_images(tiny_classifier, loader, images):
     from lightning_calibtip import Calibration, QuantizationModule
-    from lightning_calibtip.pipeline import run_stages
+    from lightning_calibtip.pipeline.runner import run_stages
 
     module = QuantizationModule(tiny_classifier, weight_bits=4)
     run_stages(module, [Calibration()], loader)

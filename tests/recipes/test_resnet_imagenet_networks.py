@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.inception import InceptionOutputs
 
 from lightning_calibtip import Calibration, QuantizationModule
-from lightning_calibtip.pipeline import run_stages
+from lightning_calibtip.pipeline.runner import run_stages
 from recipes.resnet_imagenet.model import ImageNetClassifier, load_network, logits_of
 from recipes.resnet_imagenet.preprocessing import Preprocessing
 
@@ -60,7 +60,8 @@ def counted_in_float(net, images):
 
 def calibrated(model, images, **options):
     module = QuantizationModule(model, **options)
-    run_stages(module, [Calibration("minmax", "minmax")], [images], trainer_options={"accelerator": "cpu"})
+    stages = [Calibration(observer="minmax", weight_observer="minmax")]
+    run_stages(module, stages, [images], trainer_options={"accelerator": "cpu"})
     return module
 
 

@@ -53,10 +53,10 @@ def test_candidates_leave_a_state_for_each_format(calibrated):
 
 
 def test_each_candidate_has_the_states_of_a_reconstruction_of_its_own(tiny_resnet, images):
-    def network_of(widths):
+    def network_of(bit_widths):
         model = copy.deepcopy(tiny_resnet)
         calibration = calibration_set(model, *images.split(16))
-        scheme = {"weight_bits": widths.weight, "activation_bits": widths.activation}
+        scheme = {"weight_bits": bit_widths.weight, "activation_bits": bit_widths.activation}
         return calibrated_network(model, calibration, **scheme), calibration
 
     together, calibration = network_of(W2A4)

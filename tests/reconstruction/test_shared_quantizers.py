@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_calibtip.calibration.replay import Replay
 from lightning_calibtip.reconstruction.adam import Adam
 from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.optimize import optimize_unit
@@ -85,8 +86,20 @@ def test_a_shared_scale_is_one_parameter_of_the_optimiser(fork, monkeypatch):
     assert [sum(parameter is scale for parameter in parameters) for parameters in lists] == [0, 1, 0]
 
 
+def test_a_layer_that_answers_from_store_does_not_switch_off_what_others_compute_with(fork):
+    network, calibration = fork
+    names = list(network.layers)
+    stream = Replay(network.model, network.structure, calibration, names, to_end=True)
+    with torch.no_grad():
+        wanted = [calibration.run(index) for index in range(len(calibration))]
+    for name in names:
+        stream.finish(name, stream.record(name).outputs)
+        for index, output in enumerate(wanted):
+            assert torch.equal(stream.run(index), output), name
+    assert all(quantizer.enabled for quantizer in network.quantizers)
+
+
 def test_sequential_inputs_are_those_of_the_quantized_model(fork, monkeypatch):
-    """While a finished layer answers from store its quantizer does not act; the others that share it still compute."""
     network, calibration = fork
     seen = {}
 

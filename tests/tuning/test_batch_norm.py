@@ -37,7 +37,7 @@ def always_better(monkeypatch):
 
 
 @pytest.mark.usefixtures("always_better")
-@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("group_size", [None, 5, 32])
 def test_channels_get_the_float_models_statistics_and_integers_stay(wide_net, images, group_size):
     calibration = calibration_set(wide_net, *images.split(16))
     network = calibrated_network(
@@ -92,6 +92,42 @@ def test_a_result_farther_from_float_is_taken_back(wide_net, images, monkeypatch
     assert not result.kept and result.divergence_after == 1.0
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, before[name].weight) and torch.equal(layer.bias, before[name].bias)
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(wide_net, images):
+    calibration = calibration_set(wide_net, images)
+    network = calibrated_network(wide_net, calibration, weight_bits=2, edge_bits=None, group_size=4)
+    before, wanted = {name: layer.save() for name, layer in network.layers.items()}, wide_net(images)
+
+    def stop_at_second(done, total, what):
+        if done == 1:
+            # The first layer is tuned by now.
+            assert not torch.equal(network.layers["0"].bias, before["0"].bias)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_batch_norm(network, calibration, progress=stop_at_second)
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.weight, before[name].weight) and torch.equal(layer.bias, before[name].bias)
+        assert torch.equal(layer.weight_quantizer.scale, before[name].qparams[0])
+    assert torch.equal(wide_net(images), wanted)
+
+
+@pytest.mark.usefixtures("always_better")
+@pytest.mark.parametrize("scheme", [{"weight_bits": None, "activation_bits": 3}, {"activation_bits": None}])
+def test_layers_with_float_weights_or_float_inputs_are_corrected(wide_net, images, scheme):
+    calibration = calibration_set(wide_net, images)
+    network = calibrated_network(wide_net, calibration, **{"weight_bits": 2, "edge_bits": None, **scheme})
+    with network.quantized(False):
+        mean, deviation = channel_statistics(wide_net, "3", images)
+    before = network.layers["3"].weight.clone()
+    assert tune_batch_norm(network, calibration).layers == ("0", "3")
+    found = channel_statistics(wide_net, "3", images)
+    torch.testing.assert_close(found[0], mean, rtol=1e-3, atol=1e-4)
+    if scheme.get("weight_bits", 2) is None:
+        assert torch.equal(network.layers["3"].weight, before), "a float weight has no scale to stretch"
+    else:
+        torch.testing.assert_close(found[1], deviation, rtol=1e-3, atol=1e-4)
 
 
 def test_dead_channel_stays_finite(wide_net, images):

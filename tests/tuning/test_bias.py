@@ -62,6 +62,65 @@ def test_a_worse_result_is_taken_back(calibrated, caplog):
     assert all(torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
 
 
+def test_an_error_on_the_way_leaves_the_model_as_it_was(calibrated):
+    network, calibration = calibrated
+    before = {name: layer.save() for name, layer in network.layers.items()}
+
+    def stop_at_third(done, total, what):
+        if done == 3:
+            assert not torch.equal(network.layers["head"].bias, before["head"].bias)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_bias(network, calibration, BiasTuningOptions(rate=5e-2, scale_rate=1e-2), stop_at_third)
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.bias, before[name].bias)
+        found = layer.save().qparams
+        assert all(torch.equal(a, b) for a, b in zip(found, before[name].qparams, strict=True))
+
+
+class TwoReaders(nn.Module):
+    """Two layers read one tensor, and so share its quantizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(64, 4), nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.left(x) + self.right(x)
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_each_scale_is_tuned_once_also_those_of_groups_and_of_a_shared_input(images, monkeypatch, group_size):
+    groups = []
+
+    class Watched(torch.optim.Adam):
+        def __init__(self, given):
+            groups.extend(given)
+            super().__init__(given)
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    torch.manual_seed(0)
+    model = TwoReaders().eval()
+    calibration = calibration_set(model, *images.split(16))
+    network = calibrated_network(model, calibration, weight_bits=3, edge_bits=None, group_size=group_size)
+    left, right = network.layers["left"], network.layers["right"]
+    assert left.input_quantizers == right.input_quantizers
+    tune_bias(network, calibration, BiasTuningOptions(epochs=1, scale_rate=1e-2))
+    tuned = [parameter for group in groups for parameter in group["params"]]
+    own = [left.bias, left.weight_quantizer.scale, left.input_quantizers[0].scale]
+    assert [id(p) for p in tuned] == [id(p) for p in [*own, right.bias, right.weight_quantizer.scale]]
+    assert len(left.weight_quantizer.scale) == (4 if group_size is None else 16)
+
+
+def test_layers_without_biases_or_scales_are_left_alone(images, caplog):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))
+    calibration = calibration_set(model, images)
+    result = tune_bias(calibrated_network(model, calibration), calibration)
+    assert not result.kept and result.divergence_before == result.divergence_after and not caplog.text
+
+
 def test_a_gain_within_its_standard_error_is_not_trusted():
     before = torch.tensor([1.0, 1.0, 1.0, 1.0])
     assert not falls_beyond_chance(before, torch.tensor([0.0, 1.5, 1.3, 1.1]))
