@@ -27,7 +27,7 @@ from .report.record import record_table
 
 
 class QuantizationTrainer(pl.Trainer):
-    """A Trainer that can also quantize, and validate what was quantized."""
+    """A Trainer that can also quantize, and validate what was quantized. See ``QuantizationCLI``."""
 
     def quantize(
         self,
@@ -95,7 +95,7 @@ class QuantizationTrainer(pl.Trainer):
         return run
 
     def _stage_options(self) -> dict[str, Any]:
-        """Options by which the stages' Trainers are as this one is."""
+        """Options that make the Trainers of the stages like this one."""
         device = self.strategy.root_device.type
         return {
             "accelerator": {"cuda": "gpu"}.get(device, device),
@@ -124,7 +124,12 @@ class QuantizationTrainer(pl.Trainer):
 
 
 class QuantizationCLI(LightningCLI):
-    """``fit``, ``validate`` and ``quantize``."""
+    """The commands ``fit``, ``validate`` and ``quantize``.
+
+    Example:
+        >>> sorted(QuantizationCLI.subcommands())
+        ['fit', 'quantize', 'validate']
+    """
 
     @staticmethod
     @override
@@ -169,6 +174,13 @@ def load_weights(model: pl.LightningModule, path: str | Path) -> None:
     Raises:
         ValueError: If it is no checkpoint of this model, is quantized already, or holds more than tensors and plain
             values.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> model = pl.LightningModule()
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"state_dict": {}}, f"{folder}/trained.ckpt")
+        ...     load_weights(model, f"{folder}/trained.ckpt")
     """
     if is_quantized(path):
         raise ValueError(f"{path} is quantized already; give the checkpoint of the float model.")
@@ -207,6 +219,6 @@ def _loaders(model: pl.LightningModule, datamodule: pl.LightningDataModule | Non
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. See ``QuantizationCLI``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     QuantizationCLI(trainer_class=QuantizationTrainer, save_config_callback=None)

@@ -5,44 +5,18 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip.allocation.allocate import Model, allocate
 from lightning_calibtip.allocation.constraints import Constraints
-from lightning_calibtip.allocation.costs import _COSTS, register_cost
 from lightning_calibtip.allocation.integer_program import InfeasibleBudgetError
-from lightning_calibtip.allocation.options import AllocationOptions
 from lightning_calibtip.allocation.outcome import Point, Sweep
 from lightning_calibtip.allocation.problem import Problem
-from lightning_calibtip.allocation.work import measure_work
 from lightning_calibtip.calibration.losses import Loss
 from lightning_calibtip.quantization.spec import BitWidths as B
 from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
+from tests.allocation.allocating import CANDIDATES, SMALL, allocated, bit_widths, start_again
 from tests.conftest import TinyResNet
 from tests.networks import calibrated_network, calibration_set
-
-CANDIDATES = [B(2, 8), B(8, 8)]
-SMALL = {"compression": 0.16}
-
-
-def allocated(network, calibration, candidates, evaluate=None, **options):
-    return allocate(network, calibration, AllocationOptions(candidates=candidates, **options), evaluate=evaluate)
-
-
-def bit_widths(network):
-    return {name: layer.config.bit_widths for name, layer in network.layers.items()}
-
-
-@pytest.fixture
-def calibrated(tiny_resnet, images):
-    calibration = calibration_set(tiny_resnet, *images.split(16))
-    return calibrated_network(tiny_resnet, calibration, weight_bits=8, activation_bits=8), calibration
-
-
-def start_again(network, initial):
-    for name, layer in network.layers.items():
-        layer.variants.clear()
-        layer.restore(initial[name])
 
 
 def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(calibrated):
@@ -55,13 +29,14 @@ def test_allocation_stays_within_the_budget_and_spends_bits_where_it_hurts_most(
     reached = sum(sizes[name] * bits[name].weight for name in sizes) / (32 * sum(sizes.values()))
     assert chosen.compression == chosen.costs["compression"] == pytest.approx(reached) and reached <= 0.16
     assert set(chosen.bits.values()) == {B(2, 8), B(8, 8)}
-    # All free layers have the same size here, so those at 8 bits must be the most sensitive ones.
+    # All searchable layers have the same size here, so those at 8 bits must be the most sensitive ones.
     worth = {name: outcome.sensitivity.rise(name, B(2, 8)) for name in network.searchable_layers}
-    wide = [worth[name] for name, widths in chosen.bits.items() if widths == B(8, 8)]
-    narrow = [worth[name] for name, widths in chosen.bits.items() if widths == B(2, 8)]
+    wide = [worth[name] for name, bits in chosen.bits.items() if bits == B(8, 8)]
+    narrow = [worth[name] for name, bits in chosen.bits.items() if bits == B(2, 8)]
     assert min(wide) >= max(narrow)
     assert chosen.predicted_loss == pytest.approx(sum(narrow))
-    assert chosen.measured_loss == pytest.approx(Loss(network, calibration)() - outcome.sensitivity.base_loss)
+    measured = Loss(network, calibration)() - outcome.sensitivity.base_loss
+    assert chosen.measured_loss == pytest.approx(measured, rel=1e-2, abs=1e-6)
     assert outcome.curve == [chosen] and outcome.uniform == []
 
 
@@ -94,7 +69,8 @@ def test_least_size_under_a_loss_budget_is_checked_by_the_true_loss(calibrated):
     )
     chosen = outcome.chosen
     assert chosen.measured_loss <= 0.02
-    assert Loss(network, calibration)() - outcome.sensitivity.base_loss == pytest.approx(chosen.measured_loss)
+    measured = Loss(network, calibration)() - outcome.sensitivity.base_loss
+    assert measured == pytest.approx(chosen.measured_loss, rel=1e-2, abs=1e-6)
     assert chosen.compression < 0.25
 
 
@@ -159,9 +135,9 @@ def test_layers_that_meet_in_a_sum_or_read_one_tensor_agree_when_asked(images):
         assert set(chosen.bits.values()) == {B(2, 8)}
 
 
-def test_a_fixed_layer_does_not_bind_those_that_it_meets(calibrated):
+def test_a_pinned_layer_does_not_bind_those_that_it_meets(calibrated):
     network, calibration = calibrated
-    # The stem, whose width is fixed, feeds the same sum as the first block's second layer.
+    # The stem, whose bit-widths are pinned, feeds the same sum as the first block's second layer.
     bits = allocated(network, calibration, [B(2, 8), B(4, 8)], compression=0.1, agree_on_add=True).chosen.bits
     assert bits["blocks.0.conv2"] in [B(2, 8), B(4, 8)]
 
@@ -210,10 +186,10 @@ def test_reconstructed_states_are_used_where_there_are_some(calibrated):
     options = AdaQuantOptions(iterations=20, batch_size=16, mode="parallel", granularity="layer")
     adaquant_candidates(network, calibration, options, CANDIDATES)
     outcome = allocated(network, calibration, CANDIDATES, **SMALL)
-    for name, widths in outcome.chosen.bits.items():
+    for name, bits in outcome.chosen.bits.items():
         layer = network.layers[name]
-        assert torch.equal(layer.weight, layer.variants[network.config_for(name, widths)].weight)
-        assert layer.errors == layer.variants[network.config_for(name, widths)].errors
+        assert torch.equal(layer.weight, layer.variants[network.config_for(name, bits)].weight)
+        assert layer.errors == layer.variants[network.config_for(name, bits)].errors
 
 
 def test_work_done_before_allocation_is_kept(calibrated):
@@ -222,7 +198,7 @@ def test_work_done_before_allocation_is_kept(calibrated):
     adaquant(network, calibration, AdaQuantOptions(mode="parallel", granularity="layer", **options))
     before = {name: network.layers[name].save() for name in network.searchable_layers}
     outcome = allocated(network, calibration, CANDIDATES, **SMALL)
-    wide = [name for name, widths in outcome.chosen.bits.items() if widths == B(8, 8)]
+    wide = [name for name, bits in outcome.chosen.bits.items() if bits == B(8, 8)]
     assert wide and all(torch.equal(network.layers[name].weight, before[name].weight) for name in wide)
 
 
@@ -242,7 +218,7 @@ def test_a_misleading_table_is_found_out(calibrated, tmp_path):
     checked = allocated(network, calibration, candidates, **budget, sensitivity=reuse).chosen
     assert checked.measured_loss < misled.measured_loss
     network_loss = Loss(network, calibration)() - table.base_loss
-    assert network_loss == pytest.approx(checked.measured_loss) and checked.compression <= 0.11
+    assert network_loss == pytest.approx(checked.measured_loss, rel=1e-2, abs=1e-6) and checked.compression <= 0.11
 
 
 def test_checks_are_as_many_as_asked(calibrated, monkeypatch):
@@ -298,7 +274,7 @@ def test_picking_rules():
         Sweep(under=0.1)
 
 
-def test_a_table_is_taken_again_without_measuring(calibrated, tmp_path, monkeypatch, caplog):
+def test_a_table_is_reused_without_measuring(calibrated, tmp_path, monkeypatch, caplog):
     network, calibration = calibrated
     path = tmp_path / "table.csv"
     initial = {name: layer.save() for name, layer in network.layers.items()}
@@ -365,7 +341,7 @@ def test_float_layers_count_with_32_bits(tiny_resnet, images):
         allocated(network, calibration, CANDIDATES, compression=0.3)
 
 
-def test_nothing_free_to_choose_is_an_error(tiny_resnet, images):
+def test_nothing_to_choose_is_an_error(tiny_resnet, images):
     calibration = calibration_set(tiny_resnet, images)
     network = calibrated_network(tiny_resnet, calibration, overrides={"*": 8})
     with pytest.raises(ValueError, match="No layer's bit-widths are free"):
@@ -387,92 +363,3 @@ def test_nothing_free_to_choose_is_an_error(tiny_resnet, images):
 def test_bad_constraints_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Constraints(**options)
-
-
-def test_weight_only_candidates_go_through_measuring_checking_a_sweep_and_the_table(calibrated, tmp_path):
-    network, calibration = calibrated
-    path, sizes = tmp_path / "table.csv", [0.12, 0.2]
-    initial = {name: layer.save() for name, layer in network.layers.items()}
-    wanted = {"candidates": [(2, None), (4, 8), (8, None)], "compression": sizes, "bit_operations": 1e12}
-    outcome = allocate(network, calibration, AllocationOptions(**wanted, table=path), evaluate=lambda: {"top1": 0.5})
-    assert outcome.sensitivity.conditions.base == B(8, None)
-    assert [point.label for point in outcome.uniform] == ["W2", "W4A8", "W8"]
-    layers = {name: network.layers[name] for name in network.searchable_layers}
-    for name, bits in outcome.chosen.bits.items():
-        assert layers[name].config.bit_widths == bits
-        assert (layers[name].input_quantizers == (None,)) == (bits.activation is None)
-    # All pinned layers have 8 bits.
-    bits = {name: outcome.chosen.bits.get(name, B(8, 8)) for name in network.layers}
-    sizes = {name: layer.weight.numel() for name, layer in network.layers.items()}
-    reached = sum(sizes[name] * bits[name].weight for name in sizes) / (32 * sum(sizes.values()))
-    assert outcome.chosen.compression == pytest.approx(reached)
-    work = measure_work(network, calibration)
-    operations = sum(work[n].multiply_accumulates * b.weight * (b.activation or 32) for n, b in bits.items())
-    assert outcome.chosen.costs["bit_operations"] == pytest.approx(operations)
-    start_again(network, initial)
-    again = allocate(network, calibration, AllocationOptions(**wanted, sensitivity=path))
-    assert again.sensitivity == outcome.sensitivity and again.chosen.bits == outcome.chosen.bits
-
-
-def test_activation_only_candidates_keep_float_weights(calibrated):
-    network, calibration = calibrated
-    wanted = {"compression": 1.0, "activation_bytes": 1300.0, "checks": 0}
-    chosen = allocated(network, calibration, [(None, 4), (None, 8)], **wanted).chosen
-    assert set(chosen.bits.values()) == {B(None, 4), B(None, 8)}
-    assert all(network.layers[name].weight_quantizer is None for name in network.searchable_layers)
-
-
-def test_one_number_stands_for_what_the_scheme_quantizes(tiny_resnet, images):
-    calibration = calibration_set(tiny_resnet, images)
-    network = calibrated_network(tiny_resnet, calibration, weight_bits=8, activation_bits=None)
-    chosen = allocated(network, calibration, [2, 8], compression=0.2).chosen
-    assert set(chosen.bits.values()) == {B(2, None), B(8, None)}
-    with pytest.raises(ValueError, match=r"at least two different bit-widths, got \[4, \(4, None\)\] \(W4 "):
-        allocated(network, calibration, [4, (4, None)], compression=0.2)
-
-
-@pytest.fixture
-def narrow_layers():
-    """A cost registered by a user: the number of layers below 8 bits, pinned and float ones included."""
-
-    @register_cost("narrow_layers")
-    def count(inputs):
-        return inputs.tabulate(lambda name, config: float((config.bit_widths.weight or 32) < 8))
-
-    yield count
-    del _COSTS["narrow_layers"]
-
-
-@pytest.mark.usefixtures("narrow_layers")
-def test_a_cost_of_the_users_own_is_a_budget_and_is_minimised(calibrated):
-    network, calibration = calibrated
-    wanted = {"compression": 0.2, "budgets": {"narrow_layers": "3"}, "checks": 3}
-    chosen = allocated(network, calibration, CANDIDATES, **wanted).chosen
-    assert sum(bits.weight < 8 for bits in chosen.bits.values()) == chosen.costs["narrow_layers"] <= 3
-    fewest = allocated(network, calibration, CANDIDATES, max_loss=1e9, minimise="narrow_layers").chosen
-    assert fewest.costs["narrow_layers"] == 0 and set(fewest.bits.values()) == {B(8, 8)}
-    with pytest.raises(
-        InfeasibleBudgetError, match=r"narrow_layers=0.5, compression=0.1|compression=0.1, narrow_layers"
-    ):
-        allocated(network, calibration, CANDIDATES, compression=0.1, budgets={"narrow_layers": 0.5})
-
-
-def test_two_layers_of_one_effective_format_are_measured_as_one_model(images, monkeypatch):
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).eval()
-    calibration = calibration_set(model, torch.randint(0, 9, (8, 3)))
-    network = calibrated_network(model, calibration, weight_bits=8, activation_bits=8, edge_bits=None)
-    counted, measured = [], Loss.__call__
-    monkeypatch.setattr(Loss, "__call__", lambda self, run=None: counted.append(run) or measured(self, run))
-    problem = Problem(network, calibration, [B(8, 4), B(8, 8)], Constraints({"compression": 0.5}))
-    model = Model(network, Loss(network, calibration), 0.0)
-    narrow = {**problem.uniform(B(8, 8)), "0": B(8, 4)}
-    assert model.measure(problem.uniform(B(8, 8))) == model.measure(narrow) and len(counted) == 1
-
-
-def test_candidates_that_make_no_difference_to_a_layer_are_ordered_all_the_same(images):
-    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 3)).eval()
-    calibration = calibration_set(model, torch.randint(0, 9, (8, 3)))
-    network = calibrated_network(model, calibration, weight_bits=8, activation_bits=8, edge_bits=None)
-    candidates = [B(4, 4), B(4, 6), B(4, None), B(8, 8)]
-    chosen = allocated(network, calibration, candidates, compression=0.5).chosen
-    assert abs(chosen.measured_loss) < 1e-3 and chosen.bits.keys() == {"0", "2"}
