@@ -65,8 +65,13 @@ class QuantizationTrainer(pl.Trainer):
             ValueError: If a setting is out of its range, or there is no calibration data.
             RuntimeError: If ``stages`` do not begin with a Calibration.
         """
-        output.mkdir(parents=True, exist_ok=True)
         options = PipelineOptions.of(options)
+        if stages is not None and options != PipelineOptions():
+            raise ValueError(
+                "stages have options of their own, so those of a pipeline (adaquant, calibration, seed, ...) would be "
+                "ignored: give them in the stages' init_args, or take a pipeline instead of stages."
+            )
+        output.mkdir(parents=True, exist_ok=True)
         if is_overridden("configure_model", model):
             model.configure_model()
         if ckpt_path is not None:
@@ -87,7 +92,7 @@ class QuantizationTrainer(pl.Trainer):
             {**configuration, "calibration_samples": calibration_samples},
         )
         run.save(output / "quantized.ckpt")
-        record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed or 0)
+        record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         wrapped.print_summary()

@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -74,13 +75,14 @@ def randomize_batch_norms(model: nn.Module, generator: torch.Generator) -> None:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
 
 
-@pytest.fixture
-def two_threads():
-    """For whole networks, which are worth them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+@pytest.fixture(autouse=True)
+def same_log_levels():
+    """Recipes set them for their process; the next test is not to see that."""
+    loggers = [logging.getLogger(name) for name in ("lightning_calibtip", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
     yield
-    torch.set_num_threads(before)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -85,6 +85,11 @@ def allocate(
         raise ValueError("No layer's bit-widths are free to be chosen: overrides and edge_bits pin them all.")
     options = options or AllocationOptions()
     candidates, constraints, sweep = options.bit_widths(network.scheme), options.constraints, options.sweep
+    if set(constraints.limits) == {"compression"} and all(candidate.weight is None for candidate in candidates):
+        raise ValueError(
+            "No candidate quantizes weights (weight_bits=None), so there is nothing that compression could limit: give "
+            "a budget of bit_operations or activation_bytes."
+        )
     problem = Problem(network, calibration, candidates, constraints)
     budgets = [{**constraints.limits, "compression": value} for value in sweep.compression]
     budgets = budgets or [dict(constraints.limits)]

@@ -105,10 +105,13 @@ class AllocationOptions:
     def __post_init__(self) -> None:
         # Everything that is derived is checked when it is made.
         _ = self.sweep
-        _distinct([parse_bit_widths(value, "candidates") for value in self.candidates], self.candidates)
+        if isinstance(self.candidates, str) or not isinstance(self.candidates, Sequence):
+            raise ValueError(f"candidates must be a list of at least two bit-widths, got {self.candidates!r}.")
+        pairs = [parse_bit_widths(value, f"candidates[{i}]") for i, value in enumerate(self.candidates)]
+        _distinct(pairs, self.candidates)
         _ = self.constraints
-        if self.checks < 0:
-            raise ValueError(f"checks must be at least 0, got {self.checks}.")
+        if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0:
+            raise ValueError(f"checks must be an integer of at least 0, got {self.checks!r}.")
         self.sensitivity_options()
 
     def bit_widths(self, scheme: QuantizationScheme) -> list[BitWidths]:

@@ -52,8 +52,8 @@ class SensitivityOptions:
 
     def __post_init__(self) -> None:
         check_metric(self.metric)
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}.")
+        if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
+            raise ValueError(f"samples must be an integer of at least 1, got {self.samples!r}.")
 
 
 def base_bits(candidates: Sequence[BitWidths]) -> BitWidths:

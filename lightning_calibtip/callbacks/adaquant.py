@@ -1,7 +1,6 @@
 """AdaQuant: reconstruct each layer or block so that its quantized output matches the float one."""
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ..reconstruction.adaquant import adaquant
 from ..reconstruction.candidates import adaquant_candidates, check_candidates
 from ..reconstruction.optimize import UnitResult
 from ..reconstruction.options import AdaQuantOptions
+from ..reconstruction.resume import remove_finished
 from ..report.reconstruction import reconstruction_item
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult
@@ -82,9 +82,9 @@ class AdaQuant(Stage):
 
     @override
     def clean_up(self) -> None:
-        """Remove the finished units from the state folder."""
+        """Remove the finished units from the state folder, and the folder if nothing else is in it."""
         if self.state_folder is not None:
-            shutil.rmtree(self.state_folder, ignore_errors=True)
+            remove_finished(self.state_folder)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

@@ -7,7 +7,7 @@ from torch import nn
 
 from .attention import PRODUCTS, add_products
 from .folding import apply_fold
-from .layer_types import layer_type_of
+from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .plan import ModulePlan, QuantizationPlan
 from .tensors import ObservedTensor
@@ -40,12 +40,18 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
     """
     _add_products(model, plan)
     _check(model, plan)
+    # This model may share more than the one that was planned for; nothing but the planned ties stays shared.
+    ties = find_ties(model, quantizable_layers(model))
     for module_plan in plan.modules:
         if module_plan.role == "layer":
             # Also of layers that stay in float: what they share would be folded into and reconstructed.
-            layer = model.get_submodule(module_plan.name)
+            name, layer = module_plan.name, model.get_submodule(module_plan.name)
             bake_parametrizations(layer)
-            for parameter in module_plan.copies:
+            copies = {*module_plan.copies, *ties.copies.get(name, ())}
+            if name in ties.tied and plan.tied.get(name) != ties.tied[name]:
+                layer_type = layer_type_of(layer)
+                copies.add((layer_type and layer_type.weight) or "weight")
+            for parameter in sorted(copies):
                 own_parameter(layer, parameter)
     for fold in plan.folds:
         apply_fold(model, fold)

@@ -64,6 +64,16 @@ register_layer(
 )
 
 
+def make_product(name: str) -> nn.Module:
+    """Make the product of attention of a name among ``PRODUCTS``.
+
+    Example:
+        >>> make_product("query_key_product")
+        QueryKeyProduct()
+    """
+    return QueryKeyProduct() if name == PRODUCTS[0] else ProbabilityValueProduct()
+
+
 def add_products(attention: nn.Module) -> None:
     """Give an attention module its two products, if it has none.
 
@@ -74,8 +84,8 @@ def add_products(attention: nn.Module) -> None:
         ['query_key_product', 'probability_value_product']
     """
     if not hasattr(attention, PRODUCTS[0]):
-        for name, product in zip(PRODUCTS, (QueryKeyProduct(), ProbabilityValueProduct()), strict=True):
-            attention.add_module(name, product.train(attention.training))
+        for name in PRODUCTS:
+            attention.add_module(name, make_product(name).train(attention.training))
 
 
 class _Products(TorchFunctionMode):

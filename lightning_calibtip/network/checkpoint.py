@@ -77,7 +77,8 @@ def unpack_network(
     integers.
 
     Args:
-        network: Made from the float model; or already quantized with the same structure, in whatever formats.
+        network: Made from the float model; or already quantized with the same structure, in whatever formats (not for
+            checkpoints of version 2, in which layers that read one tensor have a quantizer each).
         packed: From ``pack_network``, of this version or of version 2.
         state_dict: Changed in place, ready for ``load_state_dict``.
         prefix: Prefix of the model's names in ``state_dict``.
@@ -99,6 +100,11 @@ def unpack_network(
     """
     plan, scheme = _read_config(network, packed, state_dict, prefix)
     config = packed["config"]
+    if plan is None and network.prepared:
+        raise ValueError(
+            "The checkpoint was saved before calibration and this model is already quantized; load the checkpoint "
+            "into a QuantizationModule made anew from the float model."
+        )
     if plan is not None:
         if not network.prepared:
             network.apply(plan)
@@ -149,8 +155,14 @@ def _dequantized(
     quantizer = layer.weight_quantizer
     if quantizer is None:
         raise ValueError(f"The checkpoint is damaged: it holds integers for {layer.name}, which its plan has in float.")
+    shape = tuple(entry["shape"])
+    if shape != tuple(layer.weight.shape):
+        raise ValueError(
+            f"The checkpoint is of another model: its weight of {layer.name} has the shape {shape}, this one's "
+            f"{tuple(layer.weight.shape)}."
+        )
     quantizer.load_state_dict({name: state_dict[f"{place}{name}"] for name in quantizer.state_dict()})
-    integers = unpack_integers(entry["packed"], tuple(entry["shape"]), quantizer.spec.bits, quantizer.spec.qmin)
+    integers = unpack_integers(entry["packed"], shape, quantizer.spec.bits, quantizer.spec.qmin)
     return quantizer.decode(integers.to(layer.device)).detach()
 
 

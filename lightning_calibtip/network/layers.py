@@ -86,7 +86,7 @@ class QuantizedLayer:
 
     def detach(self) -> None:
         """Take the quantizers off again; the layer is as it was before ``attach``."""
-        self.set_enabled(False)
+        self.show_float(False)
         if self.tied_to is not None:
             stop_sharing_parametrization(self.module, self._weight_name)
         elif self.has_weight:
@@ -256,8 +256,7 @@ class QuantizedLayer:
         """
         self.fit_weight_range()
         for tensor, spec in zip(self.tensors, self.config.inputs, strict=True):
-            if not tensor.observed:
-                raise RuntimeError(f"{self.name}: no calibration batch has reached this layer; run Calibration first.")
+            tensor.require_observed()
             if spec is not None:
                 tensor.fit_range(spec)
         if self.config.output is not None:
@@ -282,12 +281,15 @@ class QuantizedLayer:
         if config in self.variants:
             self.restore(self.variants[config])
             return
+        wanted = [tensor for tensor, spec in zip(self.tensors, config.inputs, strict=True) if spec is not None]
+        for tensor in [*wanted, *([self.output_tensor] if config.output is not None else [])]:
+            tensor.require_observed()
         self._write(self.float_weight, self.float_bias)
         self.errors = None
         self.install(config)
         self.fit_weight_range()
         for tensor, quantizer in zip(self.tensors, self.input_quantizers, strict=True):
-            if quantizer is not None and not (tensor.shared and tensor.observed):
+            if quantizer is not None and not tensor.shared:
                 tensor.fit_range(quantizer.spec)
         if config.output is not None:
             self.output_tensor.fit_range(config.output)

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .attention import PRODUCTS, possible_products, route_attention
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .observe import observe, record
-from .plan import QuantizationPlan, Target, layer_config, plan, weights_of
+from .plan import NOTHING_QUANTIZED, QuantizationPlan, Target, layer_config, plan, weights_of
 from .scheme import QuantizationScheme
 from .structure import Structure
 from .summary import LayerSummary, summarize
@@ -78,6 +79,8 @@ class QuantizedNetwork:
         self.calibrated = False
         self.has_float_weights = True
         self._plan: QuantizationPlan | None = None
+        # How many checkpoints have been loaded.
+        self._loaded = 0
 
     @property
     def prepared(self) -> bool:
@@ -104,7 +107,7 @@ class QuantizedNetwork:
             for name, reason in decided.float_matmuls.items():
                 log.warning("%s %s: that stays float.", name or "The model itself", reason)
             for name, reason in decided.float_layers.items():
-                if not self.scheme.is_overridden(name):
+                if not self.scheme.is_overridden(name) and reason != NOTHING_QUANTIZED:
                     log.warning("Layer %s stays float: %s.", name, reason)
             self.apply(decided)
         with self._mode(quantized=False):
@@ -137,18 +140,37 @@ class QuantizedNetwork:
                     f"The model is already quantized, with other {what} than the checkpoint's; load the checkpoint "
                     "into a QuantizationModule made anew from the float model."
                 )
-        for name, layer in decided.layers.items():
-            assert layer.config is not None
-            self.layers[name].install(layer.config)
+        for name, planned in decided.layers.items():
+            layer = self.layers[name]
+            # What an earlier calibration and reconstruction have left belongs to another state.
+            layer.variants.clear()
+            layer.errors = None
+            for tensor in (*layer.tensors, layer.output_tensor):
+                tensor.observer = None
+            assert planned.config is not None
+            layer.install(planned.config)
         self._plan = decided
 
     def config_for(self, name: str, bit_widths: BitWidths) -> LayerConfig:
         """Format that a quantized layer has at given bit-widths."""
-        return layer_config(name, self.layers[name].type, bit_widths, self.scheme, self.target)
+        layer = self.layers[name]
+        config = layer_config(name, layer.type, bit_widths, self.scheme, self.target)
+        output = layer.config.output
+        if self.target is None and output is not None and bit_widths.activation is not None:
+            # A checkpoint holds what a target has decided, not the target.
+            config = replace(config, output=replace(output, bits=bit_widths.activation))
+        return config
 
     def switch(self, name: str, bit_widths: BitWidths) -> None:
-        """Switch a layer to other bit-widths, see ``QuantizedLayer.switch``."""
-        self.layers[name].switch(self.config_for(name, bit_widths))
+        """Switch a layer to other bit-widths, see ``QuantizedLayer.switch``.
+
+        Raises:
+            RuntimeError: If that needs float weights, which a checkpoint has not brought along.
+        """
+        config = self.config_for(name, bit_widths)
+        if config not in self.layers[name].variants:
+            self._require_float_weights()
+        self.layers[name].switch(config)
 
     @property
     def pinned_layers(self) -> list[str]:
@@ -173,7 +195,7 @@ class QuantizedNetwork:
         if name in self.layers:
             layer = self.layers.pop(name)
             layer.detach()
-            for tensor in layer.tensors:
+            for tensor in dict.fromkeys(layer.tensors):
                 tensor.readers.remove(name)
         assert self._plan is not None
         own = self.model.get_submodule(name).parameters(recurse=False)
@@ -250,7 +272,7 @@ class QuantizedNetwork:
             raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
         for name in unreached:
             if name in self.layers:
-                self.leave_float(name, "no calibration batch has reached it")
+                self.leave_float(name, self._why_unreached(self.layers[name]))
         self._note_late_products()
         for layer in self.layers.values():
             layer.variants.clear()
@@ -258,6 +280,12 @@ class QuantizedNetwork:
             layer.fit_ranges()
         self.calibrated = True
         self._set_mode(quantized=True)
+
+    def _why_unreached(self, layer: QuantizedLayer) -> str:
+        missing = [tensor.name for tensor in layer.tensors if not tensor.observed]
+        if len(missing) == len(layer.tensors):
+            return "no calibration batch has reached it"
+        return f"no calibration batch has given it its {', '.join(missing)}; register its type with fewer operands"
 
     def _note_late_products(self) -> None:
         """List the products of attention that first ran after the plan was made."""
@@ -270,7 +298,12 @@ class QuantizedNetwork:
                 log.warning("%s %s: it stays float.", name, reason)
 
     def reset_to_float(self) -> None:
-        """Put all layers back to their float weights, with ranges alone, at their present bit-widths."""
+        """Put all layers back to their float weights, with ranges alone, at their present bit-widths.
+
+        Raises:
+            RuntimeError: If there are none, since a checkpoint has not brought them along.
+        """
+        self._require_float_weights()
         for layer in self.layers.values():
             layer.reset()
 
@@ -282,26 +315,31 @@ class QuantizedNetwork:
             RuntimeError: If float is wanted, but the model that a checkpoint was loaded into had other weights; or if
                 quantized is wanted before calibration.
         """
-        if not enabled and not self.has_float_weights:
-            raise RuntimeError(
-                "The float weights are not in a quantized checkpoint, and the model it was loaded into is not the "
-                "one that was quantized; pass the trained model to load_from_checkpoint(path, model=...)."
-            )
+        if not enabled:
+            self._require_float_weights()
         if enabled and not self.calibrated:
             raise RuntimeError("The model has no ranges yet, so it cannot compute quantized: run Calibration first.")
         with self._mode(enabled):
             yield
 
+    def _require_float_weights(self) -> None:
+        if not self.has_float_weights:
+            raise RuntimeError(
+                "The float weights are not in a quantized checkpoint, and the model it was loaded into is not the "
+                "one that was quantized; pass the trained model to load_from_checkpoint(path, model=...)."
+            )
+
     @contextmanager
     def _mode(self, quantized: bool) -> Iterator[None]:
         """Inside, all layers compute quantized, or all as float; afterwards as before."""
-        was = {name: (layer.shows_float, layer.enabled) for name, layer in self.layers.items()}
+        was, loaded = {name: (layer.shows_float, layer.enabled) for name, layer in self.layers.items()}, self._loaded
         try:
             self._set_mode(quantized)
             yield
         finally:
             for name, layer in self.layers.items():
-                if name in was:
+                # A checkpoint that was loaded meanwhile has decided otherwise.
+                if name in was and loaded == self._loaded:
                     shows_float, enabled = was[name]
                     layer.show_float(shows_float)
                     layer.set_enabled(enabled)
@@ -315,6 +353,7 @@ class QuantizedNetwork:
         """Say whether the quantizers have ranges, as a checkpoint that was loaded says; they are at work from then
         on."""
         self.calibrated = calibrated
+        self._loaded += 1
         for layer in self.layers.values():
             layer.show_float(False)
             layer.set_enabled(calibrated)

@@ -17,6 +17,9 @@ from .scheme import QuantizationScheme
 from .structure import Fold, Structure
 from .tying import Ties, find_ties
 
+# Why a layer stays in float that has no tensor of the kinds that the scheme quantizes.
+NOTHING_QUANTIZED = "none of its tensors is quantized at these bit-widths"
+
 _COPIED = "with a copy of its own of a shared parameter"
 
 
@@ -273,15 +276,22 @@ class _Planner:
         ties = find_ties(self.model, self.layers)
         copies, tied = dict(ties.copies), dict(ties.tied)
         for name, owner in ties.tied.items():
-            widths = [self.bit_widths[layer] for layer in (name, owner)]
-            is_float = any(self._config(layer).is_float for layer in (name, owner))
-            if is_float or len({width.weight is None for width in widths}) > 1:
-                layer_type = layer_type_of(self.layers[name])
-                copies[name] = (*copies.get(name, ()), (layer_type and layer_type.weight) or "weight")
+            in_float = {self.bit_widths[layer].weight is None for layer in (name, owner)}
+            if len(in_float) > 1 or any(self._config(layer).is_float for layer in (name, owner)):
+                copies[name] = (*copies.get(name, ()), self._weight_name(name))
                 del tied[name]
         for owner in set(tied.values()):
             self._agree([owner, *(name for name, other in tied.items() if other == owner)])
+        for name, owner in list(tied.items()):
+            # A target may want formats that one weight cannot have at once.
+            if self._config(name).weight != self._config(owner).weight:
+                copies[name] = (*copies.get(name, ()), self._weight_name(name))
+                del tied[name]
         return Ties(copies, tied)
+
+    def _weight_name(self, name: str) -> str:
+        layer_type = layer_type_of(self.layers[name])
+        return (layer_type and layer_type.weight) or "weight"
 
     def _agree(self, layers: list[str]) -> None:
         """Give layers that share one weight one bit-width of it: that of an override, or else of the first or last
@@ -311,7 +321,7 @@ class _Planner:
         if self.configs[name].is_float:
             if self.scheme.is_overridden(name):
                 return "left float by an override"
-            return "none of its tensors is quantized at these bit-widths"
+            return NOTHING_QUANTIZED
         weight = layer_type.weight
         if weight is None or parametrize.is_parametrized(module, weight):
             return ""

@@ -90,6 +90,9 @@ class QuantizationScheme:
             raise ValueError(
                 f"group_size={self.group_size} divides the weights of each output channel: it needs per_channel=True."
             )
+        for name in ("symmetric", "per_channel", "activation_symmetric", "per_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         check_kind(self.weight_quantizer, "weight_quantizer")
         check_kind(self.activation_quantizer, "activation_quantizer")
         for pattern, value in (self.overrides or {}).items():

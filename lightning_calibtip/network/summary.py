@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..quantization.spec import LayerConfig, PerGroup
-from .plan import ModulePlan, QuantizationPlan
+from .plan import NOTHING_QUANTIZED, ModulePlan, QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ def summarize(plan: QuantizationPlan) -> list[LayerSummary]:
 
 
 def _line(module: ModulePlan) -> LayerSummary:
+    if module.config is not None and module.config.is_float:
+        return LayerSummary(module.name, module.type, "float", None, None, module.parameters, NOTHING_QUANTIZED)
     if module.config is not None:
         bits = module.config.bit_widths
         note = "; ".join(filter(None, (module.reason, _format(module.config))))
@@ -59,9 +61,9 @@ def _line(module: ModulePlan) -> LayerSummary:
 
 def _format(config: LayerConfig) -> str:
     """What the bit-widths do not tell of a format."""
-    told = []
+    parts = []
     if config.weight is not None and isinstance(config.weight.granularity, PerGroup):
-        told.append(f"weights in groups of {config.weight.granularity.size}")
+        parts.append(f"weights in groups of {config.weight.granularity.size}")
     if config.output is not None:
-        told.append(f"output at {config.output.bits} bits")
-    return ", ".join(told)
+        parts.append(f"output at {config.output.bits} bits")
+    return ", ".join(parts)

@@ -57,7 +57,13 @@ class ObservedTensor:
             self.quantizers[spec] = make_quantizer(self.name, spec, None, device)
             if self.observed:
                 self.fit_range(spec)
-        return self.quantizers[spec]
+        # One that is not in use just now does not move with the model.
+        return self.quantizers[spec].to(device)
+
+    def require_observed(self) -> None:
+        """Raise ``RuntimeError`` if no calibration data have passed."""
+        if not self.observed:
+            raise RuntimeError(f"{self.name}: no calibration batch has reached this tensor; run Calibration first.")
 
     def fit_range(self, spec: TensorSpec) -> None:
         """Choose the range of one format from what was observed.
@@ -65,8 +71,8 @@ class ObservedTensor:
         Raises:
             RuntimeError: If nothing was observed.
         """
-        if self.observer is None:
-            raise RuntimeError(f"{self.name}: no calibration batch has reached this tensor; run Calibration first.")
+        self.require_observed()
+        assert self.observer is not None
         self.quantizers[spec].set_range(*self.observer.compute_range(spec))
 
     @torch.no_grad()

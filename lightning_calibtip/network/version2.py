@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quantization.spec import BitWidths
-from .attention import PRODUCTS, add_products
-from .layer_types import layer_type_of
+from .attention import PRODUCTS, make_product
+from .layer_types import layer_type_of, quantizable_layers
 from .plan import ModulePlan, QuantizationPlan, activation_name, weights_of
 from .scheme import QuantizationScheme
 from .tying import find_ties
@@ -21,7 +21,7 @@ def read_version_2(model: nn.Module, config: Mapping[str, Any]) -> tuple[Quantiz
     """Plan and scheme of a configuration of version 2.
 
     Args:
-        model: The float model, which gets the products of attention that the configuration names.
+        model: The float model, which is not changed.
         config: From the checkpoint.
 
     Raises:
@@ -36,14 +36,15 @@ def read_version_2(model: nn.Module, config: Mapping[str, Any]) -> tuple[Quantiz
     """
     scheme = QuantizationScheme(**config["scheme"])
     modules = dict(model.named_modules())
-    for parent, _, child in (name.rpartition(".") for name in config["layers"]):
-        if child in PRODUCTS and parent in modules:
-            add_products(modules[parent])
-    modules = dict(model.named_modules())
+    for name in config["layers"]:
+        parent, _, child = name.rpartition(".")
+        if child in PRODUCTS and parent in modules and name not in modules:
+            # It appears when attention first runs, or when the plan is applied.
+            modules[name] = make_product(child)
     wanted = {*config["layers"], *(name for pair in config["folds"] for name in pair)}
     if missing := sorted(wanted - modules.keys()):
         raise ValueError(f"The checkpoint is of another model: this one has no module {', '.join(missing[:5])}.")
-    ties = find_ties(model, {name: modules[name] for name in [*config["layers"], *config["floats"]] if name in modules})
+    ties = find_ties(model, quantizable_layers(model))
     found = {name: _layer(name, modules[name], config, scheme, ties.copies, ties.tied) for name in config["layers"]}
     for layer, normalization in config["folds"]:
         found[normalization] = _module(normalization, modules, "normalization", folded_into=layer)

@@ -138,6 +138,6 @@ class CalibTIP(pl.Callback):
         self.result.save(self.checkpoint_path)
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
         metric = self.result.metric_or_first(self.metric)
-        record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed or 0)
+        record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed)
         self.result.write_report(self.report_folder, record)
         self.result.log(trainer.loggers, self.checkpoint_path, "calibtip/", trainer.global_step)

@@ -88,4 +88,4 @@ def _seeded(options: Seeded, seed: int | None) -> Seeded:
 
 def _for_candidates(options: AdaQuantOptions) -> AdaQuantOptions:
     """States at several bit-widths exist of layers only, each reconstructed by itself."""
-    return replace(options, mode="parallel", granularity="layer")
+    return replace(options, mode="parallel", granularity="layer", blocks=())

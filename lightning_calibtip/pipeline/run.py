@@ -76,7 +76,7 @@ class QuantizationRun:
             log.warning("validation logged no %r, only %s: the report shows the first of these.", metric, logged)
         return metric if metric in self.float_metrics else next(iter(self.float_metrics), None)
 
-    def record(self, recipe: str, model: str, metric: str | None, seed: int) -> dict[str, Any]:
+    def record(self, recipe: str, model: str, metric: str | None, seed: int | None) -> dict[str, Any]:
         """The figures of the run as in ``result.json``, with the logged value named ``metric`` as the metric, or none.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Integers of any width packed without gaps into bytes, as they lie in a checkpoint."""
+"""Integers of any bit-width packed without gaps into bytes, as they lie in a checkpoint."""
 
 import math
 

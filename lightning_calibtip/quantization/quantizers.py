@@ -229,6 +229,12 @@ class AffineQuantizer(Quantizer):
         self.scale = nn.Parameter(torch.ones(rows), requires_grad=False)
         self.zero_point = nn.Parameter(torch.zeros(rows), requires_grad=False)
 
+    @property
+    def acts_as_stored(self) -> bool:
+        """Whether any scale may be stored and acts as it is: not in kinds that restrict or change what acts."""
+        names = ("choose_qparams", "set_range", "fake_quantize", "encode", "decode", "finalize_")
+        return all(getattr(type(self), name) is getattr(AffineQuantizer, name) for name in names)
+
     def choose_qparams(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Choose scale and zero point of a range, of calibration or of a token; to override in a kind of one's own."""
         return choose_qparams(minimum, maximum, self.spec)
@@ -309,10 +315,11 @@ class AffineQuantizer(Quantizer):
 
     @torch.no_grad()
     def rescale_(self, factor: Tensor) -> bool:
-        """Multiply the scales of each channel; impossible with one scale for the whole tensor."""
+        """Multiply the scales of each channel; impossible with one scale for the whole tensor, or restricted scales."""
         granularity = self.spec.granularity
         of_groups = isinstance(granularity, PerGroup) and self.rows % len(factor) == 0
-        if not of_groups and not (isinstance(granularity, PerChannel) and self.rows == len(factor)):
+        of_channels = isinstance(granularity, PerChannel) and self.rows == len(factor)
+        if not (of_groups or of_channels) or not self.acts_as_stored:
             return False
         self.scale.mul_(factor.repeat_interleave(self.rows // len(factor)))
         return True

@@ -99,7 +99,8 @@ class LearnedRounding(Rounding):
     @classmethod
     def check(cls, layer: QuantizedLayer) -> None:
         """See ``Rounding``."""
-        if not isinstance(layer.weight_quantizer, AffineQuantizer):
+        quantizer = layer.weight_quantizer
+        if not isinstance(quantizer, AffineQuantizer) or not quantizer.acts_as_stored:
             raise ValueError(
                 f'{layer.name}: rounding="learned" needs an affine quantizer of the weight, got '
                 f'{type(layer.weight_quantizer).__name__}; use rounding="straight_through".'

@@ -64,7 +64,7 @@ class AdaQuantOptions:
             is a jump; the default lets it move by about one in a run, where its gradient keeps the sign.
         rounding_rate: Learning rate of the variables of learned rounding, whose range is about 5.
         rounding_strength: Weight of the regulariser that makes learned rounding decide, where 1 weights a unit whose
-            rounding is wholly undecided as much as the unit's error before optimisation.
+            rounding is entirely soft as much as the unit's error before optimisation.
         input_range_interval: The activations' scales and zero points are updated only at every N-th step, with N times
             their rates, because a gradient of the input costs as much as one of the weights.
         drop_probability: Share of the activations, 0 to 1, that are left unquantized at each step, drawn anew (QDrop,

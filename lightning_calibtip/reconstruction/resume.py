@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,26 @@ class FinishedUnits:
         raise ValueError(
             f"{self.folder} was written by {what}: finish it with that release, or remove the folder to begin anew."
         )
+
+
+def remove_finished(folder: Path) -> None:
+    """Remove the files that ``FinishedUnits`` has written, and the folder if nothing else is in it.
+
+    Args:
+        folder: Folder of the reconstruction, which need not exist.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as parent:
+        ...     _ = FinishedUnits(Path(parent) / "state", {})
+        ...     remove_finished(Path(parent) / "state")
+        ...     list(Path(parent).iterdir())
+        []
+    """
+    for path in [*folder.glob("run.json"), *folder.glob("[0-9][0-9][0-9][0-9]*.pt")]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def describe_run(

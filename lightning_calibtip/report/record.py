@@ -93,7 +93,7 @@ def run_record(
     recipe: str,
     model: str,
     metric: str,
-    seed: int,
+    seed: int | None,
     calibration_samples: int,
     float_metric: float | None,
     stages: Sequence[StageRecord],
@@ -106,7 +106,7 @@ def run_record(
         recipe: Name of the recipe.
         model: Name of the model.
         metric: Name of the metric.
-        seed: Random seed.
+        seed: Random seed of all stages; None if each has the seed of its own options.
         calibration_samples: Number of samples that were used.
         float_metric: Metric of the float model; None where nothing was evaluated.
         stages: The stages, in order.

@@ -46,8 +46,8 @@ class BiasTuningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}.")
+        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
+            raise ValueError(f"epochs must be an integer of at least 1, got {self.epochs!r}.")
         for name in ("rate", "scale_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
@@ -169,6 +169,8 @@ def _descend(
             torch.clear_autocast_cache()
             for quantizer in quantizers:
                 quantizer.clamp_()
+    for quantizer in quantizers:
+        quantizer.finalize_()
 
 
 def falls_beyond_chance(before: Tensor, after: Tensor) -> bool:

@@ -237,7 +237,7 @@ def test_a_layer_whose_loss_is_not_finite_is_named(images):
         measure_sensitivity(network, loss, CANDIDATES)
 
 
-@pytest.mark.parametrize(("samples", "message"), [(0, "samples must be at least 1, got 0")])
+@pytest.mark.parametrize(("samples", "message"), [(0, "samples must be an integer of at least 1, got 0")])
 def test_bad_settings_are_named(samples, message):
     with pytest.raises(ValueError, match=message):
         SensitivityOptions(samples=samples)

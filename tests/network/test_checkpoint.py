@@ -9,7 +9,7 @@ from torch import nn
 from lightning_calibtip import AdaQuant, Calibration, QuantizationModule
 from lightning_calibtip.quantization.spec import BitWidths
 from tests import transformer_models
-from tests.conftest import TinyClassifier, randomize_batch_norms
+from tests.conftest import TinyClassifier, TinyResNet, randomize_batch_norms
 from tests.networks import as_loader, logits_of
 
 
@@ -222,6 +222,71 @@ def test_every_scheme_is_reloaded_bit_for_bit(scheme, tiny_classifier, loader, m
     assert torch.equal(logits_of(loaded, images), logits_of(module, images))
     assert loaded.network.plan == module.network.plan
     assert loaded.layer_summary() == module.layer_summary()
+
+
+class Sharing(nn.Module):
+    """Layers that share weights, or have one each."""
+
+    def __init__(self, shares):
+        super().__init__()
+        self.embed, self.a, self.b, self.out = nn.Embedding(11, 7), nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 11)
+        if shares:
+            self.b.weight, self.out.weight = self.a.weight, self.embed.weight
+
+    def forward(self, tokens):
+        return self.out(torch.relu(self.b(torch.relu(self.a(self.embed(tokens))))))
+
+
+def test_a_checkpoint_of_unshared_weights_loads_into_a_model_that_shares_them(make_trainer, tmp_path):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 11, (8, 5))
+    module = QuantizationModule(Sharing(False).eval(), weight_bits=4)
+    trainer = make_trainer(Calibration())
+    trainer.fit(module, as_loader(tokens))
+    trainer.save_checkpoint(tmp_path / "unshared.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "unshared.ckpt", model=Sharing(True))
+    assert torch.equal(logits_of(loaded, tokens), logits_of(module, tokens))
+
+
+def test_a_checkpoint_from_before_calibration_is_refused_by_a_calibrated_module(
+    checkpoint, tiny_classifier, loader, make_trainer, tmp_path, images
+):
+    module, _ = checkpoint
+    wanted = logits_of(module, images)
+    trainer = make_trainer()
+    trainer.validate(QuantizationModule(tiny_classifier), loader, verbose=False)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    with pytest.raises(ValueError, match="saved before calibration and this model is already quantized"):
+        make_trainer().validate(module, loader, ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert module.network.calibrated and torch.equal(logits_of(module, images), wanted)
+
+
+def test_loading_forgets_what_an_earlier_calibration_has_left(checkpoint, loader, make_trainer):
+    module, path = checkpoint
+    layer = module.network.layers["net.blocks.1.conv1"]
+    layer.variants[layer.config] = layer.save()
+    make_trainer().validate(module, loader, ckpt_path=path, verbose=False)
+    assert layer.variants == {} and layer.errors is None and not layer.observed
+    before = layer.save()
+    with pytest.raises(RuntimeError, match="conv1 input: no calibration batch has reached this tensor"):
+        module.network.switch(layer.name, BitWidths(8, 8))
+    assert layer.config == before.config and torch.equal(layer.weight, before.weight)
+
+
+def test_float_weights_that_are_not_there_are_not_switched_to(checkpoint, images):
+    _, path = checkpoint
+    loaded = QuantizationModule.load_from_checkpoint(path, model=TinyClassifier())
+    wanted = logits_of(loaded, images)
+    for change in (lambda: loaded.network.switch("net.blocks.1.conv1", BitWidths(8, 8)), loaded.network.reset_to_float):
+        with pytest.raises(RuntimeError, match="float weights are not in a quantized checkpoint"):
+            change()
+    assert torch.equal(logits_of(loaded, images), wanted)
+
+
+def test_a_checkpoint_of_a_layer_of_another_size_is_refused_by_name(checkpoint):
+    _, path = checkpoint
+    with pytest.raises(ValueError, match=r"its weight of net\.stem has the shape \(6, 1, 3, 3\), this one's \(8, 1"):
+        QuantizationModule.load_from_checkpoint(path, model=TinyClassifier(TinyResNet(channels=8)))
 
 
 VERSION_2 = Path(__file__).parent / "version2"

@@ -149,6 +149,17 @@ class SymmetricWithOutputs:
         return replace(config, weight=config.weight and replace(config.weight, symmetric=True), output=output)
 
 
+def test_formats_that_one_weight_cannot_have_at_once_untie_it(model, tokens):
+    class SymmetricHead:
+        def config(self, name, layer_type, config):
+            return replace(config, weight=replace(config.weight, symmetric=True)) if name == "out" else config
+
+    decided = plan(model, observe(model, lambda: model(tokens)), QuantizationScheme(), SymmetricHead())
+    assert decided.tied == {} and decided.layers["out"].copies == ("weight",)
+    layers = apply(model, decided)
+    assert layers["out"].weight_quantizer.spec.symmetric and not layers["embed"].weight_quantizer.spec.symmetric
+
+
 def test_a_target_decides_before_calibration_what_is_quantized_how(model, tokens):
     calibration = calibration_set(model, tokens)
     network = calibrated_network(model, calibration, target=SymmetricWithOutputs(), weight_bits=8, activation_bits=8)

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from lightning_calibtip import Calibration, QuantizationModule
+from lightning_calibtip import Calibration, Operand, QuantizationModule, register_layer
 from lightning_calibtip.quantization.spec import BitWidths
 from tests import transformer_models
 from tests.networks import as_loader, calibrated_network, calibration_set, logits_of
@@ -63,6 +63,41 @@ def test_a_shared_quantizer_has_one_place_in_the_checkpoint(make_trainer, tmp_pa
     layers = loaded.network.layers
     assert layers["query"].input_quantizers[0] is layers["key"].input_quantizers[0]
     assert torch.equal(logits_of(loaded, x), logits_of(module, x))
+
+
+def test_a_reader_that_is_left_in_float_leaves_the_others_alone():
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(32, 4)
+    network = calibrated_network(model, calibration_set(model, x))
+    network.leave_float("query", "tried")
+    layer = network.layers["key"]
+    assert layer.input_quantizers[0].enabled and layer.tensors[0].readers == ["key"]
+    seen = []
+    layer.module.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    model(x)
+    assert len(seen[0].unique()) <= 16
+
+
+def test_a_layer_that_reads_one_tensor_twice_can_be_left_in_float():
+    class Product(nn.Module):
+        def forward(self, left, right):
+            return left * right
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.square, self.last = nn.Linear(4, 4), Product(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.square(x, x))
+
+    register_layer(Product, None, [Operand(), Operand()])
+    model, x = Net(), torch.randn(16, 4)
+    network = calibrated_network(model, calibration_set(model, x))
+    assert network.layers["square"].input_quantizers[0] is network.layers["square"].input_quantizers[1]
+    network.leave_float("square", "tried")
+    assert network.float_layers == {"square": "tried"}
 
 
 def test_query_key_and_value_of_a_transformer_share_their_input():

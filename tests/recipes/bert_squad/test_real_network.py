@@ -131,7 +131,6 @@ def test_padding_to_256_or_384_gives_the_same_ranges_and_answers(data_folder, ma
     assert answers[0] == answers[1] and len(set(answers[0])) > 12
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_w8a8_with_all_products_quantized_keeps_the_scores(data_folder, tmp_path):
     folder = data_folder / "squad"
     if not folder.is_dir():
