@@ -66,7 +66,7 @@ class QuantizationTrainer(pl.Trainer):
             RuntimeError: If ``stages`` do not begin with a Calibration.
         """
         options = PipelineOptions.of(options)
-        if stages is not None and options != PipelineOptions():
+        if stages is not None and options.to_dict() != PipelineOptions().to_dict():
             raise ValueError(
                 "stages have options of their own, so those of a pipeline (adaquant, calibration, seed, ...) would be "
                 "ignored: give them in the stages' init_args, or take a pipeline instead of stages."

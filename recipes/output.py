@@ -60,7 +60,7 @@ def run_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     options in the place of both."""
     others = {name: value for name, value in arguments.items() if name not in ("scheme", "options")}
     scheme, options = arguments["scheme"], arguments["options"]
-    return {**others, **scheme.to_dict(), **options.to_dict(), "seed": options.seed}
+    return {**others, **scheme.to_dict(), **options.to_dict(), "seed": options.seed or 0}
 
 
 def make_logger(kind: str, output: Path, project: str) -> Any:

@@ -94,6 +94,15 @@ def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_pat
     assert "pipeline" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_options_of_a_pipeline_beside_stages_are_refused(config, tmp_path):
+    path = Path(config())
+    stages = [{"class_path": "lightning_calibtip.Calibration"}]
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "stages": stages}))
+    with pytest.raises(ValueError, match="stages have options of their own"):
+        run(["quantize", f"--config={path}", "--adaquant.iterations=7", f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_option_of_quantize_is_in_its_help():
     command = [sys.executable, "-m", "lightning_calibtip", "quantize", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

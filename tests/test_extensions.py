@@ -74,8 +74,8 @@ class Frozen(Rounding):
     """Leaves weights where they are; scales and biases learn."""
 
 
-@register_cost("narrow_layers")
-def narrow_layers(inputs):
+@register_cost("below_8_bits")
+def below_8_bits(inputs):
     return inputs.tabulate(lambda name, config: float((config.bit_widths.weight or 32) < 8))
 
 
@@ -155,7 +155,7 @@ def test_an_objective_and_a_rounding(batches, pipeline):
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_cost_of_the_integer_program(batches, pipeline):
-    options = {"allocation": {"budgets": {"narrow_layers": 1}, "compression": None}}
+    options = {"allocation": {"budgets": {"below_8_bits": 1}, "compression": None}}
     network = run(batches, pipeline, options, weight_bits=8).module.network
     assert sum(layer.config.weight.bits < 8 for layer in network.layers.values()) <= 1
 

@@ -96,10 +96,10 @@ def test_a_parser_reads_all_kinds_of_values(tmp_path):
         ({"compression": math.nan}, "compression must be above 0, got nan"),
         ({"compression": None, "max_loss": 0.1, "minimise": "size"}, "minimise must be one of loss, compression"),
         ({"candidates": [4, [4, 4]]}, r"at least two different bit-widths, got \[4, \[4, 4\]\]"),
-        ({"candidates": [4, [None, None]]}, "candidates must quantize the weight or the activation"),
+        ({"candidates": [4, [None, None]]}, r"candidates\[1\] must quantize the weight or the activation"),
         (
             {"candidates": [4, "8"]},
-            r"candidates must be a bit-width or a pair \(weight_bits, activation_bits\), got '8'",
+            r"candidates\[1\] must be a bit-width or a pair \(weight_bits, activation_bits\), got '8'",
         ),
         ({"checks": -1}, "checks must be an integer of at least 0, got -1"),
         ({"samples": 0}, "samples must be an integer of at least 1, got 0"),
