@@ -69,11 +69,8 @@ class Rounding:
         return nullcontext()
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Regulariser, a sum over the elements of the weight; None while there is none.
-
-        Args:
-            progress: Share of the steps that are done, 0 to 1.
-        """
+        """Regulariser, a sum over the elements of the weight, by the share of the steps that are done (0 to 1); None
+        while there is none."""
         return None
 
 
