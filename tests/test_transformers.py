@@ -202,7 +202,8 @@ def test_products_embeddings_and_heads_take_part_in_allocation(make_trainer):
     assert stage.result.figures["compression"] <= 0.2
     layers = module.network.layers.values()
     weights = sum(layer.weight.numel() * layer.config.weight.bits for layer in layers if layer.has_weight)
-    assert weights / 32 / module.network.quantizable_parameters == pytest.approx(stage.result.figures["compression"])
+    everything = sum(map(module.network.weights_of, [*module.network.layers, *module.network.float_layers]))
+    assert weights / 32 / everything == pytest.approx(stage.result.figures["compression"])
 
 
 def test_the_mixed_pipeline_runs_on_a_transformer():
@@ -241,9 +242,10 @@ def test_layers_that_share_a_weight_agree_on_its_bit_width():
 
     found, network = bits(overrides={"lm_head": [8, 6]})
     assert found["transformer.wte"].weight == 8 and found["lm_head"] == BitWidths(8, 6)
-    assert {"lm_head", "transformer.wte"} <= set(network.pinned_layers)
+    assert {"lm_head", "transformer.wte"} <= set(network.layers) - set(network.searchable_layers)
     found, network = bits(models.t5, edge_bits=8)
-    assert found["shared"].weight == found["encoder.embed_tokens"].weight == 8 and "shared" in network.pinned_layers
+    assert found["shared"].weight == found["encoder.embed_tokens"].weight == 8
+    assert "shared" not in network.searchable_layers
     with pytest.raises(ValueError, match="overrides give one weight, which these layers share, several"):
         bits(overrides={"lm_head": 8, "transformer.wte": 4})
     _, network = bits(overrides={"transformer.wte": None})

@@ -153,12 +153,12 @@ class QuantizedNetwork:
 
     def config_for(self, name: str, bit_widths: BitWidths) -> LayerConfig:
         """Format that a quantized layer has at given bit-widths."""
-        layer = self.layers[name]
-        config = layer_config(name, layer.type, bit_widths, self.scheme, self.target)
-        output = layer.config.output
-        if self.target is None and output is not None and bit_widths.activation is not None:
+        config = layer_config(name, self.layers[name].type, bit_widths, self.scheme, self.target)
+        assert self._plan is not None
+        decided = self._plan.layers[name].config
+        if self.target is None and decided and decided.output and bit_widths.activation is not None:
             # A checkpoint holds what a target has decided, not the target.
-            config = replace(config, output=replace(output, bits=bit_widths.activation))
+            config = replace(config, output=replace(decided.output, bits=bit_widths.activation))
         return config
 
     def switch(self, name: str, bit_widths: BitWidths) -> None:
@@ -171,11 +171,6 @@ class QuantizedNetwork:
         if config not in self.layers[name].variants:
             self._require_float_weights()
         self.layers[name].switch(config)
-
-    @property
-    def pinned_layers(self) -> list[str]:
-        """Quantized layers whose bit-widths ``edge_bits`` or an override has pinned, in the order of execution."""
-        return [] if self._plan is None else [name for name in self.layers if self._plan.layers[name].pinned]
 
     @property
     def searchable_layers(self) -> list[str]:
@@ -213,22 +208,11 @@ class QuantizedNetwork:
         found = (tensor for layer in self.layers.values() for tensor in (*layer.tensors, layer.output_tensor))
         return list(dict.fromkeys(found))
 
-    @property
-    def quantizable_parameters(self) -> int:
-        """Number of weights of all layers that could be quantized, whether they are or not."""
-        return sum(self.weights_of(name) for name in (*self.layers, *self.float_layers))
-
     def weights_of(self, name: str) -> int:
         """Number of weights of a quantizable layer; 0 if it has none of its own."""
         if name in self.layers:
             return self.layers[name].weight.numel()
         return weights_of(self.model.get_submodule(name))
-
-    @property
-    def weight_bits_total(self) -> int:
-        """Bits of the weights of all quantizable layers: 32 for each weight that is in float."""
-        bits = {name: layer.weight_quantizer.spec.bits for name, layer in self.layers.items() if layer.weight_quantizer}
-        return sum(self.weights_of(name) * bits.get(name, 32) for name in (*self.layers, *self.float_layers))
 
     def attach_observers(self, options: RangeOptions) -> None:
         """Give each activation a fresh observer, and each layer the way its weight's range is chosen."""

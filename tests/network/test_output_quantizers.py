@@ -69,7 +69,9 @@ def test_outputs_are_saved_and_loaded(calibrated, images, make_trainer, loader, 
     assert torch.equal(logits_of(loaded, images), logits_of(calibrated, images))
     assert loaded.network.layers["net.head"].output_quantizer.spec.bits == 8
     # The checkpoint holds what the target has decided, at other bit-widths too.
-    assert loaded.network.config_for("net.head", BitWidths(4, 4)).output.bits == 4
+    for present in (BitWidths(4, 4), BitWidths(4, None)):
+        loaded.network.layers["net.head"].install(loaded.network.config_for("net.head", present))
+        assert loaded.network.config_for("net.head", BitWidths(4, 4)).output.bits == 4
 
 
 def test_an_output_follows_its_layer_to_other_bit_widths_and_is_taken_off_with_the_activations(calibrated, images):
