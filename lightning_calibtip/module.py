@@ -17,7 +17,6 @@ from .calibration.calibration_set import CalibrationSet, attention_mask
 from .network.attention import transformers_models
 from .network.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
 from .network.network import QuantizedNetwork
-from .network.plan import Target
 from .network.scheme import QuantizationScheme
 from .network.summary import LayerSummary
 from .option_fields import with_changes
@@ -59,11 +58,10 @@ class QuantizationModule(pl.LightningModule):
     Args:
         model: A trained ``LightningModule``, or any ``nn.Module``.
         scheme: Bit-widths and number formats; the defaults of ``QuantizationScheme`` if None.
-        target: Engine that the quantized model is made for; None for no engine in particular.
         validation_step: For a plain ``nn.Module``: called as ``validation_step(module, batch, batch_idx)``, where
             ``module`` is this one (for ``module(x)`` and ``module.log``), for validation and test.
         **changes: Fields of ``QuantizationScheme`` that differ from ``scheme``: ``weight_bits=4``, ``group_size=32``,
-            ``overrides={"head": None}``, ...
+            ``overrides={"head": None}``, ``target="onnxruntime"``, ...
 
     Raises:
         ValueError: If the model is quantized already, has no quantizable layer, a bit-width is out of its range, or an
@@ -85,7 +83,6 @@ class QuantizationModule(pl.LightningModule):
         model: nn.Module,
         scheme: QuantizationScheme | None = None,
         *,
-        target: Target | None = None,
         validation_step: ValidationStep | None = None,
         **changes: Any,
     ) -> None:
@@ -98,8 +95,8 @@ class QuantizationModule(pl.LightningModule):
         self.save_hyperparameters(scheme.to_dict())
         if isinstance(model, QuantizationModule):
             raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
-        self.model = _copy_of(model).eval()
-        self.network = QuantizedNetwork(self.model, scheme, target)
+        self.model = copy_of(model).eval()
+        self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
         self.automatic_optimization = False
@@ -123,7 +120,7 @@ class QuantizationModule(pl.LightningModule):
         Raises:
             ValueError: If the batch is empty, or a mapping shares no name with ``forward``.
         """
-        inputs = self._inputs_of(batch)
+        inputs = self.inputs_of(batch)
         return self.model(**inputs) if isinstance(batch, Mapping) else self.model(inputs)
 
     def token_mask(self, batch: Any) -> Tensor | None:
@@ -140,7 +137,7 @@ class QuantizationModule(pl.LightningModule):
             return None
         return attention_mask(batch)
 
-    def _inputs_of(self, batch: Any) -> Any:
+    def inputs_of(self, batch: Any) -> Any:
         """The part of a calibration batch that the default ``calibration_step`` passes on."""
         if isinstance(batch, Mapping):
             parameters = inspect.signature(self.model.forward).parameters
@@ -211,7 +208,7 @@ class QuantizationModule(pl.LightningModule):
         if self.calibration_done:
             return
         is_default = type(self).calibration_step is QuantizationModule.calibration_step
-        self.calibration.append(batch, self._inputs_of(batch) if is_default else batch)
+        self.calibration.append(batch, self.inputs_of(batch) if is_default else batch)
         if self.network.structure is None:
             with torch.no_grad():
                 self.network.prepare(lambda: self.calibration.run(0))
@@ -305,7 +302,7 @@ class QuantizationModule(pl.LightningModule):
         unpack_network(self.network, checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
 
 
-def _copy_of(model: nn.Module) -> nn.Module:
+def copy_of(model: nn.Module) -> nn.Module:
     """Deep copy without the Trainer that a LightningModule may hold."""
     holders = [module for module in model.modules() if isinstance(module, pl.LightningModule)]
     trainers = [module._trainer for module in holders]

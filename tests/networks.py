@@ -27,9 +27,9 @@ def recorded(*values) -> Recording:
 
 
 def calibrated_network(
-    model: nn.Module, calibration: CalibrationSet, observer: str = "mse", target=None, **scheme
+    model: nn.Module, calibration: CalibrationSet, observer: str = "mse", **scheme
 ) -> QuantizedNetwork:
-    network = QuantizedNetwork(model, QuantizationScheme(**{"weight_bits": 4, "activation_bits": 4, **scheme}), target)
+    network = QuantizedNetwork(model, QuantizationScheme(**{"weight_bits": 4, "activation_bits": 4, **scheme}))
     network.prepare(lambda: calibration.run(0))
     network.attach_observers(RangeOptions(observer, observer))
     for index in range(len(calibration)):

@@ -9,6 +9,7 @@ from .attention import PRODUCTS, add_products
 from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
+from .operations import is_operation, route_operations
 from .plan import ModulePlan, QuantizationPlan
 from .tensors import ObservedTensor
 from .tying import bake_parametrizations, find_ties, own_parameter
@@ -39,6 +40,7 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
         (['0', '2'], 'AffineQuantizer')
     """
     _add_products(model, plan)
+    route_operations(model, [name for name in plan.layers if is_operation(name)])
     _check(model, plan)
     # This model may share more than the one that was planned for; nothing but the planned ties stays shared.
     ties = find_ties(model, quantizable_layers(model))
@@ -115,7 +117,8 @@ def _attach(
     assert layer_type is not None and planned.config is not None
     read = tuple(tensors[name] for name in planned.reads)
     for tensor, operand in zip(read, layer_type.operands, strict=True):
-        tensor.token_axes = operand.token_axes
+        if not layer_type.between_layers or len(tensor.readers) == 1:
+            tensor.token_axes = operand.token_axes
     written = ObservedTensor(f"{planned.name} output", layer_type.output_token_axes, [planned.name])
     tied_to = layers[planned.tied_to] if planned.tied_to else None
     parent = model.get_submodule(planned.name.rpartition(".")[0])

@@ -1,7 +1,7 @@
 """Where values of a model come from and go to: walks over its observed structure."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .structure import Operator, Structure, Value
 
@@ -110,7 +110,9 @@ def output_storages(structure: Structure) -> list[int]:
     return [*returned, *(written - returned - structure.readers.keys())]
 
 
-def shared_operands(structure: Structure, operands: Mapping[str, int]) -> list[list[tuple[str, int]]]:
+def shared_operands(
+    structure: Structure, operands: Mapping[str, int], identity: Callable[[Value], Value] = lambda value: value
+) -> list[list[tuple[str, int]]]:
     """Group the quantized inputs of layers that are the very same tensors.
 
     Two inputs belong together if their layers are called equally often and, at each call in turn, the inputs are the
@@ -119,6 +121,7 @@ def shared_operands(structure: Structure, operands: Mapping[str, int]) -> list[l
     Args:
         structure: As observed.
         operands: Number of quantized inputs of each layer, by its full name.
+        identity: Maps tensors that count as the same one to one of them.
 
     Returns:
         Groups of at least two (layer, position among its floating-point inputs), in the order of ``operands``. Two
@@ -142,7 +145,8 @@ def shared_operands(structure: Structure, operands: Mapping[str, int]) -> list[l
     for name, count in operands.items():
         calls = structure.calls_of.get(name, [])
         for index in range(min((count, *(len(call.operands) for call in calls))) if calls else 0):
-            values = tuple(call.operands[index] for call in calls)
+            given = [call.operands[index] for call in calls]
+            values = tuple(value if value is None else identity(value) for value in given)
             if None not in values:
                 readers[values].append((name, index))
     return [group for group in readers.values() if len(group) > 1]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .operations import not_routed
 from .tensors import ObservedTensor
 
 # Names of the quantizers of activations below a layer.
@@ -28,7 +29,8 @@ def quantize_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         key = str(next(positions))
         return quantizers[key](value) if key in quantizers else value
 
-    return tuple(map(through, args)), {key: through(value) for key, value in kwargs.items()}
+    with not_routed():
+        return tuple(map(through, args)), {key: through(value) for key, value in kwargs.items()}
 
 
 def quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -43,7 +45,8 @@ def quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any
     def through(leaf: Any) -> Any:
         return waiting.pop()(leaf) if waiting and _is_real(leaf) else leaf
 
-    return tree_map(through, output)
+    with not_routed():
+        return tree_map(through, output)
 
 
 @contextmanager
@@ -64,12 +67,14 @@ def observing_activations(
 
     def see_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = [value for value in (*args, *kwargs.values()) if _is_real(value)]
-        for tensor, value in zip(inputs, values, strict=False):
-            tensor.observe(value, tokens)
+        with not_routed():
+            for tensor, value in zip(inputs, values, strict=False):
+                tensor.observe(value, tokens)
 
     def see_output(module: nn.Module, args: Any, result: Any) -> None:
         if (value := next(filter(_is_real, tree_leaves(result)), None)) is not None:
-            output.observe(value, tokens)
+            with not_routed():
+                output.observe(value, tokens)
 
     hooks = [
         layer.register_forward_pre_hook(see_inputs, with_kwargs=True, prepend=True),

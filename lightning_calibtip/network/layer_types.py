@@ -39,6 +39,8 @@ class LayerType:
         operands: Its floating-point inputs that are quantized, from the first on; empty for an embedding, whose input
             is indices.
         output_token_axes: Dimensions of its output that run over tokens.
+        between_layers: Whether it is an operation between layers (an addition, a pool): only some targets quantize it,
+            its bit-width is theirs, and it is no unit of reconstruction by itself.
 
     Raises:
         ValueError: If only one of ``weight`` and ``channel_axis`` is None.
@@ -52,6 +54,7 @@ class LayerType:
     channel_axis: int | None = 0
     operands: tuple[Operand, ...] = (Operand(),)
     output_token_axes: tuple[int, ...] = (1,)
+    between_layers: bool = False
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -70,6 +73,7 @@ def register_layer(
     operands: Sequence[Operand] = (Operand(),),
     output_token_axes: Sequence[int] = (1,),
     weight: str = "weight",
+    between_layers: bool = False,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -82,6 +86,7 @@ def register_layer(
         operands: How each of its inputs is quantized, from the first on; empty if none is.
         output_token_axes: Dimensions of its output that run over tokens.
         weight: Name of the parameter that is its weight; it does not count if ``channel_axis`` is None.
+        between_layers: Whether only targets that ask for it quantize it, see ``LayerType``.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -106,7 +111,7 @@ def register_layer(
             f"{layer_type.__name__}: weight must be the name of the parameter that is its weight, got {weight!r}."
         )
     name = None if channel_axis is None else weight
-    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), tuple(output_token_axes))
+    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), tuple(output_token_axes), between_layers)
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:

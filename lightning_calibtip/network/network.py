@@ -19,7 +19,8 @@ from .attention import PRODUCTS, possible_products, route_attention
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .observe import observe, record
-from .plan import NOTHING_QUANTIZED, QuantizationPlan, Target, layer_config, plan, weights_of
+from .operations import is_operation
+from .plan import NOTHING_QUANTIZED, QuantizationPlan, layer_config, plan, weights_of
 from .scheme import QuantizationScheme
 from .structure import Structure
 from .summary import LayerSummary, summarize
@@ -36,7 +37,6 @@ class QuantizedNetwork:
     Args:
         model: Any module, in eval mode.
         scheme: Bit-widths and formats.
-        target: What the model is to run on; None for no restriction.
 
     Attributes:
         layers: The quantized layers by name, in the order of execution.
@@ -62,8 +62,8 @@ class QuantizedNetwork:
         (True, [4, 4])
     """
 
-    def __init__(self, model: nn.Module, scheme: QuantizationScheme, target: Target | None = None) -> None:
-        self.model, self.scheme, self.target = model, scheme, target
+    def __init__(self, model: nn.Module, scheme: QuantizationScheme) -> None:
+        self.model, self.scheme = model, scheme
         for module in model.modules():
             if isinstance(module, Quantizer):
                 raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
@@ -71,7 +71,7 @@ class QuantizedNetwork:
         candidates = list(quantizable_layers(model))
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
-        scheme.check_overrides([*candidates, *possible_products(model)])
+        scheme.check_overrides([*candidates, *possible_products(model), *self._possible_operations()])
         self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         self.fingerprint = _fingerprint(model)
         self.layers: dict[str, QuantizedLayer] = {}
@@ -81,6 +81,11 @@ class QuantizedNetwork:
         self._plan: QuantizationPlan | None = None
         # How many checkpoints have been loaded.
         self._loaded = 0
+
+    def _possible_operations(self) -> list[str]:
+        """Names that operations between layers may have; only running shows which of them there are."""
+        patterns = self.scheme.overrides or {}
+        return [pattern for pattern in patterns if self.scheme.engine is not None and is_operation(pattern)]
 
     @property
     def prepared(self) -> bool:
@@ -101,7 +106,9 @@ class QuantizedNetwork:
             run: Calls the model on one batch.
         """
         if not self.prepared:
-            decided = plan(self.model, observe(self.model, run), self.scheme, self.target)
+            target = self.scheme.engine
+            between_layers = target is not None and target.between_bits is not None
+            decided = plan(self.model, observe(self.model, run, between_layers), self.scheme)
             for name, reason in decided.unfolded_norms.items():
                 log.warning("BatchNorm %s is not folded: %s.", name, reason)
             for name, reason in decided.float_matmuls.items():
@@ -153,12 +160,12 @@ class QuantizedNetwork:
 
     def config_for(self, name: str, bit_widths: BitWidths) -> LayerConfig:
         """Format that a quantized layer has at given bit-widths."""
-        config = layer_config(name, self.layers[name].type, bit_widths, self.scheme, self.target)
+        config = layer_config(name, self.layers[name].type, bit_widths, self.scheme)
         assert self._plan is not None
         decided = self._plan.layers[name].config
-        if self.target is None and decided and decided.output and bit_widths.activation is not None:
-            # A checkpoint holds what a target has decided, not the target.
-            config = replace(config, output=replace(decided.output, bits=bit_widths.activation))
+        if decided and decided.output and config.output is None and bit_widths.activation is not None:
+            # The plan has found that no quantizer reads the output.
+            config = replace(config, output=decided.output)
         return config
 
     def switch(self, name: str, bit_widths: BitWidths) -> None:

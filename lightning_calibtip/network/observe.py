@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from .attention import route_attention
 from .folding import prove_folds
+from .operations import find_operations, route_operations
 from .structure import Activation, ModuleCall, Operator, Structure, Value
 
 _ACTIVATIONS = {
@@ -24,7 +25,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
-def observe(model: nn.Module, run: Callable[[], Any]) -> Structure:
+def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = False) -> Structure:
     """Record what happens to one batch, and find out which BatchNorms can be folded.
 
     The attention of transformers' models is routed through modules for its matrix products, see ``attention``; the
@@ -32,7 +33,8 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Structure:
 
     Args:
         model: The float model, in eval mode.
-        run: Calls the model once, on one batch.
+        run: Calls the model once, on one batch, and returns its output.
+        between_layers: Whether additions and pools become modules, too, see ``operations``.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()).eval()
@@ -43,6 +45,8 @@ def observe(model: nn.Module, run: Callable[[], Any]) -> Structure:
         # The products of attention appear when it first runs.
         with torch.no_grad():
             run()
+    if between_layers:
+        route_operations(model, find_operations(model, run))
     structure = record(model, run)
     structure.folds, structure.unfolded_norms = prove_folds(model, structure, run)
     return structure
@@ -149,6 +153,9 @@ class _Recorder(TorchDispatchMode):
         changed = {value.storage for value in reads} if mutates else set()
         writes = tuple(self.value(t, int(self.value(t).storage in changed)) for t in written)
         name = func._schema.name.removeprefix("aten::").removesuffix("_").removeprefix("_")
+        if name == "constant_pad_nd" and len(args) > 2 and args[2] != 0:
+            # Only zero is on every grid.
+            name += "_nonzero"
         replay = _replay(func, args, kwargs) if name in _ACTIVATIONS else None
         self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay))
         return output

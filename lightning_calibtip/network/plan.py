@@ -3,45 +3,28 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..quantization.spec import BitWidths, LayerConfig
+from .between import destinations, grid_root, integer_operations
 from .dataflow import shared_operands
 from .float_matmuls import find_float_matmuls
 from .layer_types import LayerType, layer_type_of, quantizable_layers
 from .scheme import QuantizationScheme
-from .structure import Fold, Structure
+from .structure import Fold, Structure, Value
 from .tying import Ties, find_ties
 
 # Why a layer stays in float that has no tensor of the kinds that the scheme quantizes.
 NOTHING_QUANTIZED = "none of its tensors is quantized at these bit-widths"
 
+# What engines compute in integers only if they write integers.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 _COPIED = "with a copy of its own of a shared parameter"
-
-
-class Target(Protocol):
-    """What the model is to run on, as far as it decides how a layer is quantized.
-
-    Example:
-        >>> class SymmetricWeights:
-        ...     def config(self, name, layer_type, config):
-        ...         return config if config.weight is None else replace(
-        ...             config, weight=replace(config.weight, symmetric=True))
-        >>> target: Target = SymmetricWeights()
-    """
-
-    def config(self, name: str, layer_type: LayerType, config: LayerConfig) -> LayerConfig:
-        """Format of a layer on this target.
-
-        Args:
-            name: Full name of the layer.
-            layer_type: Its type.
-            config: Format that the scheme gives it.
-        """
 
 
 @dataclass(frozen=True)
@@ -184,9 +167,7 @@ class QuantizationPlan:
         return cls(tuple(map(ModulePlan.from_dict, values["modules"])))
 
 
-def plan(
-    model: nn.Module, structure: Structure, scheme: QuantizationScheme, target: Target | None = None
-) -> QuantizationPlan:
+def plan(model: nn.Module, structure: Structure, scheme: QuantizationScheme) -> QuantizationPlan:
     """Decide what becomes of every module; nothing is changed, and nothing is run.
 
     Args:
@@ -210,26 +191,67 @@ def plan(
         >>> QuantizationPlan.from_dict(decided.to_dict()) == decided
         True
     """
-    return _Planner(model, structure, scheme, target).plan()
+    return _Planner(model, structure, scheme).plan()
 
 
 class _Planner:
     """The decisions of one plan, each derived from those before."""
 
-    def __init__(
-        self, model: nn.Module, structure: Structure, scheme: QuantizationScheme, target: Target | None
-    ) -> None:
-        self.model, self.structure, self.scheme, self.target = model, structure, scheme, target
+    def __init__(self, model: nn.Module, structure: Structure, scheme: QuantizationScheme) -> None:
+        self.model, self.structure, self.scheme = model, structure, scheme
         self.layers = quantizable_layers(model)
         scheme.check_overrides(list(self.layers))
-        self.running = [name for name in structure.calls_of if name in self.layers]
-        edges = {self.running[0], self.running[-1]} if self.running else set()
-        self.bit_widths = {name: scheme.bit_widths_of(name, name in edges) for name in self.layers}
+        operations = [name for name in structure.calls_of if self._is_operation(name)]
+        running = [name for name in structure.calls_of if name in self.layers and name not in operations]
+        edges = {running[0], running[-1]} if running else set()
+        self.bit_widths = {
+            name: scheme.operation_bit_widths(name) if name in operations else scheme.bit_widths_of(name, name in edges)
+            for name in self.layers
+        }
         pins_edges = scheme.edge_bits is not None
         self.pinned = {name for name in self.layers if scheme.is_overridden(name) or (name in edges and pins_edges)}
+        self.pinned |= set(operations)
         self.ties = self._agreed_ties()
         self.configs = {name: self._config(name) for name in self.layers}
         self.float_layers = {name: reason for name in self.layers if (reason := self._why_float(name))}
+        self._decide_between_layers(operations)
+
+    def _is_operation(self, name: str) -> bool:
+        return name in self.layers and self._type(name).between_layers
+
+    def _type(self, name: str) -> LayerType:
+        layer_type = layer_type_of(self.layers[name])
+        assert layer_type is not None
+        return layer_type
+
+    def _decide_between_layers(self, operations: list[str]) -> None:
+        """Leave out the operations that an engine would compute in float, and give convolutions whose output no
+        quantizer reads one of their own."""
+        target = self.scheme.engine
+        if target is None or target.between_bits is None:
+            return
+        operands = {
+            name: len(config.inputs)
+            for name, config in self.configs.items()
+            if name not in self.float_layers and config.inputs and None not in config.inputs
+        }
+        folds = {fold.normalization: fold.layer for fold in self.structure.folds}
+        wanted = [name for name in operations if name in operands]
+        chosen = integer_operations(self.structure, wanted, operands, folds)
+        for name in self._operations_in_model() - set(chosen):
+            for decided in (self.layers, self.configs, self.bit_widths, self.float_layers, operands):
+                decided.pop(name, None)
+        names = self._reads()
+        for name in [name for name in operands if isinstance(self.layers[name], _CONVOLUTIONS)]:
+            follower = next((norm for norm, layer in folds.items() if layer == name), name)
+            written = [value for call in self.structure.calls_of.get(follower, ()) for value in call.writes]
+            found = destinations(self.structure, written, operands, folds)
+            if found.others or len({names[layer][position] for layer, position in found.operands}) > 1:
+                spec = replace(self.configs[name].inputs[0], bits=target.between_bits)  # type: ignore[type-var]
+                self.configs[name] = replace(self.configs[name], output=target.activation(spec))
+
+    def _operations_in_model(self) -> set[str]:
+        return {name for name in self.layers if self._is_operation(name)}
 
     def plan(self) -> QuantizationPlan:
         matmuls = find_float_matmuls(self.structure, list(self.layers))
@@ -311,13 +333,10 @@ class _Planner:
             self.pinned.update(layers)
 
     def _config(self, name: str) -> LayerConfig:
-        layer_type = layer_type_of(self.layers[name])
-        assert layer_type is not None
-        return layer_config(name, layer_type, self.bit_widths[name], self.scheme, self.target)
+        return layer_config(name, self._type(name), self.bit_widths[name], self.scheme)
 
     def _why_float(self, name: str) -> str:
-        module, layer_type = self.layers[name], layer_type_of(self.layers[name])
-        assert layer_type is not None
+        module, layer_type = self.layers[name], self._type(name)
         if self.configs[name].is_float:
             if self.scheme.is_overridden(name):
                 return "left float by an override"
@@ -328,6 +347,11 @@ class _Planner:
         is_plain = isinstance(module._parameters.get(weight), nn.Parameter)
         return "" if is_plain or not hasattr(module, weight) else "its weight is not a plain parameter"
 
+    def _identity(self, value: Value) -> Value:
+        """The tensor that one is a part or a view of, where engines go on with its grid."""
+        target = self.scheme.engine
+        return value if target is None or target.between_bits is None else grid_root(self.structure, value)
+
     def _reads(self) -> dict[str, tuple[str, ...]]:
         """Names of the activations that each quantized layer reads, where those that several layers read have one."""
         types = {name: layer_type_of(self.layers[name]) for name in self.layers if name not in self.float_layers}
@@ -335,24 +359,25 @@ class _Planner:
         names = {
             (name, i): activation_name(name, i) for name, of_layer in operands.items() for i in range(len(of_layer))
         }
-        for group in shared_operands(self.structure, {name: len(of_layer) for name, of_layer in operands.items()}):
-            first = {operands[name][i].token_axes: (name, i) for name, i in reversed(group)}
+        counts = {name: len(of_layer) for name, of_layer in operands.items()}
+        for group in shared_operands(self.structure, counts, self._identity):
+            # Operations between layers see whatever the layers see.
+            layers = [(name, i) for name, i in group if not self._is_operation(name)]
+            first = {operands[name][i].token_axes: (name, i) for name, i in reversed(layers)}
             for name, i in group:
-                names[name, i] = activation_name(*first[operands[name][i].token_axes])
+                names[name, i] = activation_name(*first.get(operands[name][i].token_axes, (layers or group)[0]))
         return {name: tuple(names[name, i] for i in range(len(of_layer))) for name, of_layer in operands.items()}
 
 
-def layer_config(
-    name: str, layer_type: LayerType, bit_widths: BitWidths, scheme: QuantizationScheme, target: Target | None
-) -> LayerConfig:
-    """Format of a layer at given bit-widths, by the user's scheme and the target.
+def layer_config(name: str, layer_type: LayerType, bit_widths: BitWidths, scheme: QuantizationScheme) -> LayerConfig:
+    """Format of a layer at given bit-widths, by the user's scheme and its target.
 
     Example:
         >>> from lightning_calibtip.network.layer_types import LayerType
-        >>> layer_config("fc", LayerType(), BitWidths(4, None), QuantizationScheme(), None).inputs
+        >>> layer_config("fc", LayerType(), BitWidths(4, None), QuantizationScheme()).inputs
         (None,)
     """
-    config = scheme.config(layer_type, bit_widths)
+    config, target = scheme.config(layer_type, bit_widths), scheme.engine
     return config if target is None else target.config(name, layer_type, config)
 
 

@@ -1,7 +1,7 @@
 """The user's choice of bit-widths and number formats, and what it means for a layer of a given type."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..quantization.spec import (
     parse_bit_widths,
 )
 from .layer_types import LayerType, Operand
+from .targets import Target, find_target
 
 # What the user may write for the bit-widths of a layer: one number, or weights and activations apart.
 Override = int | Sequence[int | None] | None
@@ -37,7 +38,12 @@ class QuantizationScheme:
         overrides: Bit-widths by layer name or pattern (``fnmatch``: ``"layer1.*"``). One number stands for whatever the
             scheme quantizes, a pair ``(weight_bits, activation_bits)`` for each apart, with None for float, and None
             leaves the layer in float. Where several patterns match, the last one counts.
-        symmetric: Whether weights use signed integers with a zero point of 0.
+        target: Name of the engine that the model is made for, which decides about symmetric weights, unsigned
+            activations and what is quantized between layers, and what is refused: ``"onnxruntime"``, ``"openvino"``,
+            ``"tensorrt"``, ``"xnnpack"``, ``"weights"`` (integers in storage only), or one of your own, see
+            ``register_target``; None for no engine in particular.
+        symmetric: Whether weights use signed integers with a zero point of 0; None leaves it to the target, and without
+            one means no.
         per_channel: Whether weights have a scale for each output channel.
         group_size: Number of consecutive weights of an output channel, along its flattened input dimensions, that share
             one scale (32, 64 and 128 are usual; the last group of a channel may be shorter); None for no groups.
@@ -49,8 +55,8 @@ class QuantizationScheme:
         activation_quantizer: Kind of the activations' quantizers.
 
     Raises:
-        ValueError: If a bit-width is out of its range, nothing is quantized, or groups are asked for without scales per
-            channel.
+        ValueError: If a bit-width is out of its range, nothing is quantized, groups are asked for without scales per
+            channel, or the target is unknown or cannot run what is asked for.
 
     Example:
         >>> from lightning_calibtip.network.layer_types import LayerType
@@ -65,7 +71,8 @@ class QuantizationScheme:
     activation_bits: int | None = 8
     edge_bits: int | None = 8
     overrides: Mapping[str, Override] | None = None
-    symmetric: bool = False
+    target: str | None = None
+    symmetric: bool | None = None
     per_channel: bool = True
     group_size: int | None = None
     activation_symmetric: bool = False
@@ -91,13 +98,28 @@ class QuantizationScheme:
                 f"group_size={self.group_size} divides the weights of each output channel: it needs per_channel=True."
             )
         for name in ("symmetric", "per_channel", "activation_symmetric", "per_token"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and not (name == "symmetric" and self.symmetric is None):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         check_kind(self.weight_quantizer, "weight_quantizer")
         check_kind(self.activation_quantizer, "activation_quantizer")
         for pattern, value in (self.overrides or {}).items():
             if value is not None:
                 self.bit_widths(value, f"overrides[{pattern!r}]")
+        if self.target is not None:
+            find_target(self.target).check(self)
+
+    @property
+    def engine(self) -> Target | None:
+        """The target that ``target`` names."""
+        return None if self.target is None else find_target(self.target)
+
+    def operation_bit_widths(self, name: str) -> BitWidths:
+        """Bit-widths of an operation between layers by its name: the target's, where activations are quantized at
+        all."""
+        if self.is_overridden(name):
+            return replace(self.bit_widths_of(name, is_edge=False), weight=None)
+        target = self.engine
+        return BitWidths(None, target.between_bits if target and self.activation_bits is not None else None)
 
     def check_overrides(self, names: Sequence[str]) -> None:
         """Raise ``ValueError`` if an override matches none of the layers ``names``."""
@@ -140,7 +162,7 @@ class QuantizationScheme:
         weight = None
         if layer_type.channel_axis is not None and bit_widths.weight is not None:
             granularity = self._weight_granularity(layer_type.channel_axis)
-            weight = TensorSpec(bit_widths.weight, self.symmetric, granularity, self.weight_quantizer)
+            weight = TensorSpec(bit_widths.weight, bool(self.symmetric), granularity, self.weight_quantizer)
         return LayerConfig(
             weight, tuple(self.activation_spec(operand, bit_widths.activation) for operand in layer_type.operands)
         )

@@ -161,6 +161,10 @@ class Structure:
         """Whether a value is neither an input nor computed in this run: a parameter, a buffer or a constant."""
         return value.storage not in self.writers and value.storage not in self._entered
 
+    def is_returned(self, value: Value) -> bool:
+        """Whether the model itself returned a tensor, or what was run of it."""
+        return any(value in call.writes for call in self.calls if call.outermost)
+
     def normalization_after(self, layer: str, is_normalization: Callable[[str], bool]) -> tuple[str | None, str]:
         """Find the module that normalizes exactly the output of ``layer``, and nothing else.
 

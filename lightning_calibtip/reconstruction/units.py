@@ -104,7 +104,8 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
     found = find_blocks(structure, lambda name: bool(inside(name))) if granularity == "block" else []
     members = {name: inside(name) for name in [*named, *_apart_from(found, named)]}
     taken = {name for names in members.values() for name in names}
-    names = {**members, **{name: [name] for name in running if name not in taken}}
+    alone = [name for name in running if name not in taken and not network.layers[name].type.between_layers]
+    names = {**members, **{name: [name] for name in alone}}
     return [
         Unit(
             name,

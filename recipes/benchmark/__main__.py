@@ -1,4 +1,4 @@
-"""Measure the engine: ``python -m recipes.benchmark reconstruction|allocation --output runs/bench``."""
+"""Measure the engine: ``python -m recipes.benchmark reconstruction|allocation|pipelines --output runs/bench``."""
 
 import os
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from .allocation import measure_correlation, measure_replay, measure_solver
 from .figure import benchmark_figure
 from .growth import measure_growth
 from .memory import measure_memory
+from .pipelines import bert, measure_pipelines, resnet20
 from .step import measure_step
 
 PARTS = ("growth", "step", "memory", "accuracy", "samples", "price")
@@ -107,6 +108,31 @@ def allocation(
     print(f"written to {output}")
 
 
+def pipelines(
+    data: str,
+    checkpoint: Path,
+    output: Path = Path("runs/bench"),
+    validation: str | None = None,
+) -> None:
+    """Measure what every pipeline makes of W8A8, W4A8 and weights alone at 4 bits in groups of 32.
+
+    Writes pipelines-resnet20.json or, where validation questions are given, pipelines-bert.json. Rows that the file
+    holds already are kept: a run that was killed goes on.
+
+    Args:
+        data: The hub's cifar10 or a folder, as in recipes.resnet_cifar10; for a BERT, training questions as in
+            recipes.bert_squad.
+        checkpoint: Trained ResNet-20; for a BERT, its folder or name on the hub.
+        output: Folder for the results.
+        validation: Questions to evaluate a BERT on.
+    """
+    set_up_logging("ERROR")
+    subject = resnet20(checkpoint, data) if validation is None else bert(str(checkpoint), data, validation)
+    path = output / f"pipelines-{subject.name}.json"
+    measure_pipelines(subject, path)
+    print(f"written to {path}")
+
+
 def _chosen_parts(only: str | None, parts: Sequence[str]) -> Sequence[str]:
     chosen = parts if only is None else tuple(only.split(","))
     if unknown := [part for part in chosen if part not in parts]:
@@ -131,4 +157,4 @@ def _find_data(
 
 
 if __name__ == "__main__":
-    auto_cli({"reconstruction": reconstruction, "allocation": allocation}, as_positional=False)
+    auto_cli({"reconstruction": reconstruction, "allocation": allocation, "pipelines": pipelines}, as_positional=False)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from lightning_calibtip import AdaQuant, Calibration, QuantizationModule
+from lightning_calibtip.network.targets import Target, register_target
 from lightning_calibtip.quantization.spec import BitWidths, TensorSpec
 from tests.conftest import TinyClassifier
 from tests.networks import logits_of
 
 
-class QuantizedOutputs:
+class QuantizedOutputs(Target):
     """A target on which layers write integers, too."""
 
     def config(self, name, layer_type, config):
@@ -17,9 +18,12 @@ class QuantizedOutputs:
         return config if bits is None else replace(config, output=TensorSpec(bits, one_sided=True))
 
 
+register_target(QuantizedOutputs("quantized_outputs"))
+
+
 @pytest.fixture
 def calibrated(tiny_classifier, loader, make_trainer):
-    module = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4, target=QuantizedOutputs())
+    module = QuantizationModule(tiny_classifier, weight_bits=4, activation_bits=4, target="quantized_outputs")
     make_trainer(Calibration()).fit(module, loader)
     return module
 

@@ -11,6 +11,7 @@ from lightning_calibtip.network.apply import apply
 from lightning_calibtip.network.observe import observe
 from lightning_calibtip.network.plan import QuantizationPlan, plan
 from lightning_calibtip.network.scheme import QuantizationScheme
+from lightning_calibtip.network.targets import Target, register_target
 from lightning_calibtip.network.summary import summarize
 from lightning_calibtip.quantization.spec import BitWidths, PerChannel, PerTensor, TensorSpec
 from tests.conftest import randomize_batch_norms
@@ -141,7 +142,7 @@ def test_a_float_layer_that_shares_its_weight_is_not_changed_by_the_fold_of_the_
     torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-class SymmetricWithOutputs:
+class SymmetricWithOutputs(Target):
     """A target with signed weights and quantized outputs of linear layers."""
 
     def config(self, name, layer_type, config):
@@ -149,12 +150,16 @@ class SymmetricWithOutputs:
         return replace(config, weight=config.weight and replace(config.weight, symmetric=True), output=output)
 
 
+register_target(SymmetricWithOutputs("symmetric_with_outputs"))
+
+
 def test_formats_that_one_weight_cannot_have_at_once_untie_it(model, tokens):
-    class SymmetricHead:
+    class SymmetricHead(Target):
         def config(self, name, layer_type, config):
             return replace(config, weight=replace(config.weight, symmetric=True)) if name == "out" else config
 
-    decided = plan(model, observe(model, lambda: model(tokens)), QuantizationScheme(), SymmetricHead())
+    register_target(SymmetricHead("symmetric_head"))
+    decided = plan(model, observe(model, lambda: model(tokens)), QuantizationScheme(target="symmetric_head"))
     assert decided.tied == {} and decided.layers["out"].copies == ("weight",)
     layers = apply(model, decided)
     assert layers["out"].weight_quantizer.spec.symmetric and not layers["embed"].weight_quantizer.spec.symmetric
@@ -162,7 +167,7 @@ def test_formats_that_one_weight_cannot_have_at_once_untie_it(model, tokens):
 
 def test_a_target_decides_before_calibration_what_is_quantized_how(model, tokens):
     calibration = calibration_set(model, tokens)
-    network = calibrated_network(model, calibration, target=SymmetricWithOutputs(), weight_bits=8, activation_bits=8)
+    network = calibrated_network(model, calibration, target="symmetric_with_outputs", weight_bits=8, activation_bits=8)
     seen = []
     model.fc.register_forward_hook(lambda m, a, out: seen.append(out))
     model(tokens)
