@@ -67,7 +67,7 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
         "calibrated": network.calibrated,
         "fingerprint": network.fingerprint,
     }
-    return {"config": config, "weights": weights, "digest": _digest(config, weights, state_dict, prefix)}
+    return {"config": config, "weights": weights, "digest": digest_of(config, weights, state_dict, prefix)}
 
 
 def unpack_network(
@@ -139,7 +139,7 @@ def _read_config(
             f"The checkpoint's quantization config has version {version!r}, this release reads versions 2 and "
             f"{CONFIG_VERSION}; load it with the release that wrote it."
         )
-    if packed.get("digest") != _digest(config, packed["weights"], state_dict, prefix):
+    if packed.get("digest") != digest_of(config, packed["weights"], state_dict, prefix):
         raise ValueError(
             "The checkpoint is damaged or was changed: its digest does not fit its plan, weights and scales. Write it "
             "anew from the quantized model, or take another copy of it."
@@ -161,7 +161,9 @@ def _dequantized(
             f"The checkpoint is of another model: its weight of {layer.name} has the shape {shape}, this one's "
             f"{tuple(layer.weight.shape)}."
         )
-    quantizer.load_state_dict({name: state_dict[f"{place}{name}"] for name in quantizer.state_dict()})
+    # A packed file leaves out what every such quantizer has.
+    known = quantizer.state_dict()
+    quantizer.load_state_dict({name: state_dict.get(f"{place}{name}", value) for name, value in known.items()})
     integers = unpack_integers(entry["packed"], shape, quantizer.spec.bits, quantizer.spec.qmin)
     return quantizer.decode(integers.to(layer.device)).detach()
 
@@ -190,10 +192,15 @@ def _copy_below(state_dict: dict[str, Tensor], source: str, place: str) -> None:
         state_dict[f"{place}{key.removeprefix(source)}"] = state_dict[key]
 
 
-def _digest(
+def digest_of(
     config: Mapping[str, Any], weights: Mapping[str, Any], state_dict: Mapping[str, Tensor], prefix: str
 ) -> str:
-    """SHA-256 over the configuration, the integers, and everything of the model in the state dict."""
+    """SHA-256 over the configuration, the integers, and everything of the model in the state dict.
+
+    Example:
+        >>> digest_of({}, {}, {}, "")[:8]
+        '44136fa3'
+    """
     digest = hashlib.sha256(repr(config).encode())
     tensors = {f"packed {name}": entry["packed"] for name, entry in weights.items()}
     tensors |= {key: value for key, value in state_dict.items() if key.startswith(prefix)}

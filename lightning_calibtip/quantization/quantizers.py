@@ -109,9 +109,13 @@ class Quantizer(nn.Module, ABC):
         """
         return False
 
+    def stored(self) -> dict[str, Tensor]:
+        """Parameters that an engine has to store, by name; the others are what a new quantizer has."""
+        return dict(self.named_parameters())
+
     def parameter_bytes(self) -> int:
         """Bytes of the parameters that an engine has to store."""
-        return sum(parameter.nbytes for parameter in self.parameters())
+        return sum(parameter.nbytes for parameter in self.stored().values())
 
     def extra_repr(self) -> str:
         """Describe the quantizer for ``print(model)``."""
@@ -324,9 +328,9 @@ class AffineQuantizer(Quantizer):
         self.scale.mul_(factor.repeat_interleave(self.rows // len(factor)))
         return True
 
-    def parameter_bytes(self) -> int:
-        """Bytes of the scales, and of the zero points where they are not known to be zero; none at run time."""
+    def stored(self) -> dict[str, Tensor]:
+        """Scales, and zero points where they are not known to be zero; nothing where ranges are taken at run time."""
         if self.spec.dynamic:
-            return 0
+            return {}
         is_zero = (self.spec.symmetric and not self.spec.one_sided) or self.spec.nonnegative
-        return self.scale.nbytes + (0 if is_zero else self.zero_point.nbytes)
+        return {"scale": self.scale} if is_zero else {"scale": self.scale, "zero_point": self.zero_point}

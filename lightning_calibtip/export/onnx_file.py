@@ -1,0 +1,302 @@
+"""export_onnx: a quantized module as an ONNX file of integers, checked in the engine."""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..calibration.files import write_atomically
+from ..module import QuantizationModule
+from ..network.targets import Target, find_target
+from .engine import LayerOperator
+
+log = logging.getLogger(__name__)
+
+# Protobuf files end here.
+_LARGEST_FILE = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and what the engine makes of it.
+
+    Args:
+        path: The file.
+        target: Name of the target; None for no engine in particular.
+        file_bytes: Size of the file.
+        float_bytes: Size of the float model's parameters and buffers.
+        operators: What ONNX Runtime computes each quantized layer by; empty without a check.
+        difference: Greatest difference of an output from the torch model on the batch, over the greatest absolute value
+            of that output; None without a check.
+        agreement: Share of decisions (greatest element along the last dimension of an output) that are those of the
+            torch model on the batch; None without a check, or where an output has nothing to decide.
+        latency: Median seconds of ONNX Runtime for the batch, with as many threads as torch has; None without a check.
+        threads: That number of threads.
+
+    Example:
+        See ``export_onnx``.
+    """
+
+    path: Path
+    target: str | None
+    file_bytes: int
+    float_bytes: int
+    operators: tuple[LayerOperator, ...] = ()
+    difference: float | None = None
+    agreement: float | None = None
+    latency: float | None = None
+    threads: int | None = None
+
+    @property
+    def size_ratio(self) -> float:
+        """Size of the file over that of the float model."""
+        return self.file_bytes / self.float_bytes if self.float_bytes else 1.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of layers by the operator that computes them."""
+        return dict(Counter(line.operator or "merged" for line in self.operators))
+
+    @property
+    def float_layers(self) -> list[str]:
+        """Quantized layers that the engine computes in float nevertheless."""
+        return [line.layer for line in self.operators if line.operator is not None and not line.integer]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for ``result.json``."""
+        return {**asdict(self), "path": self.path.name, "size_ratio": self.size_ratio, "counts": self.counts}
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.file_bytes:,} bytes, {self.size_ratio:.3f} of the float model"]
+        if self.operators:
+            counts = ", ".join(f"{count} {operator}" for operator, count in sorted(self.counts.items()))
+            lines.append(f"ONNX Runtime computes the quantized layers by {counts}")
+        if self.float_layers:
+            lines.append(f"in float, nevertheless: {', '.join(self.float_layers)}")
+        if self.difference is not None:
+            agreed = "" if self.agreement is None else f", {self.agreement:.2%} of decisions agree"
+            lines.append(f"greatest difference from torch {self.difference:.2g} of the range{agreed}")
+        if self.latency is not None:
+            lines.append(f"median latency {1000 * self.latency:.3g} ms a batch on {self.threads} threads")
+        return "\n".join(lines)
+
+
+def export_onnx(
+    module: QuantizationModule,
+    path: str | Path,
+    batch: Any,
+    target: str | None = None,
+    dynamic: bool | Mapping[str, Any] = True,
+    int4: bool = False,
+    check: bool = True,
+) -> ExportReport:
+    """Write a calibrated module as an ONNX file (opset 21) with integer weights, that engines run in integers.
+
+    Quantizers become QuantizeLinear and DequantizeLinear, whose arithmetic (division, ties to even) is the model's own;
+    weights are stored as integers, biases as int32 on the grid of the products. No operator is of a custom domain.
+
+    Args:
+        module: Calibrated module, reconstructed or not; it stays as it is.
+        path: File to write; a file of that name is replaced, completely or not at all.
+        batch: A calibration batch, of which the default ``calibration_step`` would pass on the same inputs.
+        target: Name of a target, whose formats the module must have; its own if None.
+        dynamic: Whether the number of samples is free, and the number of tokens of integer inputs; or a mapping as in
+            ``torch.onnx.export(dynamic_shapes=...)``.
+        int4: Whether weights of at most 4 bits are stored in 4 bits. That halves their size; ONNX Runtime multiplies
+            8-bit integers faster, though.
+        check: Whether ONNX Runtime opens the file, and is compared with the torch model on the batch.
+
+    Returns:
+        Size, operators, differences and latency.
+
+    Raises:
+        RuntimeError: If the module is not calibrated.
+        ValueError: If the target cannot run the module's formats, a quantizer has no ONNX operators, the batch does not
+            fit the model, the model lies on several devices, or the file would be too large.
+        ModuleNotFoundError: If a package of the extra ``export`` is missing.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning_calibtip import quantize
+        >>> batch = torch.randn(8, 4)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> options = {"accelerator": "cpu"}
+        >>> run = quantize(net, [batch], pipeline="calibrate", target="onnxruntime", trainer_options=options)
+        >>> with TemporaryDirectory() as folder:
+        ...     report = export_onnx(run.module, f"{folder}/model.onnx", batch)
+        >>> report.counts
+        {'QGemm': 2}
+    """
+    _require_packages(check)
+    path, network = Path(path), module.network
+    if not network.calibrated:
+        raise RuntimeError("The module has no ranges yet, so nothing can be exported: run Calibration first.")
+    target = network.scheme.target if target is None else target
+    engine = None if target is None else find_target(target)
+    for name, layer in network.layers.items():
+        if engine is not None:
+            engine.check_config(name, layer.config)
+    _require_one_device(module)
+    args, kwargs = inputs_of(module, batch)
+    wanted = _reference(module, args, kwargs)
+    content = _serialized(module, args, kwargs, dynamic, engine, int4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+    report = ExportReport(path, target, len(content), network.float_bytes)
+    return _checked(report, module, args, kwargs, wanted) if check else report
+
+
+def _require_packages(check: bool) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+
+        if check:
+            import onnxruntime  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Exporting needs {error.name}: pip install 'lightning_calibtip[export]'"
+            + (" (or leave the check out: check=False)." if error.name == "onnxruntime" else ".")
+        ) from error
+
+
+def _require_one_device(module: QuantizationModule) -> None:
+    devices = {tensor.device for tensor in [*module.model.parameters(), *module.model.buffers()]}
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model lies on several devices ({', '.join(sorted(map(str, devices)))}): move it to one, module.to("
+            "'cpu'), to export it."
+        )
+
+
+def inputs_of(module: QuantizationModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the model's ``forward`` in a calibration batch, on the model's device.
+
+    Example:
+        >>> module = QuantizationModule(nn.Sequential(nn.Linear(2, 2)))
+        >>> args, kwargs = inputs_of(module, (torch.ones(1, 2), "label"))
+        >>> len(args), kwargs
+        (1, {})
+    """
+    inputs = module.inputs_of(batch)
+    device = next((tensor.device for tensor in module.model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return (), {name: moved(value) for name, value in inputs.items() if isinstance(value, Tensor)}
+    return (moved(inputs),), {}
+
+
+@torch.no_grad()
+def _reference(module: QuantizationModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """What the quantized torch model makes of the batch."""
+    try:
+        with module.network.quantized(True):
+            output = module.model(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        raise ValueError(
+            f"The batch does not fit the model ({type(error).__name__}: {error}); its tensors have the shapes {shapes}. "
+            "Give a batch like those of calibration."
+        ) from error
+    return [leaf.float().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _serialized(
+    module: QuantizationModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic: bool | Mapping[str, Any],
+    engine: Target | None,
+    int4: bool,
+) -> bytes:
+    import onnx
+    import onnx_ir
+
+    from .graph import rewrite
+    from .symbolic import OPSET, deployable_copy
+
+    copied = deployable_copy(module, engine is not None and engine.signed_activations)
+    args = tuple(value.cpu() if isinstance(value, Tensor) else value for value in args)
+    kwargs = {name: value.cpu() for name, value in kwargs.items()}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            copied,
+            args,
+            kwargs=kwargs,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=_dynamic_shapes(args, kwargs, dynamic),
+            verbose=False,
+        )
+    assert program is not None
+    rewrite(program.model, set(module.network.layers), int4)
+    proto = onnx_ir.to_proto(program.model)
+    if proto.ByteSize() > _LARGEST_FILE:
+        raise ValueError(f"The file would have {proto.ByteSize():,} bytes; ONNX files end at {_LARGEST_FILE:,}.")
+    onnx.checker.check_model(proto, full_check=True)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Mapping[str, Any]) -> Any:
+    if not isinstance(dynamic, bool):
+        return dynamic
+    if not dynamic:
+        return None
+
+    def free(value: Any) -> dict[int, str] | None:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return None
+        return {0: "batch", **({1: "tokens"} if value.dim() == 2 and not value.is_floating_point() else {})}
+
+    return {name: free(value) for name, value in kwargs.items()} if kwargs else tuple(map(free, args))
+
+
+def _checked(
+    report: ExportReport,
+    module: QuantizationModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wanted: list[Tensor],
+) -> ExportReport:
+    from .engine import make_session, median_seconds, optimized_operators, run_session
+
+    threads = torch.get_num_threads()
+    session = make_session(report.path, threads)
+    names = [value.name for value in session.get_inputs()]
+    values = list(kwargs.items()) if kwargs else list(zip(names, args, strict=False))
+    feeds = {name: value.detach().cpu().numpy() for name, value in values}
+    outputs = [torch.from_numpy(output).float() for output in run_session(session, feeds)]
+    differences, agreed, decisions = [0.0], 0, 0
+    for output, reference in zip(outputs, wanted, strict=True):
+        differences.append(float((output - reference).abs().max() / reference.abs().max().clamp_min(1e-12)))
+        if reference.dim() > 1 and reference.shape[-1] > 1:
+            same = output.argmax(-1) == reference.argmax(-1)
+            agreed, decisions = agreed + int(same.sum()), decisions + same.numel()
+    operators = optimized_operators(report.path, list(module.network.layers))
+    checked = ExportReport(
+        report.path,
+        report.target,
+        report.file_bytes,
+        report.float_bytes,
+        tuple(operators),
+        max(differences),
+        agreed / decisions if decisions else None,
+        median_seconds(session, feeds),
+        threads,
+    )
+    if checked.float_layers:
+        log.warning("ONNX Runtime computes %s in float.", ", ".join(checked.float_layers))
+    return checked
