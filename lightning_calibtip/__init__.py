@@ -9,9 +9,13 @@ from .callbacks.bias_tuning import BiasTuning
 from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
 from .callbacks.stage import Stage, StageResult
+from .export.onnx_file import export_onnx
+from .export.packed import export_packed, load_packed
+from .export.report import ExportReport
 from .module import QuantizationModule
 from .network.layer_types import Operand, register_layer
 from .network.scheme import QuantizationScheme
+from .network.targets import Target, register_target
 from .pipeline.callback import CalibTIP
 from .pipeline.options import PipelineOptions
 from .pipeline.presets import make_stages
@@ -39,6 +43,7 @@ __all__ = [
     "BitAllocation",
     "CalibTIP",
     "Calibration",
+    "ExportReport",
     "LayerConfig",
     "Operand",
     "PipelineOptions",
@@ -48,7 +53,11 @@ __all__ = [
     "Stage",
     "StageResult",
     "StorageOptions",
+    "Target",
     "TensorSpec",
+    "export_onnx",
+    "export_packed",
+    "load_packed",
     "make_stages",
     "quantize",
     "register_cost",
@@ -58,5 +67,6 @@ __all__ = [
     "register_quantizer",
     "register_range_method",
     "register_rounding",
+    "register_target",
     "run_stages",
 ]

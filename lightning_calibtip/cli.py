@@ -1,4 +1,4 @@
-"""The command line: fit, validate and quantize the user's own LightningModule and DataModule from YAML."""
+"""The command line: fit, validate, quantize and export the user's own LightningModule and DataModule from YAML."""
 
 import logging
 import pickle
@@ -15,6 +15,8 @@ from typing_extensions import override
 from .calibration.calibration_set import FirstSamples
 from .callbacks.progress import progress_options
 from .callbacks.stage import Stage
+from .export.onnx_file import export_onnx, require_packages
+from .export.report import ExportReport
 from .module import QuantizationModule
 from .network.checkpoint import is_quantized
 from .network.scheme import QuantizationScheme
@@ -23,11 +25,12 @@ from .pipeline.options import PipelineOptions
 from .pipeline.presets import PipelineName, make_stages
 from .pipeline.run import QuantizationRun
 from .pipeline.runner import run_stages
+from .report.loggers import log_checkpoint
 from .report.record import record_table
 
 
 class QuantizationTrainer(pl.Trainer):
-    """A Trainer that can also quantize, and validate what was quantized. See ``QuantizationCLI``."""
+    """A Trainer that can also quantize, and validate and export what was quantized. See ``QuantizationCLI``."""
 
     def quantize(
         self,
@@ -42,7 +45,7 @@ class QuantizationTrainer(pl.Trainer):
         scheme: QuantizationScheme | None = None,
         options: PipelineOptions | Mapping[str, Any] | None = None,
     ) -> QuantizationRun:
-        """Quantize a trained model, and write result.json, report.html and quantized.ckpt.
+        """Quantize a trained model, and write result.json, report.html, quantized.ckpt and, for a target, model.onnx.
 
         The Trainer's callbacks, which are made for training, take no part; its accelerator, precision, loggers,
         progress bar and ``limit_val_batches`` do.
@@ -71,6 +74,8 @@ class QuantizationTrainer(pl.Trainer):
                 "stages have options of their own, so those of a pipeline (adaquant, calibration, seed, ...) would be "
                 "ignored: give them in the stages' init_args, or take a pipeline instead of stages."
             )
+        if scheme is not None and scheme.target is not None:
+            require_packages()
         output.mkdir(parents=True, exist_ok=True)
         if is_overridden("configure_model", model):
             model.configure_model()
@@ -92,12 +97,59 @@ class QuantizationTrainer(pl.Trainer):
             {**configuration, "calibration_samples": calibration_samples},
         )
         run.save(output / "quantized.ckpt")
+        if wrapped.network.scheme.target is not None:
+            print(run.export_onnx(output / "model.onnx"))
         record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         wrapped.print_summary()
         print(f"\n{record_table(record)}\n\nwritten to {output}")
         return run
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        ckpt_path: str,
+        datamodule: pl.LightningDataModule | None = None,
+        target: str | None = None,
+        output: Path = Path("model.onnx"),
+        int4: bool = False,
+        check: bool = True,
+    ) -> ExportReport:
+        """Write a quantized checkpoint as an ONNX file, and check it in ONNX Runtime on a calibration batch.
+
+        Args:
+            model: The LightningModule.
+            ckpt_path: Checkpoint that ``quantize`` or the CalibTIP callback has written.
+            datamodule: Its ``calibration_dataloader``, or else ``train_dataloader``, gives the batch; the model's own
+                if None.
+            target: Name of a target, whose formats the checkpoint must have; that which it was quantized for if None.
+            output: File to write.
+            int4: Whether weights of at most 4 bits are stored in 4 bits, which is smaller, not faster.
+            check: Whether the file is compared with the torch model.
+
+        Raises:
+            ValueError: If the checkpoint is not quantized, or the target cannot run its formats.
+        """
+        if not is_quantized(ckpt_path):
+            raise ValueError(
+                f"{ckpt_path} is not a quantized checkpoint: quantize it first, and export what that writes."
+            )
+        if is_overridden("configure_model", model):
+            model.configure_model()
+        wrapped = QuantizationModule(model)
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        wrapped.on_load_checkpoint(checkpoint)
+        wrapped.load_state_dict(checkpoint["state_dict"])
+        if datamodule is not None:
+            datamodule.trainer = self
+        wrapped.take_batch_hooks(datamodule)
+        calibration, _ = _loaders(model, datamodule)
+        batch = wrapped.on_after_batch_transfer(wrapped.on_before_batch_transfer(next(iter(calibration)), 0), 0)
+        report = export_onnx(wrapped, output, batch, target, int4=int4, check=check)
+        log_checkpoint(self.loggers, output)
+        print(report)
+        return report
 
     def _stage_options(self) -> dict[str, Any]:
         """Options that make the Trainers of the stages like this one."""
@@ -129,11 +181,11 @@ class QuantizationTrainer(pl.Trainer):
 
 
 class QuantizationCLI(LightningCLI):
-    """The commands ``fit``, ``validate`` and ``quantize``.
+    """The commands ``fit``, ``validate``, ``quantize`` and ``export``.
 
     Example:
         >>> sorted(QuantizationCLI.subcommands())
-        ['fit', 'quantize', 'validate']
+        ['export', 'fit', 'quantize', 'validate']
     """
 
     @staticmethod
@@ -145,6 +197,7 @@ class QuantizationCLI(LightningCLI):
             "fit": {*data, "train_dataloaders", "val_dataloaders"},
             "validate": {*data, "dataloaders"},
             "quantize": {*data, "scheme", "options"},
+            "export": data,
         }
 
     @override

@@ -24,7 +24,8 @@ def set_up_logging(level: int | str = logging.INFO) -> None:
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger: Any) -> None:
-    """Write the checkpoint and the report of a run, log what belongs to the whole of it, and print its tables.
+    """Write the checkpoint, with a target model.onnx too, and the report of a run, log what belongs to the whole of it,
+    and print its tables.
 
     Args:
         run: Outcome of the pipeline.
@@ -33,6 +34,9 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
         logger: Logger from ``make_logger``.
     """
     run.save(output / "quantized.ckpt")
+    if run.module.network.scheme.target is not None:
+        print(run.export_onnx(output / "model.onnx"))
+        record = {**record, "exports": [report.to_dict() for report in run.exports]}
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")
     run.module.print_summary()

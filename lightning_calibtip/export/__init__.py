@@ -1,1 +1,1 @@
-"""From the quantized model to what runs and what is stored: ONNX files for engines, packed files, integer arithmetic."""
+"""From the quantized model to what runs: ONNX files for engines, packed files, integer arithmetic."""

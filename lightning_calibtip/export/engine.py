@@ -4,13 +4,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+
+from .report import LayerOperator
 
 # Operators of ONNX Runtime that multiply, add or average integers.
 INTEGER_OPERATORS = {
@@ -20,26 +21,6 @@ INTEGER_OPERATORS = {
 }  # fmt: skip
 _FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "AveragePool",
                     "GlobalAveragePool", "ConvTranspose"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LayerOperator:
-    """What an engine computes a layer by.
-
-    Args:
-        layer: Full name of the layer in the model.
-        operator: Operator in the engine's optimized graph; None if there is none with the layer's name, since the engine
-            has merged it into another one.
-        integer: Whether it takes integers.
-
-    Example:
-        >>> LayerOperator("conv1", "QLinearConv", True).integer
-        True
-    """
-
-    layer: str
-    operator: str | None
-    integer: bool
 
 
 def make_session(path: str | Path, threads: int | None = None, optimized: Path | None = None) -> Any:

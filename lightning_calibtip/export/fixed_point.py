@@ -88,5 +88,7 @@ def require_int32(values: Tensor, where: str) -> Tensor:
     """
     largest = int(values.abs().max()) if values.numel() else 0
     if largest >= 2**31:
-        raise OverflowError(f"{where}: a sum of products, {largest:,}, does not fit 32 bits (2^{math.log2(largest):.1f}).")
+        raise OverflowError(
+            f"{where}: a sum of products, {largest:,}, does not fit 32 bits (2^{math.log2(largest):.1f})."
+        )
     return values

@@ -2,90 +2,24 @@
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..calibration.files import write_atomically
 from ..module import QuantizationModule
 from ..network.targets import Target, find_target
-from .engine import LayerOperator
+from .report import ExportReport
 
 log = logging.getLogger(__name__)
 
 # Protobuf files end here.
 _LARGEST_FILE = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported, and what the engine makes of it.
-
-    Args:
-        path: The file.
-        target: Name of the target; None for no engine in particular.
-        file_bytes: Size of the file.
-        float_bytes: Size of the float model's parameters and buffers.
-        operators: What ONNX Runtime computes each quantized layer by; empty without a check.
-        difference: Greatest difference of an output from the torch model on the batch, over the greatest absolute value
-            of that output; None without a check.
-        agreement: Share of decisions (greatest element along the last dimension of an output) that are those of the
-            torch model on the batch; None without a check, or where an output has nothing to decide.
-        latency: Median seconds of ONNX Runtime for the batch, with as many threads as torch has; None without a check.
-        threads: That number of threads.
-
-    Example:
-        See ``export_onnx``.
-    """
-
-    path: Path
-    target: str | None
-    file_bytes: int
-    float_bytes: int
-    operators: tuple[LayerOperator, ...] = ()
-    difference: float | None = None
-    agreement: float | None = None
-    latency: float | None = None
-    threads: int | None = None
-
-    @property
-    def size_ratio(self) -> float:
-        """Size of the file over that of the float model."""
-        return self.file_bytes / self.float_bytes if self.float_bytes else 1.0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of layers by the operator that computes them."""
-        return dict(Counter(line.operator or "merged" for line in self.operators))
-
-    @property
-    def float_layers(self) -> list[str]:
-        """Quantized layers that the engine computes in float nevertheless."""
-        return [line.layer for line in self.operators if line.operator is not None and not line.integer]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for ``result.json``."""
-        return {**asdict(self), "path": self.path.name, "size_ratio": self.size_ratio, "counts": self.counts}
-
-    def __str__(self) -> str:
-        lines = [f"{self.path}: {self.file_bytes:,} bytes, {self.size_ratio:.3f} of the float model"]
-        if self.operators:
-            counts = ", ".join(f"{count} {operator}" for operator, count in sorted(self.counts.items()))
-            lines.append(f"ONNX Runtime computes the quantized layers by {counts}")
-        if self.float_layers:
-            lines.append(f"in float, nevertheless: {', '.join(self.float_layers)}")
-        if self.difference is not None:
-            agreed = "" if self.agreement is None else f", {self.agreement:.2%} of decisions agree"
-            lines.append(f"greatest difference from torch {self.difference:.2g} of the range{agreed}")
-        if self.latency is not None:
-            lines.append(f"median latency {1000 * self.latency:.3g} ms a batch on {self.threads} threads")
-        return "\n".join(lines)
 
 
 def export_onnx(
@@ -124,6 +58,7 @@ def export_onnx(
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
         >>> from lightning_calibtip import quantize
         >>> batch = torch.randn(8, 4)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -134,7 +69,7 @@ def export_onnx(
         >>> report.counts
         {'QGemm': 2}
     """
-    _require_packages(check)
+    require_packages(check)
     path, network = Path(path), module.network
     if not network.calibrated:
         raise RuntimeError("The module has no ranges yet, so nothing can be exported: run Calibration first.")
@@ -153,7 +88,17 @@ def export_onnx(
     return _checked(report, module, args, kwargs, wanted) if check else report
 
 
-def _require_packages(check: bool) -> None:
+def require_packages(check: bool = True) -> None:
+    """Raise ``ModuleNotFoundError`` if a package that exporting needs is missing.
+
+    Args:
+        check: Whether the file is to be checked in ONNX Runtime.
+
+    Example:
+        >>> require_packages()
+    """
+    if not hasattr(torch.onnx, "ops"):
+        raise ModuleNotFoundError(f"Exporting needs torch 2.8 or newer, this is {torch.__version__}: update torch.")
     try:
         import onnx  # noqa: F401
         import onnx_ir  # noqa: F401
@@ -181,6 +126,7 @@ def inputs_of(module: QuantizationModule, batch: Any) -> tuple[tuple[Any, ...], 
     """Arguments of the model's ``forward`` in a calibration batch, on the model's device.
 
     Example:
+        >>> from torch import nn
         >>> module = QuantizationModule(nn.Sequential(nn.Linear(2, 2)))
         >>> args, kwargs = inputs_of(module, (torch.ones(1, 2), "label"))
         >>> len(args), kwargs
@@ -206,8 +152,8 @@ def _reference(module: QuantizationModule, args: tuple[Any, ...], kwargs: dict[s
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         raise ValueError(
-            f"The batch does not fit the model ({type(error).__name__}: {error}); its tensors have the shapes {shapes}. "
-            "Give a batch like those of calibration."
+            f"The batch does not fit the model ({type(error).__name__}: {error}); its tensors have the shapes "
+            f"{shapes}. Give a batch like those of calibration."
         ) from error
     return [leaf.float().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
@@ -286,16 +232,13 @@ def _checked(
             same = output.argmax(-1) == reference.argmax(-1)
             agreed, decisions = agreed + int(same.sum()), decisions + same.numel()
     operators = optimized_operators(report.path, list(module.network.layers))
-    checked = ExportReport(
-        report.path,
-        report.target,
-        report.file_bytes,
-        report.float_bytes,
-        tuple(operators),
-        max(differences),
-        agreed / decisions if decisions else None,
-        median_seconds(session, feeds),
-        threads,
+    checked = replace(
+        report,
+        operators=tuple(operators),
+        difference=max(differences),
+        agreement=agreed / decisions if decisions else None,
+        latency=median_seconds(session, feeds),
+        threads=threads,
     )
     if checked.float_layers:
         log.warning("ONNX Runtime computes %s in float.", ", ".join(checked.float_layers))

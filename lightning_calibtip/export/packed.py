@@ -65,7 +65,9 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
         "version": PACKED_VERSION,
         "config": config,
         "weights": [[name, entry["shape"], len(entry["packed"])] for name, entry in packed["weights"].items()],
-        "state": [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state.items()],
+        "state": [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in state.items()
+        ],
         "digest": digest_of(config, packed["weights"], state, _PREFIX),
     }
     compressed = base64.b85encode(zlib.compress(json.dumps(index, separators=(",", ":")).encode(), 9)).decode()
@@ -79,9 +81,7 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
     return path
 
 
-def load_packed(
-    path: str | Path, model: nn.Module, validation_step: Any = None
-) -> QuantizationModule:
+def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None) -> QuantizationModule:
     """Load a file of ``export_packed``; the module computes the same, bit for bit.
 
     Args:
@@ -132,7 +132,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
             index = json.loads(zlib.decompress(base64.b85decode(metadata[_KEY])))
             integers, values = file.get_tensor(_INTEGERS), file.get_tensor(_VALUES)
     except (SafetensorError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or not complete ({error}): take another copy, or write it anew.") from error
+        raise ValueError(
+            f"{path} is damaged or not complete ({error}): take another copy, or write it anew."
+        ) from error
     if index["version"] != PACKED_VERSION:
         raise ValueError(
             f"{path} has version {index['version']!r}, this release reads version {PACKED_VERSION}: load it with the "

@@ -1,5 +1,7 @@
 """A copy of a quantized model whose quantizers are ONNX operators on integers, for torch.onnx.export."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,24 +59,24 @@ class SymbolicQuantizer(nn.Module):
         affine = require_affine(quantizer)
         if affine.spec.dynamic:
             raise ValueError(f"{quantizer.name} has ranges per token, which only exist at run time: per_token=False.")
-        self.type = container(affine.spec, signed)
-        low = torch.iinfo(self.type).min
+        self.dtype = container(affine.spec, signed)
+        low = torch.iinfo(self.dtype).min
         shift = low if signed and not affine.spec.symmetric else 0
         self.qmin, self.qmax = affine.spec.qmin + shift, affine.spec.qmax + shift
         self.register_buffer("scale", affine.scale.detach().cpu().reshape(()).clone())
         point = affine.zero_point.detach().cpu().round().reshape(()) + shift
-        self.register_buffer("zero_point", point.clamp(self.qmin, self.qmax).to(self.type))
+        self.register_buffer("zero_point", point.clamp(self.qmin, self.qmax).to(self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values that the integers of ``x`` stand for."""
         integers = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero_point), {}, dtype=self.type, shape=x.shape, version=OPSET
+            "QuantizeLinear", (x, self.scale, self.zero_point), {}, dtype=self.dtype, shape=x.shape, version=OPSET
         )
-        limits = torch.iinfo(self.type)
+        limits = torch.iinfo(self.dtype)
         if (self.qmin, self.qmax) != (limits.min, limits.max):
-            ends = (torch.tensor(end, dtype=self.type) for end in (self.qmin, self.qmax))
+            ends = (torch.tensor(end, dtype=self.dtype) for end in (self.qmin, self.qmax))
             integers = torch.onnx.ops.symbolic(
-                "Clip", (integers, *ends), {}, dtype=self.type, shape=x.shape, version=OPSET
+                "Clip", (integers, *ends), {}, dtype=self.dtype, shape=x.shape, version=OPSET
             )
         output: Tensor = torch.onnx.ops.symbolic(
             "DequantizeLinear", (integers, self.scale, self.zero_point), {}, dtype=torch.float32, shape=x.shape,
@@ -124,7 +126,7 @@ class SymbolicWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the weight."""
-        attributes: dict[str, int] = {} if self.axis is None else {"axis": self.axis}
+        attributes: dict[str, Any] = {} if self.axis is None else {"axis": self.axis}
         if self.group:
             attributes = {"axis": 1, "block_size": self.group}
         weight: Tensor = torch.onnx.ops.symbolic(
@@ -229,7 +231,8 @@ def deployable_copy(module: QuantizationModule, signed_activations: bool) -> nn.
             if _is_plain_embedding(layer):
                 setattr(model.get_submodule(parent), child, SymbolicEmbedding(owner))
                 continue
-            copied.parametrizations[owner.type.weight][0] = SymbolicWeight(owner)  # type: ignore[index]
+            parametrizations: Any = copied.parametrizations[owner.type.weight]  # type: ignore[index]
+            parametrizations[0] = SymbolicWeight(owner)
         elif layer.has_weight:
             copied.parametrizations[layer.type.weight].original.data = layer.latent()[0].cpu()  # type: ignore
         activations = {f"{INPUT_QUANTIZERS}.{i}": each for i, each in enumerate(layer.input_quantizers)}
@@ -245,4 +248,4 @@ def deployable_copy(module: QuantizationModule, signed_activations: bool) -> nn.
 def _is_plain_embedding(layer: QuantizedLayer) -> bool:
     module = layer.module
     is_lookup = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
-    return reads_indices(module) and is_lookup and module.max_norm is None  # type: ignore[union-attr]
+    return reads_indices(module) and is_lookup and module.max_norm is None

@@ -1,7 +1,7 @@
 """What an engine needs on the grid of a quantizer between layers: which additions and pools can be integers, which
 tensors have one grid, which outputs of convolutions no quantizer reads."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .structure import Operator, Structure, Value
@@ -152,3 +152,33 @@ def integer_operations(
         if remaining == chosen:
             return chosen
         chosen = remaining
+
+
+def unquantized_outputs(
+    structure: Structure,
+    layers: Iterable[str],
+    operands: Mapping[str, int],
+    folds: Mapping[str, str],
+    reads: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Choose the layers whose output is not what exactly one quantizer reads: an engine that writes integers needs one
+    for it.
+
+    Args:
+        structure: As observed of the float model.
+        layers: Names of the layers to choose from.
+        operands: Number of quantized inputs of each layer, by its full name.
+        folds: Layers by the BatchNorms that are folded into them.
+        reads: Names of the activations that layers read.
+
+    Returns:
+        Those of the names ``layers``.
+    """
+    followers = {layer: norm for norm, layer in folds.items()}
+    chosen = []
+    for name in layers:
+        calls = structure.calls_of.get(followers.get(name, name), ())
+        found = destinations(structure, [value for call in calls for value in call.writes], operands, folds)
+        if found.others or len({reads[layer][position] for layer, position in found.operands}) > 1:
+            chosen.append(name)
+    return chosen

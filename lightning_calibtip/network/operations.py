@@ -70,9 +70,10 @@ def _kind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | 
     The answer does not depend on the number of samples, so that positions stay the same from batch to batch.
     """
     if func in _ADDITIONS:
-        is_sum = len(args) == 2 and not kwargs and all(map(_is_activation, args))
-        first, second = (args[0], args[1]) if is_sum else (None, None)
-        return "addition" if is_sum and first.dim() == second.dim() and first.shape[1:] == second.shape[1:] else None
+        if len(args) != 2 or kwargs or not all(map(_is_activation, args)):
+            return None
+        first, second = args
+        return "addition" if first.dim() == second.dim() and first.shape[1:] == second.shape[1:] else None
     if func in _POOLS and args and _is_activation(args[0]) and args[0].dim() == 4:
         if func in _MEANS:
             dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -121,7 +122,7 @@ class _Routing(TorchFunctionMode):
         return func(*args, **kwargs) if kind is None else self.compute(scope, kind, func, args, kwargs)
 
     def compute(self, scope: _Scope, kind: str, func: Any, args: Any, kwargs: Any) -> Any:
-        module = scope.module._modules.get(scope.next_name(kind))
+        module = scope.module._modules.get(scope.next_name(kind))  # type: ignore[union-attr]
         if module is None:
             return func(*args, **kwargs)
         if kind == "addition":
@@ -235,7 +236,7 @@ def route_operations(model: nn.Module, names: Collection[str]) -> None:
     for module in modules.values():
         # Operations of modules in between must not be taken for the owner's.
         scope = _enter_owner if module in owners else _enter_other
-        module._routing_hooks = [  # type: ignore[assignment]
+        module._routing_hooks = [
             module.register_forward_pre_hook(scope, prepend=True),
             module.register_forward_hook(_leave, always_call=True),
         ]

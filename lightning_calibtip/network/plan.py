@@ -10,12 +10,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..quantization.spec import BitWidths, LayerConfig
-from .between import destinations, grid_root, integer_operations
+from .between import grid_root, integer_operations, unquantized_outputs
 from .dataflow import shared_operands
 from .float_matmuls import find_float_matmuls
 from .layer_types import LayerType, layer_type_of, quantizable_layers
 from .scheme import QuantizationScheme
 from .structure import Fold, Structure, Value
+from .tensors import activation_name
 from .tying import Ties, find_ties
 
 # Why a layer stays in float that has no tensor of the kinds that the scheme quantizes.
@@ -228,6 +229,12 @@ class _Planner:
         """Leave out the operations that an engine would compute in float, and give convolutions whose output no
         quantizer reads one of their own."""
         target = self.scheme.engine
+        if target is not None and not target.float_layers and self.float_layers:
+            name, reason = next(iter(self.float_layers.items()))
+            raise ValueError(
+                f"Layer {name} would stay float ({reason}), and target={target.name!r} runs no float layers: quantize "
+                "it, or take another target."
+            )
         if target is None or target.between_bits is None:
             return
         operands = {
@@ -238,20 +245,15 @@ class _Planner:
         folds = {fold.normalization: fold.layer for fold in self.structure.folds}
         wanted = [name for name in operations if name in operands]
         chosen = integer_operations(self.structure, wanted, operands, folds)
-        for name in self._operations_in_model() - set(chosen):
+        for name in [name for name in self.layers if self._is_operation(name) and name not in chosen]:
             for decided in (self.layers, self.configs, self.bit_widths, self.float_layers, operands):
                 decided.pop(name, None)
-        names = self._reads()
-        for name in [name for name in operands if isinstance(self.layers[name], _CONVOLUTIONS)]:
-            follower = next((norm for norm, layer in folds.items() if layer == name), name)
-            written = [value for call in self.structure.calls_of.get(follower, ()) for value in call.writes]
-            found = destinations(self.structure, written, operands, folds)
-            if found.others or len({names[layer][position] for layer, position in found.operands}) > 1:
-                spec = replace(self.configs[name].inputs[0], bits=target.between_bits)  # type: ignore[type-var]
-                self.configs[name] = replace(self.configs[name], output=target.activation(spec))
-
-    def _operations_in_model(self) -> set[str]:
-        return {name for name in self.layers if self._is_operation(name)}
+        convolutions = [name for name in operands if isinstance(self.layers[name], _CONVOLUTIONS)]
+        for name in unquantized_outputs(self.structure, convolutions, operands, folds, self._reads()):
+            config = self.configs[name]
+            assert config.inputs[0] is not None
+            output = target.activation(replace(config.inputs[0], bits=target.between_bits))
+            self.configs[name] = replace(config, output=output)
 
     def plan(self) -> QuantizationPlan:
         matmuls = find_float_matmuls(self.structure, list(self.layers))
@@ -379,16 +381,6 @@ def layer_config(name: str, layer_type: LayerType, bit_widths: BitWidths, scheme
     """
     config, target = scheme.config(layer_type, bit_widths), scheme.engine
     return config if target is None else target.config(name, layer_type, config)
-
-
-def activation_name(layer: str, operand: int) -> str:
-    """Name of the activation that a layer reads as one of its operands.
-
-    Example:
-        >>> activation_name("fc", 0), activation_name("product", 1), activation_name("gate", 2)
-        ('fc input', 'product second input', 'gate input 3')
-    """
-    return f"{layer} {('input', 'second input')[operand] if operand < 2 else f'input {operand + 1}'}"
 
 
 def weights_of(layer: nn.Module) -> int:

@@ -25,10 +25,11 @@ class Target:
             the values that they stand for are the same.
         weight_bits: Bit-widths of weights that it can run, in whichever container.
         activation_bits: Bit-widths of activations that it can run; empty if it runs activations in float.
-        between_bits: Bit-width of what is quantized between layers: both operands of additions and the inputs of average
-            pools, where integers come in and go out, and outputs of convolutions that no quantizer reads. None where
-            the engine needs nothing of that.
+        between_bits: Bit-width of what is quantized between layers: operands of additions and inputs of average pools,
+            where integers come in and go out, and outputs of convolutions that no quantizer reads. None where the
+            engine needs nothing of that.
         groups: Whether weights may have scales for groups.
+        float_layers: Whether layers of quantizable types may stay in float.
 
     Raises:
         ValueError: If the name is empty.
@@ -45,6 +46,7 @@ class Target:
     activation_bits: Iterable[int] = range(2, 9)
     between_bits: int | None = None
     groups: bool = False
+    float_layers: bool = True
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -60,8 +62,8 @@ class Target:
         """
         if scheme.per_token:
             raise ValueError(
-                f"per_token=True needs ranges at run time, which target={self.name!r} cannot run: leave it out, or give "
-                "target=None for a model that is not exported."
+                f"per_token=True needs ranges at run time, which target={self.name!r} cannot run: leave it out, or "
+                "give target=None for a model that is not exported."
             )
         if self.symmetric_weights and scheme.symmetric is False:
             raise ValueError(
@@ -92,7 +94,8 @@ class Target:
         Raises:
             ValueError: If it has none; the message names ``what``.
         """
-        for name, bits, allowed in (("weights", weight, self.weight_bits), ("activations", activation, self.activation_bits)):  # fmt: skip
+        kinds = (("weights", weight, self.weight_bits), ("activations", activation, self.activation_bits))
+        for name, bits, allowed in kinds:
             if bits is not None and bits not in allowed:
                 remedy = f"give one of {', '.join(map(str, allowed))}" if allowed else "give None, for float"
                 raise ValueError(f"{what}: target={self.name!r} does not run {name} at {bits} bits; {remedy}.")
@@ -138,9 +141,9 @@ class Target:
                 raise ValueError(f"{layer} has ranges per token, which target={self.name!r} cannot run: {remedy}")
             if spec is not None and self.symmetric_activations and (not spec.symmetric or spec.one_sided):
                 raise ValueError(f"{layer} has activations with zero points, unlike target={self.name!r}: {remedy}")
-        activations = [spec.bits for spec in (*config.inputs, config.output) if spec is not None]
-        for bits in activations or [None]:
-            self.check_bits(weight and weight.bits, bits, layer)
+        self.check_bits(None if weight is None else weight.bits, None, layer)
+        for spec in (*config.inputs, config.output):
+            self.check_bits(None, None if spec is None else spec.bits, layer)
 
 
 def register_target(target: Target) -> Target:

@@ -112,3 +112,13 @@ class ObservedTensor:
             return True
         self._seen.append((weakref.ref(x), *state))
         return False
+
+
+def activation_name(layer: str, operand: int) -> str:
+    """Name of the activation that a layer reads as one of its operands.
+
+    Example:
+        >>> activation_name("fc", 0), activation_name("product", 1), activation_name("gate", 2)
+        ('fc input', 'product second input', 'gate input 3')
+    """
+    return f"{layer} {('input', 'second input')[operand] if operand < 2 else f'input {operand + 1}'}"

@@ -11,6 +11,7 @@ from typing_extensions import override
 from ..calibration.calibration_set import FirstSamples
 from ..callbacks.progress import progress_options
 from ..callbacks.stage import check_precision
+from ..export.onnx_file import require_packages
 from ..module import QuantizationModule
 from ..network.attention import possible_products
 from ..network.layer_types import quantizable_layers
@@ -21,6 +22,8 @@ from .options import PipelineOptions
 from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
 from .runner import run_stages
+
+_FILENAME = "quantized"
 
 
 class CalibTIP(pl.Callback):
@@ -41,12 +44,15 @@ class CalibTIP(pl.Callback):
         filename: Name of the checkpoint without the suffix; ``<filename>_report`` beside it is the folder with
             ``report.html``, ``result.json``, tables and pictures.
         metric: Name of the validation metric that the report shows; the first one logged if None.
+        export: Name of a target, see ``QuantizationScheme``, that the model is quantized for and exported to as
+            ``model.onnx`` beside the checkpoint (``<filename>.onnx`` where a filename is given); None for no export.
         **scheme: Fields of ``QuantizationScheme``: ``weight_bits=4``, ``activation_bits=None``, ``group_size=32``,
             ``overrides={"head": None}``, ...
 
     Raises:
         ValueError: At construction, if a value is out of its range.
         TypeError: At construction, if an option does not exist.
+        ModuleNotFoundError: At construction, if a package that exporting needs is missing.
 
     Example:
         >>> callback = CalibTIP("sequential", {"adaquant": {"iterations": 200}}, weight_bits=4, activation_bits=4)
@@ -65,8 +71,9 @@ class CalibTIP(pl.Callback):
         *,
         calibration_samples: int = 1024,
         calibration_dataloader: Iterable[Any] | None = None,
-        filename: str = "quantized",
+        filename: str = _FILENAME,
         metric: str | None = None,
+        export: str | None = None,
         **scheme: Any,
     ) -> None:
         if calibration_samples < 1:
@@ -76,6 +83,11 @@ class CalibTIP(pl.Callback):
         self.filename, self.metric = filename, metric
         self.pipeline, self.options = pipeline, PipelineOptions.of(options)
         check_names(QuantizationScheme, scheme, type(self).__name__)
+        if export is not None:
+            require_packages()
+            if scheme.setdefault("target", export) != export:
+                raise ValueError(f"export={export!r} exports for another target than target={scheme['target']!r}.")
+        self.export = export
         self.scheme = QuantizationScheme(**scheme)
         # Bad settings must show now, not after hours of training.
         make_stages(self.pipeline, self.options)
@@ -136,6 +148,9 @@ class CalibTIP(pl.Callback):
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
         self.result.save(self.checkpoint_path)
+        if self.export is not None:
+            stem = "model" if self.filename == _FILENAME else self.filename
+            self.result.export_onnx(self.checkpoint_path.with_name(f"{stem}.onnx"))
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
         metric = self.result.metric_or_first(self.metric)
         record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed)

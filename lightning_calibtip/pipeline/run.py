@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from ..export.onnx_file import export_onnx
+from ..export.report import ExportReport, export_item
 from ..module import QuantizationModule
 from ..report.histograms import histograms_item
 from ..report.item import ReportItem
@@ -53,6 +55,8 @@ class QuantizationRun:
         stages: Outcomes of the stages, in order.
         calibration_samples: Number of samples that were used.
         configuration: Settings of the run by name, for the report.
+        example: A calibration batch, which exports are checked on; None if there was none.
+        exports: Reports of what was exported so far.
 
     Example:
         See ``run_stages``.
@@ -63,6 +67,8 @@ class QuantizationRun:
     stages: list[StageOutcome]
     calibration_samples: int
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    example: Any = None
+    exports: list[ExportReport] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -88,7 +94,7 @@ class QuantizationRun:
             StageRecord(stage.name, stage.seconds, stage.metrics.get(metric or ""), stage.figures)
             for stage in self.stages
         ]
-        return run_record(
+        record = run_record(
             self.module.network,
             recipe,
             model,
@@ -99,13 +105,33 @@ class QuantizationRun:
             stages,
             [item.name for item in self.items],
         )
+        return {**record, "exports": [report.to_dict() for report in self.exports]} if self.exports else record
+
+    @property
+    def items(self) -> list[ReportItem]:
+        """Report items of the run: the layers as they are, those of the stages, the layers that lose most, and what was
+        exported."""
+        return [*self._items, *([export_item(self.exports)] if self.exports else [])]
 
     @cached_property
-    def items(self) -> list[ReportItem]:
-        """Report items of the run: the layers as they are, those of the stages, and the layers that lose most."""
+    def _items(self) -> list[ReportItem]:
         of_stages = [item for stage in self.stages for item in stage.items]
         network = self.module.network
         return [layers_item(network), *of_stages, *([histograms_item(network)] if network.calibrated else [])]
+
+    def export_onnx(self, path: str | Path, **options: Any) -> ExportReport:
+        """Write the quantized module as an ONNX file, checked on a calibration batch; the report shows it from then on.
+
+        Args:
+            path: File to write.
+            **options: See ``export_onnx``.
+
+        Raises:
+            ValueError: If the target cannot run the module's formats; see ``export_onnx``.
+        """
+        report = export_onnx(self.module, path, self.example, **options)
+        self.exports.append(report)
+        return report
 
     def save(self, path: str | Path) -> None:
         """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``."""
@@ -137,7 +163,8 @@ class QuantizationRun:
         write_page(folder / "report.html", record, sections, self.configuration)
 
     def log(self, loggers: Iterable[Any], checkpoint: str | Path, prefix: str = "", step: int | None = None) -> None:
-        """Give loggers what they take of the whole run: the layers, the worst of them, the checkpoint as an artifact.
+        """Give loggers what they take of the whole run: the layers, the worst of them, the checkpoint and
+        exported files as artifacts.
 
         Args:
             loggers: Loggers of Lightning.
@@ -149,4 +176,5 @@ class QuantizationRun:
         of_stages = [item.name for stage in self.stages for item in stage.items]
         of_run = [item for item in self.items if item.name not in of_stages]
         log_items(loggers, f"{prefix}run", of_run, len(self.stages) if step is None else step)
-        log_checkpoint(loggers, Path(checkpoint))
+        for file in (Path(checkpoint), *(report.path for report in self.exports)):
+            log_checkpoint(loggers, file)

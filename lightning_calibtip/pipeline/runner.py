@@ -113,7 +113,8 @@ def run_stages(
     for stage in stages:
         stage.clean_up()
     samples = sum(batch_size(batch) for batch in batches)
-    return QuantizationRun(module, float_metrics, done, samples, dict(configuration or module.hparams))
+    example = next(iter(batches), None)
+    return QuantizationRun(module, float_metrics, done, samples, dict(configuration or module.hparams), example)
 
 
 # What the Trainer says of every calibration, where it is meant to be so.

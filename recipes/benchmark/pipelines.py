@@ -21,7 +21,7 @@ from ..resnet_cifar10.model import CifarClassifier
 PIPELINES = ("calibrate", "light", "advanced", "sequential", "mixed")
 
 # A scheme, and the bit-widths that the integer program chooses from where the pipeline allocates.
-SCHEMES = {
+SCHEMES: dict[str, tuple[QuantizationScheme, list[tuple[int, int | None]]]] = {
     "W8A8": (QuantizationScheme(weight_bits=8, activation_bits=8), [(4, 8), (8, 8)]),
     "W4A8": (QuantizationScheme(weight_bits=4, activation_bits=8), [(4, 8), (8, 8)]),
     "W4 in groups of 32": (
@@ -112,8 +112,9 @@ def _measure(subject: Subject, scheme_name: str, pipeline: str) -> dict[str, Any
     size, seconds = 1.0, 0.0
     if scheme_name != "float":
         scheme, candidates = SCHEMES[scheme_name]
-        budget = {"candidates": candidates, "compression": subject.compression[scheme_name]}
-        options = replace(subject.options, allocation=replace(subject.options.allocation, **budget))
+        compression = subject.compression[scheme_name]
+        allocation = replace(subject.options.allocation, candidates=candidates, compression=compression)
+        options = replace(subject.options, allocation=allocation)
         trainer_options = {"accelerator": "cpu"}
         loader = subject.data.train_dataloader()
         run = quantize(module, loader, None, pipeline, options, trainer_options=trainer_options, scheme=scheme)

@@ -11,8 +11,8 @@ from lightning_calibtip.network.apply import apply
 from lightning_calibtip.network.observe import observe
 from lightning_calibtip.network.plan import QuantizationPlan, plan
 from lightning_calibtip.network.scheme import QuantizationScheme
-from lightning_calibtip.network.targets import Target, register_target
 from lightning_calibtip.network.summary import summarize
+from lightning_calibtip.network.targets import Target, register_target
 from lightning_calibtip.quantization.spec import BitWidths, PerChannel, PerTensor, TensorSpec
 from tests.conftest import randomize_batch_norms
 from tests.networks import calibrated_network, calibration_set
