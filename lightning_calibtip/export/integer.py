@@ -62,7 +62,7 @@ class IntegerNetwork:
     """
 
     path: Path
-    integers: dict[str, Tensor] = field(default_factory=dict, init=False)
+    integers: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if not Path(self.path).is_file():
@@ -71,7 +71,8 @@ class IntegerNetwork:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Compute the (first) output for a batch, float32; ``integers`` then holds what each layer has read.
+        """Compute the (first) output for a batch, float32; ``integers`` then holds what each layer has read
+        as its operands, and what was quantized on the way there.
 
         Raises:
             NotImplementedError: If the network has an operator that is not computed in integers here.
@@ -84,16 +85,19 @@ class IntegerNetwork:
             assert value.const_value is not None and value.name is not None
             found[value.name] = torch.from_numpy(value.const_value.numpy().copy())
         for node in self._graph:
-            inputs = [None if value is None else found[value.name] for value in node.inputs]
+            inputs: list[Any] = [None if value is None else found[value.name] for value in node.inputs]
             if node.op_type not in OPERATORS:
                 raise NotImplementedError(
                     f"{node.name}: {node.op_type} is not computed in integers here; networks of convolutions, linear "
                     "layers, additions and pools are."
                 )
             found[node.outputs[0].name or ""] = OPERATORS[node.op_type](node, inputs)
-            if node.op_type == "QuantizeLinear":
+            if node.op_type in ("QuantizeLinear", "Clip"):
                 layer = (node.name or "").partition("/")[0]
-                self.integers.setdefault(layer, found[node.outputs[0].name or ""].values)
+                read = self.integers.setdefault(layer, [])
+                if node.op_type == "Clip" and read and read[-1] is inputs[0].values:
+                    read.pop()
+                read.append(found[node.outputs[0].name].values)
         output = found[self._graph.outputs[0].name or ""]
         return output.real if isinstance(output, Sum) else output
 
@@ -133,8 +137,10 @@ class IntegerNetwork:
         self(next(iter([*args, *kwargs.values()])).cpu())
         lines = []
         for name, codes in wanted.items():
-            if name in self.integers and self.integers[name].numel() == codes.numel():
-                steps = (self.integers[name].reshape(-1) - codes.reshape(-1)).abs()
+            # Parts of it may have been quantized before they were joined.
+            given = next((v for v in self.integers.get(name, ()) if v.numel() == codes.numel()), None)
+            if given is not None:
+                steps = (given.reshape(-1) - codes.reshape(-1)).abs()
                 lines.append(GridDifference(name, float((steps > 0).double().mean()), int(steps.max())))
         return lines
 

@@ -146,7 +146,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
 def _left_out(model: nn.Module) -> set[str]:
     """Names of what is not stored: statistics of folded BatchNorms, zero points that are known."""
     names = set()
-    for name, module in model.named_modules():
+    # Layers that read one tensor share its quantizer.
+    for name, module in model.named_modules(remove_duplicate=False):
         place = f"{_PREFIX}{name}."
         if isinstance(module, FoldedBatchNorm):
             names |= {f"{place}{buffer}" for buffer, _ in module.named_buffers()}

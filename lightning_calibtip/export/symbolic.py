@@ -222,8 +222,7 @@ def deployable_copy(module: QuantizationModule, signed_activations: bool) -> nn.
     made: dict[int, SymbolicQuantizer] = {}
     for name, layer in module.network.layers.items():
         copied = model.get_submodule(name)
-        _, bias = layer.latent()
-        if bias is not None:
+        if (bias := layer.acting_bias()) is not None:
             copied.bias.data = bias.detach().cpu().clone()
         owner = layer.tied_to or layer
         if owner.weight_quantizer is not None:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..quantization.affine import decode, encode
+from ..quantization.quantizers import AffineQuantizer
 from .operations import not_routed
 from .tensors import ObservedTensor
 
@@ -47,6 +49,57 @@ def quantize_output(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any
 
     with not_routed():
         return tree_map(through, output)
+
+
+def round_bias(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: until ``restore_bias``, the layer has a bias that is a whole number of the products' steps.
+
+    Example:
+        See ``QuantizedLayer``.
+    """
+    quantizers: Any = layer.input_quantizers
+    bias, quantizer = layer._parameters.get("bias"), next(iter(quantizers.values()), None)
+    weights: Any = next(iter(layer.parametrizations.values()))[0]  # type: ignore[operator]
+    if bias is None or not isinstance(quantizer, AffineQuantizer) or not quantizer.enabled:
+        return
+    with not_routed():
+        rounded = products_grid(bias.detach(), quantizer, weights)
+    layer.__dict__["_latent_bias"] = bias
+    # Straight through: the latent bias learns.
+    layer._parameters["bias"] = bias + (rounded - bias.detach())  # type: ignore[assignment]
+
+
+def restore_bias(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: give the layer its latent bias back.
+
+    Example:
+        See ``QuantizedLayer``.
+    """
+    if "_latent_bias" in layer.__dict__:
+        layer._parameters["bias"] = layer.__dict__.pop("_latent_bias")
+
+
+def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantizer: AffineQuantizer) -> Tensor:
+    """Round a bias to whole numbers of the products' steps, float32.
+
+    Args:
+        bias: Shape (channels,).
+        input_quantizer: Quantizer of the layer's input, with one scale.
+        weight_quantizer: Quantizer of its weight, with one scale or one for each channel.
+
+    Example:
+        >>> import torch
+        >>> from ..quantization.spec import TensorSpec
+        >>> half = AffineQuantizer("x", TensorSpec(), rows=1)
+        >>> half.scale.fill_(0.5)
+        tensor([0.5000])
+        >>> products_grid(torch.tensor([0.6, -0.1]), half, half)
+        tensor([0.5000, -0.0000])
+    """
+    scale = (input_quantizer.scale * weight_quantizer.scale).detach().expand(bias.shape)
+    zero = scale.new_zeros(scale.shape)
+    limits = -float("inf"), float("inf")
+    return decode(encode(bias, scale, zero, *limits, axis=0), scale, zero, *limits, axis=0).to(bias.dtype)
 
 
 @contextmanager

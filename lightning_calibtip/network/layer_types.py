@@ -41,12 +41,13 @@ class LayerType:
         output_token_axes: Dimensions of its output that run over tokens.
         between_layers: Whether it is an operation between layers (an addition, a pool): only some targets quantize it,
             its bit-width is theirs, and it is no unit of reconstruction by itself.
+        adds_bias: Whether its parameter ``bias``, if it has one, is added to its sums of products.
 
     Raises:
         ValueError: If only one of ``weight`` and ``channel_axis`` is None.
 
     Example:
-        >>> layer_type_of(nn.Linear(2, 2)) == LayerType()
+        >>> layer_type_of(nn.Linear(2, 2)) == LayerType(adds_bias=True)
         True
     """
 
@@ -55,6 +56,7 @@ class LayerType:
     operands: tuple[Operand, ...] = (Operand(),)
     output_token_axes: tuple[int, ...] = (1,)
     between_layers: bool = False
+    adds_bias: bool = False
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -74,6 +76,7 @@ def register_layer(
     output_token_axes: Sequence[int] = (1,),
     weight: str = "weight",
     between_layers: bool = False,
+    adds_bias: bool = False,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -87,6 +90,7 @@ def register_layer(
         output_token_axes: Dimensions of its output that run over tokens.
         weight: Name of the parameter that is its weight; it does not count if ``channel_axis`` is None.
         between_layers: Whether only targets that ask for it quantize it, see ``LayerType``.
+        adds_bias: Whether its parameter ``bias`` is added to its sums of products.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -111,7 +115,8 @@ def register_layer(
             f"{layer_type.__name__}: weight must be the name of the parameter that is its weight, got {weight!r}."
         )
     name = None if channel_axis is None else weight
-    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), tuple(output_token_axes), between_layers)
+    axes = tuple(output_token_axes)
+    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), axes, between_layers, adds_bias)
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
@@ -152,7 +157,7 @@ _CONVOLUTIONS = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d
 for _dimensions, (_conv, _transposed) in enumerate(_CONVOLUTIONS, start=1):
     # A convolution sums over channels and positions, so a range found at run time is that of a sample.
     _input = Operand(tuple(range(-_dimensions - 1, 0)), (2,) if _dimensions == 1 else ())
-    register_layer(_conv, 0, [_input], _input.token_axes)
+    register_layer(_conv, 0, [_input], _input.token_axes, adds_bias=True)
     register_layer(_transposed, 1, [_input], _input.token_axes)
-register_layer(nn.Linear)
+register_layer(nn.Linear, adds_bias=True)
 register_layer(nn.Embedding, 0, operands=())

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..quantization.quantizers import Quantizer, make_quantizer
+from ..quantization.quantizers import AffineQuantizer, Quantizer, make_quantizer
 from ..quantization.ranges import RangeOptions, weight_range
 from ..quantization.spec import LayerConfig
-from .hooks import INPUT_QUANTIZERS, OUTPUT_QUANTIZER, observing_activations, quantize_inputs, quantize_output
+from .hooks import (
+    INPUT_QUANTIZERS,
+    OUTPUT_QUANTIZER,
+    observing_activations,
+    products_grid,
+    quantize_inputs,
+    quantize_output,
+    restore_bias,
+    round_bias,
+)
 from .layer_types import LayerType
 from .states import LayerState
 from .tensors import ObservedTensor
@@ -116,15 +125,17 @@ class QuantizedLayer:
         self.set_enabled(self._enabled)
 
     def _install_output(self, config: LayerConfig) -> None:
+        for hook in self._hooks[1:]:
+            hook.remove()
+        del self._hooks[1:]
+        if config.integer_bias:
+            self._hooks.append(self.module.register_forward_pre_hook(round_bias))
+            self._hooks.append(self.module.register_forward_hook(restore_bias, always_call=True))
         if config.output is None:
             self.module._modules.pop(OUTPUT_QUANTIZER, None)
-            for hook in self._hooks[1:]:
-                hook.remove()
-            del self._hooks[1:]
             return
         self.module.add_module(OUTPUT_QUANTIZER, self.output_tensor.quantizer(config.output, self.device))
-        if len(self._hooks) == 1:
-            self._hooks.append(self.module.register_forward_hook(quantize_output))
+        self._hooks.append(self.module.register_forward_hook(quantize_output))
 
     @property
     def _weight_name(self) -> str:
@@ -246,6 +257,15 @@ class QuantizedLayer:
         if self._latent is not None:
             return self._latent
         return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
+    def acting_bias(self) -> Tensor | None:
+        """The bias that the quantized layer adds; None if it has none."""
+        bias, (quantizer, *_) = self.latent()[1], (*self.input_quantizers, None)
+        weights = (self.tied_to or self).weight_quantizer
+        if bias is None or not self.config.integer_bias:
+            return bias
+        assert isinstance(quantizer, AffineQuantizer) and isinstance(weights, AffineQuantizer)
+        return products_grid(bias, quantizer, weights)
 
     def fit_ranges(self) -> None:
         """Choose all ranges for the present format: the weight's from the weight, those of activations from what was

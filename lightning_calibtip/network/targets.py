@@ -28,6 +28,7 @@ class Target:
         between_bits: Bit-width of what is quantized between layers: operands of additions and inputs of average pools,
             where integers come in and go out, and outputs of convolutions that no quantizer reads. None where the
             engine needs nothing of that.
+        integer_bias: Whether biases are added as integers, on the grid of the products.
         groups: Whether weights may have scales for groups.
         float_layers: Whether layers of quantizable types may stay in float.
 
@@ -45,6 +46,7 @@ class Target:
     weight_bits: Iterable[int] = range(2, 9)
     activation_bits: Iterable[int] = range(2, 9)
     between_bits: int | None = None
+    integer_bias: bool = False
     groups: bool = False
     float_layers: bool = True
 
@@ -113,7 +115,17 @@ class Target:
             weight = replace(weight, symmetric=True)
         inputs = tuple(None if spec is None else self.activation(spec) for spec in config.inputs)
         output = None if config.output is None else self.activation(config.output)
-        return LayerConfig(weight, inputs, output)
+        return LayerConfig(weight, inputs, output, self._adds_integers(layer_type, weight, inputs))
+
+    def _adds_integers(
+        self, layer_type: LayerType, weight: TensorSpec | None, inputs: tuple[TensorSpec | None, ...]
+    ) -> bool:
+        """Whether the engine adds the bias to sums of integers."""
+        if not self.integer_bias or not layer_type.adds_bias or weight is None or len(inputs) != 1:
+            return False
+        spec = inputs[0]
+        in_groups = isinstance(weight.granularity, PerGroup)
+        return spec is not None and not spec.dynamic and not in_groups and spec.kind == weight.kind == "affine"
 
     def activation(self, spec: TensorSpec) -> TensorSpec:
         """Format of an activation on this target."""
@@ -184,8 +196,8 @@ def find_target(name: str) -> Target:
 
 
 # ONNX Runtime and OpenVINO fuse quantized additions and pools only where all of their operands are on a grid.
-register_target(Target("onnxruntime", symmetric_weights=True, between_bits=8))
-register_target(Target("openvino", symmetric_weights=True, between_bits=8))
+register_target(Target("onnxruntime", symmetric_weights=True, between_bits=8, integer_bias=True))
+register_target(Target("openvino", symmetric_weights=True, between_bits=8, integer_bias=True))
 # TensorRT has no zero points at all; XNNPACK has signed activations with them.
 register_target(
     Target(
@@ -196,6 +208,7 @@ register_target(
         weight_bits=[8],
         activation_bits=[8],
         between_bits=8,
+        integer_bias=True,
     )
 )
 register_target(
@@ -206,6 +219,7 @@ register_target(
         weight_bits=range(2, 9),
         activation_bits=[8],
         between_bits=8,
+        integer_bias=True,
     )
 )
 register_target(Target("weights", activation_bits=(), groups=True))

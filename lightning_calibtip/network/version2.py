@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..quantization.spec import BitWidths
 from .attention import PRODUCTS, make_product
 from .layer_types import layer_type_of, quantizable_layers
-from .plan import ModulePlan, QuantizationPlan, activation_name, weights_of
+from .plan import ModulePlan, QuantizationPlan, weights_of
 from .scheme import QuantizationScheme
+from .tensors import activation_name
 from .tying import find_ties
 
 # Names of the inputs' quantizers then and now.

@@ -242,6 +242,8 @@ class LayerConfig:
         weight: Spec of the weight.
         inputs: Spec of each operand.
         output: Spec of the output.
+        integer_bias: Whether the bias is a whole number of the products' steps (scale of the input times scale of the
+            weight), as engines add it to sums of integers; for layers with one quantized input.
 
     Example:
         >>> config = LayerConfig(TensorSpec(4, granularity=PerChannel(0)), (None,))
@@ -252,6 +254,7 @@ class LayerConfig:
     weight: TensorSpec | None = None
     inputs: tuple[TensorSpec | None, ...] = ()
     output: TensorSpec | None = None
+    integer_bias: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inputs", tuple(self.inputs))
@@ -272,7 +275,7 @@ class LayerConfig:
         weight, *inputs, output = (
             None if spec is None else spec.to_dict() for spec in (self.weight, *self.inputs, self.output)
         )
-        return {"weight": weight, "inputs": inputs, "output": output}
+        return {"weight": weight, "inputs": inputs, "output": output, "integer_bias": self.integer_bias}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerConfig":
@@ -286,7 +289,7 @@ class LayerConfig:
             None if spec is None else TensorSpec.from_dict(spec)
             for spec in (values["weight"], *values["inputs"], values["output"])
         )
-        return cls(weight, tuple(inputs), output)
+        return cls(weight, tuple(inputs), output, values.get("integer_bias", False))
 
 
 def parse_bit_widths(

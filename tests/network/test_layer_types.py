@@ -39,7 +39,7 @@ def test_subclasses_are_of_the_type_of_their_nearest_registered_class():
     class Own(Sub):
         pass
 
-    assert layer_type_of(Own(2, 2)) == layer_type_of(nn.Linear(2, 2)) == LayerType()
+    assert layer_type_of(Own(2, 2)) == layer_type_of(nn.Linear(2, 2)) == LayerType(adds_bias=True)
     register_layer(Sub, 0, [Operand(nonnegative=True)])
     assert layer_type_of(Own(2, 2)).operands == (Operand(nonnegative=True),)
     assert layer_type_of(nn.Linear(2, 2)).operands == (Operand(),)
@@ -83,7 +83,7 @@ def test_a_weight_and_its_channels_come_together(options):
     ],
 )
 def test_layers_of_torch_are_registered(layer, axis, dynamic, tokens):
-    assert layer_type_of(layer) == LayerType("weight", axis, (Operand(dynamic, tokens),), tokens)
+    assert layer_type_of(layer) == LayerType("weight", axis, (Operand(dynamic, tokens),), tokens, adds_bias=True)
 
 
 def test_an_embedding_reads_indices():

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_calibtip import export_onnx
+from lightning_calibtip.export.fixed_point import fixed_point, require_int32, rescale
+from lightning_calibtip.export.integer import IntegerNetwork
+from tests.export.exporting import Residual, outputs, quantized
+
+
+@pytest.fixture
+def images():
+    return torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def exported(model, batch, path, **options):
+    torch.manual_seed(0)
+    module = quantized(model, batch, **options)
+    export_onnx(module, path, batch, check=False)
+    return module, IntegerNetwork(path)
+
+
+def test_multipliers_are_of_31_bits_and_rescaling_rounds_to_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.rand(1000, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(
+        -9, 1, (1000,), generator=generator
+    )
+    by = fixed_point(factors)
+    assert by.multiplier.min() >= 2**30 and by.multiplier.max() < 2**31
+    values = torch.randint(-(2**31) + 1, 2**31, (1000,), generator=generator)
+    error = rescale(values, by).double() - values.double() * factors
+    # Half a step, and the 32nd bit of the multiplier.
+    assert (error.abs() <= 0.5 + (values.double() * factors).abs() * 2.0**-31).all()
+    for factor in (0.5, 1.0, 3.0, 2.0**-40, 1 - 2.0**-40):
+        by = fixed_point(torch.tensor(factor, dtype=torch.float64))
+        assert rescale(torch.tensor([5, -7, 0]), by).tolist() == [
+            round(5 * factor + 1e-9),
+            round(-7 * factor + 1e-9),
+            0,
+        ]
+
+
+def test_what_cannot_be_rescaled_or_summed_is_an_error():
+    with pytest.raises(ValueError, match="must be positive"):
+        fixed_point(torch.tensor([0.5, 0.0]))
+    with pytest.raises(OverflowError, match=r"conv1: .* 2,147,483,648, does not fit 32 bits"):
+        require_int32(torch.tensor([2**31]), "conv1")
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, dilation=2, bias=False),
+])  # fmt: skip
+@pytest.mark.parametrize("bits", [(8, 8), (3, 5)])
+def test_a_layer_differs_by_at_most_a_step(layer, bits, images, tmp_path):
+    model = nn.Sequential(layer, nn.ReLU6(), nn.Conv2d(layer.out_channels, 4, 1))
+    module, network = exported(
+        model, images, tmp_path / "net.onnx", weight_bits=bits[0], activation_bits=bits[1], edge_bits=None
+    )
+    first, second = network.compare(module, images)
+    assert (first.layer, first.share) == ("0", 0.0)
+    # Where a sum of float32 lies on the other side of the edge of a step.
+    assert second.layer == "2" and second.steps <= 1 and second.share < 1e-3
+
+
+def test_a_whole_network_decides_alike(images, tmp_path):
+    module, network = exported(Residual(), images, tmp_path / "net.onnx")
+    assert network.agreement(module, images.split(16)) > 0.9
+    lines = network.compare(module, images)
+    assert {"stem", "conv1", "addition_0", "addition_1", "average_pool_0", "head"} <= {line.layer for line in lines}
+    assert max(line.steps for line in lines) <= 6
+    # The engine rounds as the integers do: both come from the same sums.
+    (engine,) = outputs(tmp_path / "net.onnx", images)
+    assert (network(images) - engine).abs().max() < 6 / 255 * engine.abs().max()
+    read = [values for of_layer in network.integers.values() for values in of_layer]
+    assert all(values.dtype == torch.int64 and values.min() >= 0 and values.max() <= 255 for values in read)
+
+
+def test_what_is_not_computed_in_integers_is_named(images, tmp_path):
+    _, network = exported(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Conv2d(4, 4, 1)), images, tmp_path / "a")
+    with pytest.raises(NotImplementedError, match="1/Sigmoid: Sigmoid is not computed in integers here"):
+        network(images)
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        IntegerNetwork(tmp_path / "no_such.onnx")
