@@ -1,19 +1,23 @@
-"""Measure the engine: ``python -m recipes.benchmark reconstruction|allocation|pipelines --output runs/bench``."""
+"""Measurements: ``python -m recipes.benchmark reconstruction|allocation|pipelines|inference --output runs/bench``."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import auto_cli
 
+from lightning_calibtip import QuantizationScheme
+from lightning_calibtip.pipeline.presets import PipelineName
 from lightning_calibtip.report.record import write_record
 from recipes.output import set_up_logging
 
 from .accuracy import measure_accuracy, measure_price, measure_samples
 from .allocation import measure_correlation, measure_replay, measure_solver
-from .figure import benchmark_figure
+from .figure import benchmark_figure, inference_figure
 from .growth import measure_growth
+from .inference import SUBJECTS, measure_inference
 from .memory import measure_memory
 from .pipelines import bert, measure_pipelines, resnet20
 from .step import measure_step
@@ -133,6 +137,42 @@ def pipelines(
     print(f"written to {path}")
 
 
+def inference(
+    data: Path,
+    output: Path = Path("runs/bench"),
+    only: str | None = None,
+    pipeline: PipelineName = "sequential",
+    weight_bits: int = 8,
+    accuracy: bool = True,
+) -> None:
+    """Measure exported networks in ONNX Runtime and OpenVINO, beside float, quantize_static and NNCF.
+
+    One process on one thread, the contenders in turns; ratios are float ONNX Runtime's median seconds over theirs.
+    Writes inference.json, inference.png and the ONNX files.
+
+    Args:
+        data: Folder with the folders cifar10 (with resnet20.pt), imagenet and squad (with model/), as the recipes take
+            them.
+        output: Folder for the results.
+        only: Networks to measure, separated by commas: resnet20, efficientnet_lite0, bert; all if not given.
+        pipeline: Pipeline that quantizes them.
+        weight_bits: Bit-width of the weights; activations have 8 bits.
+        accuracy: Whether every file is evaluated, too.
+
+    Raises:
+        ValueError: If a network is unknown.
+    """
+    set_up_logging("ERROR")
+    torch.set_num_threads(1)
+    scheme = QuantizationScheme(weight_bits=weight_bits, target="onnxruntime")
+    rows: list[dict[str, Any]] = []
+    for name in _chosen_parts(only, tuple(SUBJECTS)):
+        folder, make = SUBJECTS[name]
+        measure_inference(make(data / folder, scheme), pipeline, output, rows, accuracy)
+    inference_figure(rows).savefig(output / "inference.png", dpi=150)
+    print(f"written to {output}")
+
+
 def _chosen_parts(only: str | None, parts: Sequence[str]) -> Sequence[str]:
     chosen = parts if only is None else tuple(only.split(","))
     if unknown := [part for part in chosen if part not in parts]:
@@ -157,4 +197,7 @@ def _find_data(
 
 
 if __name__ == "__main__":
-    auto_cli({"reconstruction": reconstruction, "allocation": allocation, "pipelines": pipelines}, as_positional=False)
+    auto_cli(
+        {"reconstruction": reconstruction, "allocation": allocation, "pipelines": pipelines, "inference": inference},
+        as_positional=False,
+    )

@@ -66,3 +66,20 @@ def _samples(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set(title="W4A4 against the number of calibration images", xlabel="images", ylabel="top-1 in %")
     axes.legend()
+
+
+def inference_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Speed over float ONNX Runtime of every contender, a panel for each network."""
+    figure = Figure(figsize=(7, 2.6 * len(rows)), layout="constrained")
+    for row, axes in zip(rows, figure.subplots(len(rows), 1, squeeze=False)[:, 0], strict=True):
+        names = [name for name in next(iter(row["ratio"].values())) if name != "float"]
+        height = 0.8 / len(row["ratio"])
+        for place, (size, ratios) in enumerate(row["ratio"].items()):
+            places = [position + place * height for position in range(len(names))]
+            axes.barh(places, [ratios[name] for name in names], height, label=f"batch {size}")
+        axes.set_yticks([position + 0.4 - height / 2 for position in range(len(names))], names)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xlabel("times as fast as float ONNX Runtime, one thread")
+        axes.set_title(f"{row['network']}, {row['bits']}")
+        axes.legend(fontsize="small")
+    return figure

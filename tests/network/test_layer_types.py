@@ -83,7 +83,9 @@ def test_a_weight_and_its_channels_come_together(options):
     ],
 )
 def test_layers_of_torch_are_registered(layer, axis, dynamic, tokens):
-    assert layer_type_of(layer) == LayerType("weight", axis, (Operand(dynamic, tokens),), tokens, adds_bias=True)
+    found = layer_type_of(layer)
+    # Engines have no transposed convolutions of integers.
+    assert found == LayerType("weight", axis, (Operand(dynamic, tokens),), tokens, adds_bias=axis == 0)
 
 
 def test_an_embedding_reads_indices():
