@@ -74,6 +74,24 @@ def test_fit_with_the_callback_quantize_its_checkpoint_and_validate_what_came_of
     assert float(validated.trainer.callback_metrics["accuracy"]) == pytest.approx(record["quantized"])
 
 
+def test_export_writes_what_quantize_has_made(config, tmp_path, capsys):
+    trained = run(["fit", f"--config={config()}"])
+    trained.trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    arguments = ["--pipeline=calibrate", f"--ckpt_path={tmp_path / 'trained.ckpt'}", "--calibration_samples=32"]
+    run(["quantize", f"--config={config()}", *arguments, "--target=onnxruntime", f"--output={tmp_path / 'out'}"])
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["exports"][0]["path"] == "model.onnx" and (tmp_path / "out" / "model.onnx").exists()
+    checkpoint = f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"
+    run(["export", f"--config={config()}", checkpoint, f"--output={tmp_path / 'again.onnx'}"])
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+    assert "of decisions agree" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not a quantized checkpoint: quantize it first"):
+        run(["export", f"--config={config()}", f"--ckpt_path={tmp_path / 'trained.ckpt'}"])
+    with pytest.raises(ValueError, match="activations with zero points, unlike target='tensorrt'"):
+        run(["export", f"--config={config()}", checkpoint, "--target=tensorrt", f"--output={tmp_path / 'rt.onnx'}"])
+    assert not (tmp_path / "rt.onnx").exists()
+
+
 def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_path):
     path = Path(config())
     content = yaml.safe_load(path.read_text())

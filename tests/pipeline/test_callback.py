@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_calibtip import CalibTIP, QuantizationModule
+from lightning_calibtip.export.engine import make_session, run_session
 from tests.conftest import TinyClassifier
 
 QUICK = {"adaquant": {"iterations": 3}, "bias_tuning": {"epochs": 1}, "allocation": {"compression": 0.2}}
@@ -50,6 +51,30 @@ def test_the_report_shows_the_metric_asked_for(tiny_classifier, loader, make_tra
     make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader, loader)
     record = json.loads((callback.report_folder / "result.json").read_text())
     assert record["metric"] == "val_acc" and record["quantized"] == callback.result.metrics["val_acc"]
+
+
+def test_the_model_is_exported_beside_the_checkpoint(tiny_classifier, loader, images, make_trainer):
+    callback = CalibTIP("calibrate", calibration_samples=16, export="onnxruntime")
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader, loader)
+    session = make_session(callback.checkpoint_path.with_name("model.onnx"))
+    (logits,) = run_session(session, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        wanted = callback.result.module(images)
+    # Sums that are rounded to the other side of a step of 8 bits, and what follows from them.
+    assert (torch.from_numpy(logits) - wanted).abs().max() < 6 / 255 * wanted.abs().max()
+    record = json.loads((callback.report_folder / "result.json").read_text())
+    assert record["exports"][0]["counts"]["QLinearAdd"] == 2 and record["exports"][0]["path"] == "model.onnx"
+    page = (callback.report_folder / "report.html").read_text()
+    assert "QLinearConv" in page and "of decisions agree with torch" in page
+
+
+def test_an_export_names_the_target(tiny_classifier, loader, make_trainer):
+    assert CalibTIP(export="openvino").scheme.target == "openvino"
+    with pytest.raises(ValueError, match="export='openvino' exports for another target than target='onnxruntime'"):
+        CalibTIP(export="openvino", target="onnxruntime")
+    callback = CalibTIP("calibrate", filename="int8", export="onnxruntime", calibration_samples=16)
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
+    assert callback.checkpoint_path.with_name("int8.onnx").exists()
 
 
 def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):

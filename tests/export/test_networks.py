@@ -1,0 +1,89 @@
+"""Operators that ONNX Runtime makes of whole networks, with random weights."""
+
+import pytest
+import torch
+import transformers
+
+from lightning_calibtip import export_onnx
+from tests.export.exporting import Residual, outputs, quantized
+
+torchvision = pytest.importorskip("torchvision", reason="needs the networks of torchvision")
+
+
+def exported(model, batch, path, **options):
+    torch.manual_seed(0)
+    module = quantized(model.eval(), batch, **options)
+    return module, export_onnx(module, path, batch)
+
+
+def test_every_layer_of_resnet20_runs_as_integers(tmp_path):
+    from recipes.resnet_cifar10.model import CifarClassifier
+
+    _, report = exported(CifarClassifier("resnet20"), torch.randn(8, 3, 32, 32), tmp_path / "net.onnx")
+    assert report.counts == {"QLinearConv": 19, "QLinearAdd": 9, "QLinearAveragePool": 1, "QGemm": 1}
+    assert report.size_ratio < 0.30
+
+
+def test_every_convolution_of_efficientnet_lite0_runs_as_integers(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs pip install efficientnet-lite-pytorch")
+    from recipes.resnet_imagenet.model import ImageNetClassifier
+
+    model = ImageNetClassifier("efficientnet_lite0", "random")
+    _, report = exported(model, torch.randn(2, 3, 64, 64), tmp_path / "net.onnx")
+    assert report.counts["QLinearConv"] == 49 and report.counts["QLinearAdd"] == 9
+
+
+def test_every_product_of_bert_runs_as_integers(tmp_path):
+    batch = {
+        "input_ids": torch.randint(0, 50, (4, 12)),
+        "attention_mask": torch.ones(4, 12, dtype=torch.long),
+        "token_type_ids": torch.zeros(4, 12, dtype=torch.long),
+    }
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=40, **sizes)
+    _, report = exported(transformers.BertForQuestionAnswering(config), batch, tmp_path / "bert.onnx")
+    products = {name: count for name, count in report.counts.items() if name != "Gather"}
+    assert sum(products.values()) == 49 and not report.float_layers
+    assert set(products) <= {"MatMulIntegerToFloat", "QLinearMatMul", "QGemm"}
+    # Any number of tokens.
+    tokens = torch.randint(0, 50, (2, 7))
+    start, _ = outputs(tmp_path / "bert.onnx", tokens, torch.ones_like(tokens), torch.zeros_like(tokens))
+    assert start.shape == (2, 7)
+
+
+@pytest.mark.parametrize("name, layers", [
+    ("mobilenet_v2", 53), ("resnet18", 21), ("resnet50", 54), ("regnet_y_400mf", 86), ("densenet121", 121),
+    ("convnext_tiny", 59), ("vit_b_16", 26),
+])  # fmt: skip
+def test_convolutions_and_products_of_torchvisions_networks_run_as_integers(name, layers, tmp_path):
+    """``layers`` are the quantized ones, as counted in the papers' tables; a ViT's attention, of
+    ``torch.nn.MultiheadAttention``, is float and named so."""
+    size = 224 if name == "vit_b_16" else 64
+    options = {"num_layers": 2, "hidden_dim": 32, "mlp_dim": 64, "num_heads": 2} if name == "vit_b_16" else {}
+    if options:
+        from torchvision.models.vision_transformer import VisionTransformer
+
+        model = VisionTransformer(image_size=size, patch_size=16, **options)
+        torch.nn.init.normal_(model.heads.head.weight)
+        layers = 2 * 2 + 2
+    else:
+        model = getattr(torchvision.models, name)(weights=None)
+    module, report = exported(model, torch.randn(2, 3, size, size), tmp_path / "net.onnx")
+    products = [line for line in report.operators if ".addition_" not in line.layer and "_pool_" not in line.layer]
+    products = [line for line in products if not line.layer.startswith(("addition_", "average_pool_"))]
+    assert len(products) == layers
+    assert sum(line.integer for line in products) >= 0.95 * layers, report.float_layers
+    attention = [name for name, reason in module.network.plan.float_matmuls.items() if "attention" in reason]
+    assert len(attention) == (2 if name == "vit_b_16" else 0)
+
+
+def test_openvino_runs_the_same_file(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    images = torch.randn(16, 3, 12, 12)
+    module, report = exported(Residual(), images, tmp_path / "net.onnx", target="openvino")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(report.path)), "CPU")
+    given = torch.from_numpy(compiled([images.numpy()])[compiled.output(0)])
+    wanted = module.model(images)
+    # Integer sums are rounded to the grid as in any engine, see test_onnx_file.
+    assert (given - wanted).abs().max() < 6 / 255 * wanted.abs().max()
