@@ -144,6 +144,7 @@ def inference(
     pipeline: PipelineName = "sequential",
     weight_bits: int = 8,
     accuracy: bool = True,
+    integer: bool = False,
 ) -> None:
     """Measure exported networks in ONNX Runtime and OpenVINO, beside float, quantize_static and NNCF.
 
@@ -158,6 +159,7 @@ def inference(
         pipeline: Pipeline that quantizes them.
         weight_bits: Bit-width of the weights; activations have 8 bits.
         accuracy: Whether every file is evaluated, too.
+        integer: Whether convolutional networks are also run in integers alone, and their decisions counted.
 
     Raises:
         ValueError: If a network is unknown.
@@ -168,7 +170,7 @@ def inference(
     rows: list[dict[str, Any]] = []
     for name in _chosen_parts(only, tuple(SUBJECTS)):
         folder, make = SUBJECTS[name]
-        measure_inference(make(data / folder, scheme), pipeline, output, rows, accuracy)
+        measure_inference(make(data / folder, scheme), pipeline, output, rows, accuracy, integer and name != "bert")
     inference_figure(rows).savefig(output / "inference.png", dpi=150)
     print(f"written to {output}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_calibtip import PipelineOptions, QuantizationScheme, export_onnx, quantize
+from lightning_calibtip.export.integer import IntegerNetwork
 from lightning_calibtip.pipeline.presets import PipelineName
 from lightning_calibtip.report.record import write_record
 
@@ -110,7 +111,12 @@ SUBJECTS: dict[str, tuple[str, Callable[[Path, QuantizationScheme], Subject]]] =
 
 
 def measure_inference(
-    subject: Subject, pipeline: PipelineName, folder: Path, results: list[dict[str, Any]], accuracy: bool
+    subject: Subject,
+    pipeline: PipelineName,
+    folder: Path,
+    results: list[dict[str, Any]],
+    accuracy: bool,
+    integer: bool = False,
 ) -> dict[str, Any]:
     """Ratios of latency to float in ONNX Runtime, sizes, accuracies, operators and agreement of one network.
 
@@ -120,6 +126,7 @@ def measure_inference(
         folder: Folder for the files.
         results: Results of earlier networks; this one is added.
         accuracy: Whether all contenders are evaluated, too.
+        integer: Whether the network is run in integers alone, too, and its decisions are counted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     calibration = list(subject.data.train_dataloader())
@@ -167,6 +174,10 @@ def measure_inference(
         row["metrics"] = {each.name: _validate_engine(each, subject, names) for each in contenders}
         row["agreement"] = _agreement(contenders[1], module, subject)
         print(f"inference: {subject.name} {row['torch']:.4f} {row['metrics']} {row['agreement']:.4f}", flush=True)
+    if integer:
+        batches = [subject.inputs_of(batch) for batch in subject.data.val_dataloader()]
+        row["integer_agreement"] = IntegerNetwork(report.path).agreement(module, batches)
+        print(f"inference: {subject.name} in integers alone {row['integer_agreement']:.4f}", flush=True)
     write_record(folder / "inference.json", {"rows": results})
     return row
 
