@@ -98,12 +98,12 @@ class QuantizationTrainer(pl.Trainer):
         )
         run.save(output / "quantized.ckpt")
         if wrapped.network.scheme.target is not None:
-            print(run.export_onnx(output / "model.onnx"))
+            run.export_after(output / "model.onnx")
         record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         wrapped.print_summary()
-        print(f"\n{record_table(record)}\n\nwritten to {output}")
+        print("\n".join(map(str, ["", record_table(record), "", *run.exports, f"written to {output}"])))
         return run
 
     def export(

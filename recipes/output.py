@@ -35,7 +35,7 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
     """
     run.save(output / "quantized.ckpt")
     if run.module.network.scheme.target is not None:
-        print(run.export_onnx(output / "model.onnx"))
+        run.export_after(output / "model.onnx")
         record = {**record, "exports": [report.to_dict() for report in run.exports]}
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")

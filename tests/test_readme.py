@@ -28,7 +28,13 @@ class QuietTrainer(pl.Trainer):
 @pytest.mark.parametrize(
     "code",
     BLOCKS,
-    ids=["callback on the Trainer", "stages on a finished model", "options of AdaQuant", "options of BitAllocation"],
+    ids=[
+        "callback on the Trainer",
+        "stages on a finished model",
+        "options of AdaQuant",
+        "options of BitAllocation",
+        "export",
+    ],
 )
 def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -42,10 +48,15 @@ def test_readme_code_runs_as_written(code, tiny_classifier, loader, images, tmp_
         "train_loader": loader,
         "val_loader": loader,
         "calibration_loader": loader,
+        "batch": images[:8],
     }
     exec(short, names)
     printed = capsys.readouterr().out
-    if "quantizer" in names:
+    if "report" in names:
+        assert "QLinearConv" in printed and (tmp_path / "model.onnx").exists()
+        with torch.no_grad():
+            assert torch.equal(names["module"](images), names["run"].module(images))
+    elif "quantizer" in names:
         assert "val_acc" in printed and names["quantizer"].checkpoint_path.exists()
     elif "cheapest" in names:
         for stage in (names["stage"], names["cheapest"]):

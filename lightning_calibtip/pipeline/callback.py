@@ -150,7 +150,7 @@ class CalibTIP(pl.Callback):
         self.result.save(self.checkpoint_path)
         if self.export is not None:
             stem = "model" if self.filename == _FILENAME else self.filename
-            self.result.export_onnx(self.checkpoint_path.with_name(f"{stem}.onnx"))
+            self.result.export_after(self.checkpoint_path.with_name(f"{stem}.onnx"))
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
         metric = self.result.metric_or_first(self.metric)
         record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed)

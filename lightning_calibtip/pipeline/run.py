@@ -133,6 +133,23 @@ class QuantizationRun:
         self.exports.append(report)
         return report
 
+    def export_after(self, path: str | Path) -> None:
+        """Export at the end of a run, of which nothing may be lost: a failure is logged, and the checkpoint can still
+        be exported.
+
+        Args:
+            path: File to write.
+        """
+        try:
+            log.info("%s", self.export_onnx(path))
+        except Exception as error:
+            log.error(
+                "%s was not written (%s: %s). The checkpoint was: load it, and call export_onnx.",
+                path,
+                type(error).__name__,
+                error,
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -77,6 +77,18 @@ def test_an_export_names_the_target(tiny_classifier, loader, make_trainer):
     assert callback.checkpoint_path.with_name("int8.onnx").exists()
 
 
+def test_an_export_that_fails_loses_nothing_of_the_run(tiny_classifier, loader, make_trainer, monkeypatch, caplog):
+    def fail(*args, **options):
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr("lightning_calibtip.pipeline.run.export_onnx", fail)
+    callback = CalibTIP("calibrate", export="onnxruntime", calibration_samples=16)
+    make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader, loader)
+    assert callback.checkpoint_path.exists() and (callback.report_folder / "report.html").exists()
+    assert "model.onnx was not written (ValueError: no such operator). The checkpoint was" in caplog.text
+    assert not callback.checkpoint_path.with_name("model.onnx").exists()
+
+
 def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_trainer):
     observer = {"calibration": {"observer": "minmax"}}
     callback = CalibTIP("calibrate", observer, calibration_dataloader=[images[:10] * 100])
