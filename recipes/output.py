@@ -36,12 +36,15 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
     run.save(output / "quantized.ckpt")
     if run.module.network.scheme.target is not None:
         run.export_after(output / "model.onnx")
-        record = {**record, "exports": [report.to_dict() for report in run.exports]}
+        exports = [report.to_dict() for report in run.exports]
+        record = {**record, "exports": exports, "report_items": [item.name for item in run.items]}
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")
     run.module.print_summary()
     print()
     print(record_table(record))
+    for report in run.exports:
+        print(f"\n{report}")
     size = record["size"]
     print(
         f"\nsize: {size['float_bytes']:,} bytes float, {size['quantized_bytes']:,} quantized "
