@@ -9,17 +9,9 @@ from .graph_values import attribute_of, constant, new_initializer, new_node, onl
 
 # They change no value, only where it stands: quantizing before them or after them is the same.
 _MOVES = {
-    "Slice",
-    "Pad",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "MaxPool",
-    "Concat",
-    "DepthToSpace",
-}
+    "Slice", "Pad", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Concat", "DepthToSpace",
+    "Expand", "Tile", "Gather", "Resize",
+}  # fmt: skip
 
 
 def quantize_before_moves(graph: ir.Graph, quantize: ir.Node) -> None:
@@ -70,7 +62,11 @@ def quantize_before_moves(graph: ir.Graph, quantize: ir.Node) -> None:
 
 
 def _moves_values(node: ir.Node) -> bool:
-    return node.op_type in _MOVES and (node.op_type != "Pad" or _pads_zero(node))
+    if node.op_type == "Resize":
+        return attribute_of(node, "mode", "nearest") == "nearest"
+    if node.op_type == "Pad":
+        return _pads_zero(node) or attribute_of(node, "mode", "constant") in ("reflect", "edge")
+    return node.op_type in _MOVES
 
 
 def _reads_alike(reader: ir.Node, quantize: ir.Node, moves: set[ir.Node]) -> bool:

@@ -168,6 +168,27 @@ def test_reconstructed_modules_are_exported_as_they_are_validated(images, make_t
     assert "QLinearConv" in (tmp_path / "report" / "export.csv").read_text()
 
 
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down1, self.down2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up, self.out = nn.Conv2d(16, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        first = torch.relu(self.down1(x))
+        second = torch.relu(self.down2(F.max_pool2d(first, 2)))
+        second = F.interpolate(second, scale_factor=2, mode="nearest")
+        out = F.pad(torch.cat([first, second], 1), (1, 1, 1, 1), mode="reflect")
+        return self.out(torch.relu(self.up(out)))
+
+
+def test_joins_upsampling_and_padding_keep_the_grid(images, tmp_path):
+    torch.manual_seed(0)
+    module = quantized(UNet(), images)
+    report = export_onnx(module, tmp_path / "unet.onnx", images)
+    assert report.counts == {"QLinearConv": 4} and report.difference < STEPS
+
+
 def test_signed_activations_are_the_same_numbers(images, tmp_path):
     for target in ("tensorrt", "xnnpack"):
         module = quantized(Residual(), images, target=target)
