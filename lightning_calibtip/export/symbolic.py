@@ -85,8 +85,8 @@ class SymbolicQuantizer(nn.Module):
         return output
 
 
-class SymbolicWeight(nn.Module):
-    """Takes the place of a weight's quantizer: gives the dequantized integers, whatever it is given.
+class StoredWeight(nn.Module):
+    """A weight as integers in a file.
 
     Args:
         layer: Layer with a quantized weight of its own.
@@ -105,8 +105,26 @@ class SymbolicWeight(nn.Module):
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         assert layer.weight_quantizer is not None
-        quantizer = require_affine(layer.weight_quantizer)
-        spec, weight = quantizer.spec, layer.integer_weight().cpu()
+        self.store(layer.integer_weight().cpu(), require_affine(layer.weight_quantizer))
+
+    def store(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
+        """Register the integers, scales and zero points as buffers, in the shapes that ``forward`` wants."""
+        raise NotImplementedError
+
+
+class SymbolicWeight(StoredWeight):
+    """Takes the place of a weight's quantizer: gives the dequantized integers, whatever it is given.
+
+    Args:
+        layer: See ``StoredWeight``.
+
+    Example:
+        See ``deployable_copy``.
+    """
+
+    def store(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
+        """See ``StoredWeight``."""
+        spec = quantizer.spec
         self.bits, self.shape, self.axis, self.group = spec.bits, weight.shape, None, 0
         scale, point = quantizer.scale.detach().cpu().clone(), quantizer.zero_point.detach().cpu().round()
         match spec.granularity:
@@ -140,33 +158,23 @@ class SymbolicWeight(nn.Module):
         return weight
 
 
-class SymbolicEmbedding(nn.Module):
+class SymbolicEmbedding(StoredWeight):
     """Looks rows of integers up, and dequantizes only these.
 
     Args:
-        layer: Embedding with a quantized weight of its own.
-
-    Raises:
-        ValueError: If the quantizer is of another kind than affine.
+        layer: See ``StoredWeight``.
 
     Example:
         See ``deployable_copy``.
     """
 
-    integers: Tensor
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, layer: QuantizedLayer) -> None:
-        super().__init__()
-        assert layer.weight_quantizer is not None
-        quantizer = require_affine(layer.weight_quantizer)
-        table = layer.integer_weight().cpu()
-        self.columns, self.symmetric = table.shape[1], quantizer.spec.symmetric
+    def store(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
+        """See ``StoredWeight``."""
+        self.columns, self.symmetric = weight.shape[1], quantizer.spec.symmetric
         granularity = quantizer.spec.granularity
         self.repeats = granularity.size if isinstance(granularity, PerGroup) else 1
-        rows = table.shape[0] if isinstance(granularity, PerGroup | PerChannel) else 1
-        self.register_buffer(INTEGERS, table.to(container(quantizer.spec, signed=False)))
+        rows = weight.shape[0] if isinstance(granularity, PerGroup | PerChannel) else 1
+        self.register_buffer(INTEGERS, weight.to(container(quantizer.spec, signed=False)))
         self.register_buffer("scale", quantizer.scale.detach().cpu().view(rows, -1).clone())
         self.register_buffer("zero_point", quantizer.zero_point.detach().cpu().round().view(rows, -1))
 
