@@ -30,14 +30,14 @@ def rewrite(model: ir.Model, layers: set[str], int4: bool) -> None:
     - Zero paddings become those of the convolution after them; means over an image become global pools.
     - Transposed weights are stored transposed; linear layers whose input has one unknown dimension become Gemm (ONNX
       Runtime makes float Gemm of them, before it looks for integers).
-    - Biases of convolutions and of Gemm are integers on the grid of the products (scale of the input times scale of the
-      weight).
+    - Biases of convolutions and of Gemm are integers where they lie on the grid of the products (scale of the input
+      times scale of the weight), as they do in layers with an integer bias.
     - No two nodes share an initializer, names of values are short, and no metadata is kept.
 
     Args:
         model: From ``torch.onnx.export`` of a ``deployable_copy``.
         layers: Names of the quantized layers.
-        int4: Whether weights of at most 4 bits are stored in 4 bits, not 8.
+        int4: Whether weights of at most 4 bits are stored in 4 bits, not 8; those of embeddings stay at 8.
 
     Example:
         See ``export_onnx``.

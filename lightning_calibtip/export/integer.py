@@ -1,16 +1,18 @@
 """Running an exported convolutional network in integers alone, and where that leaves the fake-quantized one."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from ..module import QuantizationModule
-from .integer_operators import OPERATORS, Sum
+from .integer_operators import OPERATORS, Integers, Sum
 from .onnx_file import inputs_of
 
 
@@ -79,11 +81,15 @@ class IntegerNetwork:
             OverflowError: If a sum does not fit 32 bits.
         """
         self.integers = {}
-        (name,) = [value.name for value in self._graph.inputs]
-        found: dict[str, Any] = {name: x.float()}
+        names = [value.name for value in self._graph.inputs]
+        if len(names) != 1:
+            raise NotImplementedError(f"The network has {len(names)} inputs; only networks of one are run in integers.")
+        found: dict[str, Any] = {names[0]: x.float()}
         for value in self._graph.initializers.values():
             assert value.const_value is not None and value.name is not None
-            found[value.name] = torch.from_numpy(value.const_value.numpy().copy())
+            numbers = value.const_value.numpy()
+            is_packed = value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+            found[value.name] = torch.from_numpy(numbers.astype(np.int8) if is_packed else numbers.copy())
         for node in self._graph:
             inputs: list[Any] = [None if value is None else found[value.name] for value in node.inputs]
             if node.op_type not in OPERATORS:
@@ -91,7 +97,12 @@ class IntegerNetwork:
                     f"{node.name}: {node.op_type} is not computed in integers here; networks of convolutions, linear "
                     "layers, additions and pools are."
                 )
-            found[node.outputs[0].name or ""] = OPERATORS[node.op_type](node, inputs)
+            try:
+                found[node.outputs[0].name or ""] = OPERATORS[node.op_type](node, inputs)
+            except (AttributeError, TypeError) as error:
+                raise NotImplementedError(
+                    f"{node.name}: {node.op_type} of numbers that are no integers any longer is not computed here."
+                ) from error
             if node.op_type in ("QuantizeLinear", "Clip"):
                 layer = (node.name or "").partition("/")[0]
                 read = self.integers.setdefault(layer, [])
@@ -99,7 +110,7 @@ class IntegerNetwork:
                     read.pop()
                 read.append(found[node.outputs[0].name].values)
         output = found[self._graph.outputs[0].name or ""]
-        return output.real if isinstance(output, Sum) else output
+        return output.real if isinstance(output, Sum | Integers) else output
 
     @torch.no_grad()
     def compare(self, module: QuantizationModule, batch: Any) -> list[GridDifference]:
@@ -110,14 +121,16 @@ class IntegerNetwork:
             batch: A calibration batch.
 
         Returns:
-            A line for each layer that the file names, in the order of execution.
+            A line for each layer that the file names and that is called once, in the order of execution.
         """
         args, kwargs = inputs_of(module, batch)
         wanted: dict[str, Tensor] = {}
+        calls: Counter[str] = Counter()
 
         def see(name: str) -> Callable[..., None]:
             def hook(layer: nn.Module, args: Any) -> None:
                 quantizer = module.network.layers[name].input_quantizers[0]
+                calls[name] += 1
                 if quantizer is not None:
                     wanted[name] = quantizer.encode(args[0]).cpu().long()
 
@@ -139,7 +152,7 @@ class IntegerNetwork:
         for name, codes in wanted.items():
             # Parts of it may have been quantized before they were joined.
             given = next((v for v in self.integers.get(name, ()) if v.numel() == codes.numel()), None)
-            if given is not None:
+            if given is not None and calls[name] == 1:
                 steps = (given.reshape(-1) - codes.reshape(-1)).abs()
                 lines.append(GridDifference(name, float((steps > 0).double().mean()), int(steps.max())))
         return lines

@@ -39,6 +39,11 @@ class Integers:
         """Steps from zero."""
         return self.values - self.zero_point
 
+    @property
+    def real(self) -> Tensor:
+        """The numbers that they stand for, float32."""
+        return (self.centred * self.scale).float()
+
 
 @dataclass
 class Sum:
@@ -89,9 +94,9 @@ def _dequantize(node: ir.Node, inputs: list[Any]) -> Integers:
     return Integers(x.to(torch.int64), scale.double())
 
 
-def _accumulate(node: ir.Node, x: Integers, w: Integers, bias: Integers | None, products: Tensor) -> Sum:
+def _accumulate(node: ir.Node, x: Integers, w: Integers, bias: Integers | None, products: Tensor, channels: int) -> Sum:
     sums = products.round().to(torch.int64)
-    shape = [1, -1, *[1] * (sums.dim() - 2)]
+    shape = [-1 if dim == channels % sums.dim() else 1 for dim in range(sums.dim())]
     if bias is not None:
         sums = sums + bias.values.view(shape)
     scale = x.scale * (w.scale.view(shape) if w.scale.dim() else w.scale)
@@ -112,14 +117,14 @@ def _convolution(node: ir.Node, inputs: list[Any]) -> Sum:
         dilation=tuple(attribute_of(node, "dilations", [1] * dims)),
         groups=attribute_of(node, "group", 1),
     )
-    return _accumulate(node, x, w, bias, products)
+    return _accumulate(node, x, w, bias, products, channels=1)
 
 
 def _linear(node: ir.Node, inputs: list[Any]) -> Sum:
     x, w, bias = (*inputs, None)[:3]
     weight = w.values.double()
     weight = weight if attribute_of(node, "transB", 0) else weight.t()
-    return _accumulate(node, x, w, bias, F.linear(x.centred.double(), weight))
+    return _accumulate(node, x, w, bias, F.linear(x.centred.double(), weight), channels=-1)
 
 
 def _add(node: ir.Node, inputs: list[Any]) -> Sum:
@@ -132,6 +137,8 @@ def _add(node: ir.Node, inputs: list[Any]) -> Sum:
 def _average(node: ir.Node, inputs: list[Any]) -> Sum:
     (x,) = inputs
     size = list(attribute_of(node, "kernel_shape", x.values.shape[2:]))
+    if attribute_of(node, "ceil_mode", 0) or len(size) != 2:
+        raise NotImplementedError(f"{node.name}: only averages over images, in whole windows, are computed here.")
     strides = list(attribute_of(node, "strides", [1] * len(size)))
     pads = attribute_of(node, "pads", [0] * 2 * len(size))
     if any(pads) and not attribute_of(node, "count_include_pad", 0):
@@ -207,6 +214,8 @@ def _pad(node: ir.Node, x: Tensor, others: list[Any], zero: int) -> Tensor:
 
 def _max_pool(node: ir.Node, x: Tensor, others: list[Any], zero: int) -> Tensor:
     size = list(attribute_of(node, "kernel_shape", ()))
+    if len(size) != 2:
+        raise NotImplementedError(f"{node.name}: only maxima over images are computed here.")
     pads = attribute_of(node, "pads", [0] * 2 * len(size))
     padding = [amount for i in reversed(range(len(size))) for amount in (pads[i], pads[len(size) + i])]
     lowest = F.pad(x.double(), padding, value=float("-inf"))

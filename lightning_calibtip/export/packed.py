@@ -97,17 +97,16 @@ def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None)
         See ``export_packed``.
     """
     index, integers, values = _read(Path(path))
-    weights: dict[str, Any] = {}
-    for name, shape, length in index["weights"]:
-        weights[name], integers = {"packed": integers[:length], "shape": shape}, integers[length:]
-    state: dict[str, Tensor] = {}
-    for name, kind, shape in index["state"]:
-        dtype = getattr(torch, kind)
-        length = math.prod(shape) * dtype.itemsize
-        state[name], values = values[:length].clone().view(dtype).view(shape), values[length:]
-    config = index["config"]
-    module = QuantizationModule(model, QuantizationScheme(**config["scheme"]), validation_step=validation_step)
-    unpack_network(module.network, {"config": config, "weights": weights, "digest": index["digest"]}, state, _PREFIX)
+    try:
+        weights, state = _unpacked(index, integers, values)
+        config, digest = index["config"], index["digest"]
+        scheme = QuantizationScheme(**config["scheme"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged or was changed ({type(error).__name__}: {error}): take another copy, or write it anew."
+        ) from error
+    module = QuantizationModule(model, scheme, validation_step=validation_step)
+    unpack_network(module.network, {"config": config, "weights": weights, "digest": digest}, state, _PREFIX)
     present = {f"{_PREFIX}{name}": tensor for name, tensor in module.model.state_dict().items()}
     left_out = _left_out(module.model)
     state |= {name: tensor for name, tensor in present.items() if name in left_out and name not in state}
@@ -116,6 +115,19 @@ def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None)
     except RuntimeError as error:
         raise ValueError(f"{path} is of another model than {type(model).__name__}: {error}") from error
     return module
+
+
+def _unpacked(index: dict[str, Any], integers: Tensor, values: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Weights as a checkpoint has them, and everything else of the state dict."""
+    weights: dict[str, Any] = {}
+    for name, shape, length in index["weights"]:
+        weights[name], integers = {"packed": integers[:length], "shape": shape}, integers[length:]
+    state: dict[str, Tensor] = {}
+    for name, kind, shape in index["state"]:
+        dtype = getattr(torch, kind)
+        length = math.prod(shape) * dtype.itemsize
+        state[name], values = values[:length].clone().view(dtype).view(shape), values[length:]
+    return weights, state
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:

@@ -251,7 +251,8 @@ def flatten_product(graph: ir.Graph, product: ir.Node, flattened: dict[ir.Value,
 
 
 def integer_bias(graph: ir.Graph, product: ir.Node) -> None:
-    """Store the bias of a product of integers as int32, at the scale of the products. See ``rewrite``."""
+    """Store the bias of a product of integers as int32, at the scale of the products, if it is a whole number of its
+    steps. See ``rewrite``."""
     if len(product.inputs) < 3 or product.inputs[2] is None:
         return
     sources: list[Any] = [value.producer() if value is not None else None for value in product.inputs[:2]]
@@ -267,8 +268,11 @@ def integer_bias(graph: ir.Graph, product: ir.Node) -> None:
     if any(attribute_of(product, name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return
     scale = (input_scale.astype(np.float32).reshape(()) * weight_scale.astype(np.float32)).reshape(-1)
-    integers = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    if np.abs(integers).max(initial=0) >= 2**31:
+    steps = bias.astype(np.float64) / scale.astype(np.float64)
+    integers = np.rint(steps)
+    # A product of float32 numbers is exact to half a unit of the 24th bit.
+    off_grid = np.abs(steps - integers) > 1e-3 + 2.0**-22 * np.abs(integers)
+    if off_grid.any() or np.abs(integers).max(initial=0) >= 2**31:
         return
     attributes = {} if scale.size == 1 else {"axis": 0}
     scale = scale.reshape(()) if scale.size == 1 else scale

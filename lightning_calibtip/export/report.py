@@ -41,8 +41,8 @@ class ExportReport:
         operators: What ONNX Runtime computes each quantized layer by; empty without a check.
         difference: Greatest difference of an output from the torch model on the batch, over the greatest absolute value
             of that output; None without a check.
-        agreement: Share of decisions (greatest element along the last dimension of an output) that are those of the
-            torch model on the batch; None without a check, or where an output has nothing to decide.
+        agreement: Share of decisions (greatest element along the last dimension of an output, along the second one of
+            images) that are those of the torch model on the batch; None without a check, or where nothing is decided.
         latency: Median seconds of ONNX Runtime for the batch, with as many threads as torch has; None without a check.
         threads: That number of threads.
 

@@ -1,7 +1,7 @@
 """What an engine needs on the grid of a quantizer between layers: which additions and pools can be integers, which
 tensors have one grid, which outputs of convolutions no quantizer reads."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .structure import Operator, Structure, Value
@@ -159,7 +159,7 @@ def unquantized_outputs(
     layers: Iterable[str],
     operands: Mapping[str, int],
     folds: Mapping[str, str],
-    reads: Mapping[str, Sequence[str]],
+    grids: Mapping[str, Sequence[Hashable]],
 ) -> list[str]:
     """Choose the layers whose output is not what exactly one quantizer reads: an engine that writes integers needs one
     for it.
@@ -169,7 +169,7 @@ def unquantized_outputs(
         layers: Names of the layers to choose from.
         operands: Number of quantized inputs of each layer, by its full name.
         folds: Layers by the BatchNorms that are folded into them.
-        reads: Names of the activations that layers read.
+        grids: What tells the quantizers of each layer's operands apart.
 
     Returns:
         Those of the names ``layers``.
@@ -179,6 +179,6 @@ def unquantized_outputs(
     for name in layers:
         calls = structure.calls_of.get(followers.get(name, name), ())
         found = destinations(structure, [value for call in calls for value in call.writes], operands, folds)
-        if found.others or len({reads[layer][position] for layer, position in found.operands}) > 1:
+        if found.others or len({grids[layer][position] for layer, position in found.operands}) > 1:
             chosen.append(name)
     return chosen

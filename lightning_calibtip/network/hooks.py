@@ -58,7 +58,9 @@ def round_bias(layer: nn.Module, args: tuple[Any, ...]) -> None:
         See ``QuantizedLayer``.
     """
     quantizers: Any = layer.input_quantizers
-    bias, quantizer = layer._parameters.get("bias"), next(iter(quantizers.values()), None)
+    # It is still there if a forward pass was broken off.
+    bias = layer.__dict__.get("_latent_bias", layer._parameters.get("bias"))
+    quantizer = next(iter(quantizers.values()), None)
     weights: Any = next(iter(layer.parametrizations.values()))[0]  # type: ignore[operator]
     if bias is None or not isinstance(quantizer, AffineQuantizer) or not quantizer.enabled:
         return
@@ -66,7 +68,7 @@ def round_bias(layer: nn.Module, args: tuple[Any, ...]) -> None:
         rounded = products_grid(bias.detach(), quantizer, weights)
     layer.__dict__["_latent_bias"] = bias
     # Straight through: the latent bias learns.
-    layer._parameters["bias"] = bias + (rounded - bias.detach())  # type: ignore[assignment]
+    layer._parameters["bias"] = bias + (rounded - bias.detach())
 
 
 def restore_bias(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -104,13 +106,14 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
 
 @contextmanager
 def observing_activations(
-    layer: nn.Module, inputs: Sequence[ObservedTensor], output: ObservedTensor, tokens: Tensor | None
+    layer: nn.Module, inputs: Sequence[ObservedTensor | None], output: ObservedTensor, tokens: Tensor | None
 ) -> Iterator[None]:
     """Inside, the observers of a layer's activations see what passes, as the model gives it.
 
     Args:
         layer: The layer.
-        inputs: The activations that it reads, by position among its floating-point inputs.
+        inputs: The activations that it reads, by position among its floating-point inputs; None for one that another
+            layer shows to the observer.
         output: The activation that it writes.
         tokens: Which tokens of the batch count, bool, shape (batch, positions); all if None.
 
@@ -122,7 +125,8 @@ def observing_activations(
         values = [value for value in (*args, *kwargs.values()) if _is_real(value)]
         with not_routed():
             for tensor, value in zip(inputs, values, strict=False):
-                tensor.observe(value, tokens)
+                if tensor is not None:
+                    tensor.observe(value, tokens)
 
     def see_output(module: nn.Module, args: Any, result: Any) -> None:
         if (value := next(filter(_is_real, tree_leaves(result)), None)) is not None:

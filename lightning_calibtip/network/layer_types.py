@@ -141,6 +141,16 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if layer_type_of(module) is not None}
 
 
+def names_operations(pattern: str) -> bool:
+    """Whether a pattern of layer names is meant for operations between layers.
+
+    Example:
+        >>> names_operations("*addition_*"), names_operations("a*")
+        (True, False)
+    """
+    return "addition" in pattern or "average_pool" in pattern
+
+
 def reads_indices(module: nn.Module) -> bool:
     """Whether a layer has a weight but no input to quantize, as an embedding does.
 

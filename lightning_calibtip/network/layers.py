@@ -23,6 +23,7 @@ from .hooks import (
     round_bias,
 )
 from .layer_types import LayerType
+from .operations import is_operation
 from .states import LayerState
 from .tensors import ObservedTensor
 from .tying import remove_parametrization, share_parametrization, stop_sharing_parametrization
@@ -228,7 +229,13 @@ class QuantizedLayer:
         Args:
             tokens: Which tokens of the batch count, bool, shape (batch, positions); all if None.
         """
-        with observing_activations(self.module, self.tensors, self.output_tensor, tokens):
+        # An operation between layers may read a part of what a layer reads: the whole is seen there.
+        seen_elsewhere = self.type.between_layers
+        inputs = [
+            None if seen_elsewhere and any(is_operation(name) is None for name in tensor.readers) else tensor
+            for tensor in self.tensors
+        ]
+        with observing_activations(self.module, inputs, self.output_tensor, tokens):
             yield
 
     @property

@@ -16,10 +16,9 @@ from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths, LayerConfig
 from .apply import apply
 from .attention import PRODUCTS, possible_products, route_attention
-from .layer_types import layer_type_of, quantizable_layers
+from .layer_types import layer_type_of, names_operations, quantizable_layers
 from .layers import QuantizedLayer
 from .observe import observe, record
-from .operations import is_operation
 from .plan import NOTHING_QUANTIZED, QuantizationPlan, layer_config, plan, weights_of
 from .scheme import QuantizationScheme
 from .structure import Structure
@@ -85,7 +84,7 @@ class QuantizedNetwork:
     def _possible_operations(self) -> list[str]:
         """Names that operations between layers may have; only running shows which of them there are."""
         patterns = self.scheme.overrides or {}
-        return [pattern for pattern in patterns if self.scheme.engine is not None and is_operation(pattern)]
+        return [pattern for pattern in patterns if self.scheme.engine is not None and names_operations(pattern)]
 
     @property
     def prepared(self) -> bool:

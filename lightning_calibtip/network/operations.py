@@ -6,11 +6,13 @@ computes it, named by its position among the additions there (``layer1.0.additio
 leads it there from then on.
 """
 
+import inspect
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -67,18 +69,18 @@ register_layer(AveragePool, None, [_image], _image.token_axes, between_layers=Tr
 def _kind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Kind of operation that a call is; None if it is none that a module can compute.
 
-    The answer does not depend on the number of samples, so that positions stay the same from batch to batch.
+    The answer depends on no shape, so that positions stay the same from batch to batch.
     """
     if func in _ADDITIONS:
-        if len(args) != 2 or kwargs or not all(map(_is_activation, args)):
-            return None
-        first, second = args
-        return "addition" if first.dim() == second.dim() and first.shape[1:] == second.shape[1:] else None
+        return "addition" if len(args) == 2 and not kwargs and all(map(_is_activation, args)) else None
     if func in _POOLS and args and _is_activation(args[0]) and args[0].dim() == 4:
         if func in _MEANS:
             dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
             if not isinstance(dims, tuple | list) or set(dims) not in _LAST_TWO or "dtype" in kwargs:
                 return None
+        # Engines differ in how many elements of a window that hangs over the edge they divide by.
+        if func is F.avg_pool2d and kwargs.get("ceil_mode", args[4] if len(args) > 4 else False):
+            return None
         return "average_pool"
     return None
 
@@ -107,11 +109,6 @@ class _Routing(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.scopes: list[_Scope] = []
-
-    def leave(self, module: nn.Module | None) -> None:
-        """Close the scope of a module; one that a failing hook has kept from being opened is not closed."""
-        if self.scopes and self.scopes[-1].module is module:
-            self.scopes.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -169,21 +166,15 @@ def find_operations(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         ['addition_0']
     """
     search = _Search({module: name for name, module in model.named_modules()})
-
-    def enter(module: nn.Module, args: Any) -> None:
-        search.scopes.append(_Scope(module, counted=layer_type_of(module) is None))
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        search.leave(module)
-
-    handles = [module.register_forward_pre_hook(enter, prepend=True) for module in model.modules()]
-    handles += [module.register_forward_hook(leave, always_call=True) for module in model.modules()]
+    modules = list(model.modules())
+    for module in modules:
+        _wrap(module, counted=layer_type_of(module) is None)
     try:
-        with search:
+        with _active(search):
             wanted = run()
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in modules:
+            _unwrap(module)
     # A sum in place may be needed where it was; then it cannot be computed elsewhere.
     for names in (list(search.found), [name for name, in_place in search.found.items() if not in_place]):
         route_operations(model, names)
@@ -195,8 +186,19 @@ def find_operations(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def _is_same(output: Any, wanted: Any) -> bool:
-    pairs = zip(tree_leaves(output), tree_leaves(wanted), strict=False)
-    return all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+    """Whether outputs hold the same tensors; False where there is nothing to compare."""
+    given, reference = _tensors(output), _tensors(wanted)
+    return len(given) == len(reference) > 0 and all(map(torch.equal, given, reference))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf):
+            found += _tensors(list(vars(leaf).values()))
+    return found
 
 
 def route_operations(model: nn.Module, names: Collection[str]) -> None:
@@ -217,8 +219,7 @@ def route_operations(model: nn.Module, names: Collection[str]) -> None:
     """
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        for handle in module.__dict__.pop("_routing_hooks", ()):
-            handle.remove()
+        _unwrap(module)
         if isinstance(module, Addition | AveragePool) and name not in names:
             parent, _, child = name.rpartition(".")
             delattr(modules[parent], child)
@@ -235,11 +236,7 @@ def route_operations(model: nn.Module, names: Collection[str]) -> None:
         owners.add(modules[parent])
     for module in modules.values():
         # Operations of modules in between must not be taken for the owner's.
-        scope = _enter_owner if module in owners else _enter_other
-        module._routing_hooks = [
-            module.register_forward_pre_hook(scope, prepend=True),
-            module.register_forward_hook(_leave, always_call=True),
-        ]
+        _wrap(module, counted=module in owners)
 
 
 def is_operation(name: str) -> str | None:
@@ -253,27 +250,61 @@ def is_operation(name: str) -> str | None:
     return match and match[1]
 
 
-def _enter_owner(module: nn.Module, args: Any) -> None:
-    mode = getattr(_routing, "mode", None)
-    if mode is None:
-        mode = _routing.mode = _Routing()
-        mode.__enter__()
-    mode.scopes.append(_Scope(module, counted=True))
+class _ScopedForward:
+    """The ``forward`` of a module whose operations are led to modules, or do not count; it stands in the module's own
+    attribute ``forward``, so that a copy of the module has a copy of it."""
+
+    def __init__(self, module: nn.Module, counted: bool) -> None:
+        self.module, self.counted = module, counted
+        # Of an instance, where something else has put one there.
+        self.wrapped = module.__dict__.get("forward")
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = getattr(_routing, "mode", None)
+        if mode is None and not self.counted:
+            return self._forward(*args, **kwargs)
+        # Left whatever is raised: the passes of a replay end by an exception that is no error.
+        with _active(_Routing()) if mode is None else nullcontext(mode) as active:
+            active.scopes.append(_Scope(self.module, self.counted))
+            try:
+                return self._forward(*args, **kwargs)
+            finally:
+                active.scopes.pop()
+
+    @property
+    def __code__(self) -> Any:
+        """Code of the module's own function, which torch.export asks for."""
+        return type(self.module).forward.__code__
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
 
-def _enter_other(module: nn.Module, args: Any) -> None:
-    if (mode := getattr(_routing, "mode", None)) is not None:
-        mode.scopes.append(_Scope(module, counted=False))
+def _wrap(module: nn.Module, counted: bool) -> None:
+    if not isinstance(module, torch.jit.ScriptModule):
+        module.__dict__["forward"] = _ScopedForward(module, counted)
 
 
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    mode = getattr(_routing, "mode", None)
-    if mode is None:
-        return
-    mode.leave(module)
-    if not mode.scopes:
+def _unwrap(module: nn.Module) -> None:
+    scoped = module.__dict__.get("forward")
+    if isinstance(scoped, _ScopedForward):
+        del module.__dict__["forward"]
+        if scoped.wrapped is not None:
+            module.__dict__["forward"] = scoped.wrapped
+
+
+@contextmanager
+def _active(mode: _Routing) -> Iterator[_Routing]:
+    """Inside, this mode is at work on this thread."""
+    _routing.mode = mode
+    try:
+        with mode:
+            yield mode
+    finally:
         _routing.mode = None
-        mode.__exit__(None, None, None)
 
 
 @contextmanager
@@ -294,4 +325,4 @@ def not_routed() -> Iterator[None]:
     try:
         yield
     finally:
-        mode.leave(None)
+        mode.scopes.pop()

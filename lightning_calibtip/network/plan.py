@@ -175,11 +175,10 @@ def plan(model: nn.Module, structure: Structure, scheme: QuantizationScheme) -> 
         model: The float model.
         structure: What ``observe`` has seen of it, with the BatchNorms that it has proved to be foldable.
         scheme: Bit-widths and formats that the user asks for.
-        target: What the model is to run on; None for no restriction.
 
     Raises:
-        ValueError: If an override matches no layer, or overrides give one weight, which layers share, several
-            bit-widths.
+        ValueError: If an override matches no layer, overrides give one weight, which layers share, several bit-widths,
+            or a layer would stay float that the scheme's target does not run in float.
 
     Example:
         >>> from lightning_calibtip.network.observe import observe
@@ -249,7 +248,9 @@ class _Planner:
             for decided in (self.layers, self.configs, self.bit_widths, self.float_layers, operands):
                 decided.pop(name, None)
         convolutions = [name for name in operands if isinstance(self.layers[name], _CONVOLUTIONS)]
-        for name in unquantized_outputs(self.structure, convolutions, operands, folds, self._reads()):
+        reads = self._reads()
+        grids = {name: tuple(zip(reads[name], self.configs[name].inputs, strict=True)) for name in operands}
+        for name in unquantized_outputs(self.structure, convolutions, operands, folds, grids):
             config = self.configs[name]
             assert config.inputs[0] is not None
             output = target.activation(replace(config.inputs[0], bits=target.between_bits))
@@ -358,9 +359,8 @@ class _Planner:
         """Names of the activations that each quantized layer reads, where those that several layers read have one."""
         types = {name: layer_type_of(self.layers[name]) for name in self.layers if name not in self.float_layers}
         operands = {name: layer_type.operands for name, layer_type in types.items() if layer_type is not None}
-        names = {
-            (name, i): activation_name(name, i) for name, of_layer in operands.items() for i in range(len(of_layer))
-        }
+        places = [(name, i) for name, of_layer in operands.items() for i in range(len(of_layer))]
+        names = {place: activation_name(*place) for place in places}
         counts = {name: len(of_layer) for name, of_layer in operands.items()}
         for group in shared_operands(self.structure, counts, self._identity):
             # Operations between layers see whatever the layers see.

@@ -18,7 +18,7 @@ from ..quantization.spec import (
     check_bits,
     parse_bit_widths,
 )
-from .layer_types import LayerType, Operand
+from .layer_types import LayerType, Operand, names_operations
 from .targets import Target, find_target
 
 # What the user may write for the bit-widths of a layer: one number, or weights and activations apart.
@@ -116,8 +116,11 @@ class QuantizationScheme:
     def operation_bit_widths(self, name: str) -> BitWidths:
         """Bit-widths of an operation between layers by its name: the target's, where activations are quantized at
         all."""
-        if self.is_overridden(name):
-            return replace(self.bit_widths_of(name, is_edge=False), weight=None)
+        # Patterns for layers ("a*") are not meant for what lies between them.
+        named = {p: value for p, value in (self.overrides or {}).items() if names_operations(p)}
+        scheme = replace(self, overrides=named)
+        if scheme.is_overridden(name):
+            return replace(scheme.bit_widths_of(name, is_edge=False), weight=None)
         target = self.engine
         return BitWidths(None, target.between_bits if target and self.activation_bits is not None else None)
 

@@ -134,7 +134,7 @@ class Target:
         # The zero point of such an engine is 0, whatever the range.
         return replace(spec, symmetric=True, one_sided=False, nonnegative=False)
 
-    def check_config(self, layer: str, config: LayerConfig) -> None:
+    def check_config(self, layer: str, layer_type: LayerType, config: LayerConfig) -> None:
         """Refuse the format of a layer that was calibrated without this target.
 
         Raises:
@@ -153,6 +153,8 @@ class Target:
                 raise ValueError(f"{layer} has ranges per token, which target={self.name!r} cannot run: {remedy}")
             if spec is not None and self.symmetric_activations and (not spec.symmetric or spec.one_sided):
                 raise ValueError(f"{layer} has activations with zero points, unlike target={self.name!r}: {remedy}")
+        if self._adds_integers(layer_type, weight, config.inputs) and not config.integer_bias:
+            raise ValueError(f"{layer} was calibrated without target={self.name!r}, which adds integers: {remedy}")
         self.check_bits(None if weight is None else weight.bits, None, layer)
         for spec in (*config.inputs, config.output):
             self.check_bits(None, None if spec is None else spec.bits, layer)

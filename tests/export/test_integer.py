@@ -81,3 +81,42 @@ def test_what_is_not_computed_in_integers_is_named(images, tmp_path):
         network(images)
     with pytest.raises(FileNotFoundError, match="no_such"):
         IntegerNetwork(tmp_path / "no_such.onnx")
+
+
+def test_linear_layers_on_tokens_have_channels_last(tmp_path):
+    tokens = torch.randn(16, 12, 3)
+    model = nn.Sequential(nn.Linear(3, 12, bias=False), nn.ReLU(), nn.Linear(12, 12, bias=False))
+    module, network = exported(model, tokens, tmp_path / "net.onnx")
+    assert (network(tokens) - module(tokens)).abs().max() < 3 / 255 * module(tokens).abs().max()
+
+
+def test_weights_of_4_bits_and_layers_that_run_twice(images, tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    module = quantized(Twice(), images, weight_bits=4, edge_bits=None)
+    export_onnx(module, tmp_path / "net.onnx", images, check=False, int4=True)
+    network = IntegerNetwork(tmp_path / "net.onnx")
+    assert (network(images) - module(images)).abs().max() < 3 / 255 * module(images).abs().max()
+    assert [line.layer for line in network.compare(module, images)] == ["a"]
+
+
+def test_several_inputs_are_refused(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+
+        def forward(self, x, y):
+            return self.fc(x) + y
+
+    batch = {"x": torch.randn(4, 3), "y": torch.randn(4, 2)}
+    _, network = exported(Two(), batch, tmp_path / "net.onnx")
+    with pytest.raises(NotImplementedError, match="has 2 inputs"):
+        network(batch["x"])

@@ -34,7 +34,7 @@ def test_convolutions_sums_and_pools_run_as_integers(module, images, tmp_path):
     assert report.counts == {"QLinearConv": 6, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}
     assert report.float_layers == [] and report.difference < STEPS and report.agreement > 0.9
     assert report.file_bytes == (tmp_path / "net.onnx").stat().st_size and report.latency > 0
-    assert "10 " not in str(report) and "QLinearConv" in str(report)
+    assert "2 QLinearAdd" in str(report) and f"{report.file_bytes:,} bytes" in str(report)
 
 
 def test_the_file_is_plain_onnx_with_a_free_number_of_samples(module, images, tmp_path):
@@ -189,6 +189,68 @@ def test_joins_upsampling_and_padding_keep_the_grid(images, tmp_path):
     assert report.counts == {"QLinearConv": 4} and report.difference < STEPS
 
 
+@pytest.mark.parametrize("bits", [(2, 8), (4, 4)])
+def test_a_module_without_a_target_keeps_its_biases(bits, images, tmp_path):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    module = quantized(Residual(), images, target=None, symmetric=True, weight_bits=bits[0], activation_bits=bits[1])
+    export_onnx(module, tmp_path / "net.onnx", images, check=False)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), options, providers=["CPUExecutionProvider"])
+    given = torch.from_numpy(run_session(session, {session.get_inputs()[0].name: images.numpy()})[0])
+    biases = [t for t in onnx.load(str(tmp_path / "net.onnx")).graph.initializer if t.name.endswith(".bias")]
+    assert biases and {tensor.data_type for tensor in biases} == {onnx.TensorProto.FLOAT}
+    # A sum at the edge of a step, of a quarter of the images at most.
+    same = (given - module.model(images)).abs().amax(1) < 1e-4
+    assert same.double().mean() > 0.75
+    with pytest.raises(ValueError, match="was calibrated without target='onnxruntime', which adds integers"):
+        export_onnx(module, tmp_path / "ort.onnx", images, "onnxruntime")
+
+
+def test_below_8_bits_convolutions_are_integers_still(images, tmp_path):
+    report = export_onnx(quantized(Residual(), images, activation_bits=5), tmp_path / "net.onnx", images)
+    assert report.counts["QLinearConv"] == 6
+
+
+def test_pools_whose_windows_hang_over_are_not_quantized_and_large_differences_are_told(images, tmp_path, caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(3, 2, ceil_mode=True), nn.Conv2d(8, 4, 1))
+    module = quantized(model, images)
+    assert list(module.network.layers) == ["0", "2"]
+    # ONNX Runtime makes an integer pool of it nevertheless, which divides by another number of elements.
+    report = export_onnx(module, tmp_path / "net.onnx", images)
+    assert (report.difference > 0.1) == ("differs from torch" in caplog.text)
+
+
+def test_a_failing_check_writes_nothing(images, tmp_path):
+    module = quantized(Residual(), images, target=None, weight_bits=12, activation_bits=12)
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot run the file .*check=False writes it"):
+        export_onnx(module, tmp_path / "net.onnx", images)
+    assert not list(tmp_path.iterdir())
+    assert export_onnx(module, tmp_path / "net.onnx", images, check=False).operators == ()
+
+
+def test_half_precision_is_refused_by_name(images, tmp_path):
+    module = quantized(Residual(), images)
+    module.model.head.double()
+    with pytest.raises(ValueError, match=r"parameters of the type float64; .* model.float\(\)"):
+        export_onnx(module, tmp_path / "net.onnx", images.double())
+
+
+def test_numbers_among_the_outputs_do_not_count(images, tmp_path):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return {"samples": x.shape[0], "maps": self.conv(x)}
+
+    report = export_onnx(quantized(Counts(), images), tmp_path / "net.onnx", images)
+    assert report.difference < STEPS and report.agreement > 0.9
+
+
 def test_signed_activations_are_the_same_numbers(images, tmp_path):
     for target in ("tensorrt", "xnnpack"):
         module = quantized(Residual(), images, target=target)
@@ -266,4 +328,6 @@ def test_several_inputs_and_a_stage_after_the_export(images, make_trainer, loade
     report = export_onnx(module, tmp_path / "two.onnx", batch)
     session = make_session(tmp_path / "two.onnx")
     assert [value.name for value in session.get_inputs()] == ["x", "y"] and report.difference < STEPS
-    make_trainer(AdaQuant(iterations=5)).fit(module, as_loader(batch))
+    stage = AdaQuant(iterations=5)
+    make_trainer(stage).fit(module, as_loader(batch))
+    assert stage.result.figures["units"] == 2

@@ -84,6 +84,26 @@ def test_damaged_and_foreign_files_are_refused(images, tmp_path):
         load_packed(path, nn.Sequential(nn.Linear(4, 4)))
 
 
+@pytest.mark.parametrize("change", [
+    lambda index: index["config"]["scheme"].update(colour="red"), lambda index: index.pop("state"),
+    lambda index: index["state"][0].__setitem__(1, "float33"), lambda index: index["state"][0].__setitem__(2, [999]),
+])  # fmt: skip
+def test_a_changed_index_is_refused(images, change, tmp_path):
+    import base64
+
+    from safetensors import safe_open
+
+    path = export_packed(quantized(Residual(), images), tmp_path / "net.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        index = json.loads(zlib.decompress(base64.b85decode(file.metadata()["calibtip"])))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(index)
+    changed = base64.b85encode(zlib.compress(json.dumps(index).encode())).decode()
+    save_file(tensors, path, metadata={"calibtip": changed})
+    with pytest.raises(ValueError, match="is damaged or was changed"):
+        load_packed(path, Residual())
+
+
 def test_a_later_version_is_refused(images, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_calibtip.export.packed.PACKED_VERSION", 2)
     path = export_packed(quantized(Residual(), images), tmp_path / "net.safetensors")

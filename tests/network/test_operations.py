@@ -1,10 +1,14 @@
 import copy
+import inspect
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_calibtip import quantize
+from lightning_calibtip.network import operations
 from lightning_calibtip.network.operations import Addition, find_operations, not_routed, route_operations
 from tests.networks import calibrated_network, calibration_set
 
@@ -103,6 +107,116 @@ def test_parts_copies_and_failures_leave_the_routing_in_order(net, x):
     assert torch.equal(duplicate(x), net(x)) and len(calls) == 4
 
 
+def test_a_pass_that_is_broken_off_leaves_nothing_behind(net, x):
+    class Stop(BaseException):
+        pass
+
+    def stop(module, args):
+        raise Stop
+
+    route_operations(net, found(net, x))
+    handle = net.block.conv.register_forward_pre_hook(stop)
+    with pytest.raises(Stop):
+        net(x)
+    handle.remove()
+    assert getattr(operations._routing, "mode", None) is None
+    a = torch.randn(2, 3, 4, 4)
+    net.addition_0.register_forward_hook(lambda m, args, out: out * 0)
+    assert torch.equal(a + a, 2 * a)
+
+
+@pytest.mark.parametrize("pipeline", ["light", "advanced", "sequential", "mixed"])
+def test_no_pipeline_leaves_the_routing_at_work(pipeline):
+    torch.manual_seed(0)
+    options = {
+        "adaquant": {"iterations": 3, "batch_size": 8}, "preparation": {"iterations": 2, "batch_size": 8},
+        "allocation": {"compression": 0.24, "checks": 2}, "bias_tuning": {"epochs": 1},
+    }  # fmt: skip
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), *(ReluBlock(8) for _ in range(2)), nn.Conv2d(8, 4, 1))
+    images = torch.randn(32, 2, 8, 8)
+    run = quantize(
+        model, [images], pipeline=pipeline, options=options, target="onnxruntime",
+        trainer_options={"accelerator": "cpu"},
+    )  # fmt: skip
+    assert getattr(operations._routing, "mode", None) is None
+    # Outside the model sums are sums.
+    a = 100 * torch.randn(8, 8, 4, 4)
+    assert torch.equal(a + a, 2 * a)
+    assert "2.addition_0" in run.module.network.layers
+    with run.module.quantized(False), torch.no_grad():
+        # Nothing is folded here.
+        assert torch.equal(run.module.model(images), model(images))
+
+
+class ReluBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(self.conv(x) + x)
+
+
+def test_without_a_tensor_to_compare_no_sum_in_place_is_moved():
+    @dataclass
+    class Output:
+        value: torch.Tensor
+
+    class Aliased(nn.Module):
+        def __init__(self, wrap):
+            super().__init__()
+            self.a, self.wrap = nn.Linear(3, 3), wrap
+
+        def forward(self, x):
+            h = torch.relu(self.a(x))
+            kept = h
+            h.add_(x)
+            return self.wrap(kept)
+
+    x = torch.randn(4, 3)
+    assert found(Aliased(Output), x) == []
+    model = Aliased(lambda value: value).eval()
+    # A calibration step that returns nothing.
+    assert find_operations(model, lambda: [model(x)].clear()) == []
+
+
+def test_positions_depend_on_no_shape():
+    class Broadcast(nn.Module):
+        def forward(self, x):
+            x = x + F.adaptive_avg_pool2d(x, 1)
+            return x + x.relu()
+
+    model = Broadcast().eval()
+    assert found(model, torch.randn(2, 3, 6, 6)) == found(model, torch.randn(2, 3, 1, 1))
+
+
+def test_forward_called_by_name_is_routed_too(net, x):
+    route_operations(net, found(net, x))
+    seen = []
+    net.addition_0.register_forward_hook(lambda m, a, o: seen.append(1))
+    net.forward(x)
+    assert seen == [1] and list(inspect.signature(net.forward).parameters) == ["x"]
+
+
+def test_a_part_of_what_a_layer_reads_counts_once_for_the_observer():
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.b, self.c = nn.Conv2d(2, 2, 1, stride=2), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            return self.c(self.b(x) + x[:, :, ::2, ::2])
+
+    model = Sliced().eval()
+    network = calibrated_network(model, calibration_set(model, torch.randn(4, 2, 6, 6)), target="onnxruntime")
+    shared = network.layers["addition_0"].tensors[1]
+    updates = []
+    shared.observer.update = lambda value: updates.append(value.shape)
+    with network.observing():
+        model(torch.randn(4, 2, 6, 6))
+    assert updates == [(4, 2, 6, 6)]
+
+
 def test_what_observers_and_quantizers_compute_is_not_the_models(x):
     class Twice(nn.Module):
         def forward(self, x):
@@ -177,8 +291,9 @@ def test_sums_that_something_reads_in_float_stay_float():
     assert not any(isinstance(module, Addition) for module in model.modules())
 
 
-def test_overrides_reach_operations_by_name():
+@pytest.mark.parametrize("pattern, bits", [("1.addition_0", 5), ("*addition_*", 5), ("1*", 8)])
+def test_overrides_reach_operations_by_their_names_only(pattern, bits):
     model = nn.Sequential(nn.Conv2d(2, 2, 1), Block(), nn.Conv2d(2, 2, 1)).eval()
     calibration = calibration_set(model, torch.randn(8, 2, 4, 4))
-    network = calibrated_network(model, calibration, target="onnxruntime", overrides={"1.addition_0": 5})
-    assert [spec.bits for spec in network.layers["1.addition_0"].config.inputs] == [5, 5]
+    network = calibrated_network(model, calibration, target="onnxruntime", overrides={pattern: 5})
+    assert [spec.bits for spec in network.layers["1.addition_0"].config.inputs] == [bits, bits]
