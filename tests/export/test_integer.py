@@ -50,12 +50,11 @@ def test_what_cannot_be_rescaled_or_summed_is_an_error():
 @pytest.mark.parametrize("layer", [
     nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, dilation=2, bias=False),
 ])  # fmt: skip
-@pytest.mark.parametrize("bits", [(8, 8), (3, 5)])
-def test_a_layer_differs_by_at_most_a_step(layer, bits, images, tmp_path):
+@pytest.mark.parametrize("weight_bits, activation_bits", [(8, 8), (3, 5)])
+def test_a_layer_differs_by_at_most_a_step(layer, weight_bits, activation_bits, images, tmp_path):
     model = nn.Sequential(layer, nn.ReLU6(), nn.Conv2d(layer.out_channels, 4, 1))
-    module, network = exported(
-        model, images, tmp_path / "net.onnx", weight_bits=bits[0], activation_bits=bits[1], edge_bits=None
-    )
+    formats = {"weight_bits": weight_bits, "activation_bits": activation_bits, "edge_bits": None}
+    module, network = exported(model, images, tmp_path / "net.onnx", **formats)
     first, second = network.compare(module, images)
     assert (first.layer, first.share) == ("0", 0.0)
     # Where a sum of float32 lies on the other side of the edge of a step.

@@ -80,16 +80,16 @@ def test_exporting_leaves_the_module_as_it_is(module, images, tmp_path):
     assert (tmp_path / "net.onnx").read_bytes() == (tmp_path / "float.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (3, 8), (2, 6), (8, 4)])
-def test_every_bit_width_is_exact_in_its_container(images, bits, tmp_path):
-    module = quantized(Residual(), images, weight_bits=bits[0], activation_bits=bits[1])
+@pytest.mark.parametrize("weight_bits, activation_bits", [(8, 8), (4, 8), (3, 8), (2, 6), (8, 4)])
+def test_every_bit_width_is_exact_in_its_container(images, weight_bits, activation_bits, tmp_path):
+    module = quantized(Residual(), images, weight_bits=weight_bits, activation_bits=activation_bits)
     export_onnx(module, tmp_path / "net.onnx", images, check=False)
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(str(tmp_path / "net.onnx")).graph.initializer}
     for name, layer in module.network.layers.items():
         if layer.weight_quantizer is not None:
             stored = torch.from_numpy(weights[f"{name}.weight"].copy())
             assert stored.dtype == torch.int8 and torch.equal(stored.int(), layer.integer_weight())
-    if bits[1] < 8:
+    if activation_bits < 8:
         assert "Clip" in operators(tmp_path / "net.onnx")
     wanted = module.model(images)
     (given,) = outputs(tmp_path / "net.onnx", images)
@@ -189,12 +189,14 @@ def test_joins_upsampling_and_padding_keep_the_grid(images, tmp_path):
     assert report.counts == {"QLinearConv": 4} and report.difference < STEPS
 
 
-@pytest.mark.parametrize("bits", [(2, 8), (4, 4)])
-def test_a_module_without_a_target_keeps_its_biases(bits, images, tmp_path):
+@pytest.mark.parametrize("weight_bits, activation_bits", [(2, 8), (4, 4)])
+def test_a_module_without_a_target_keeps_its_biases(weight_bits, activation_bits, images, tmp_path):
     import onnxruntime
 
     torch.manual_seed(0)
-    module = quantized(Residual(), images, target=None, symmetric=True, weight_bits=bits[0], activation_bits=bits[1])
+    module = quantized(
+        Residual(), images, target=None, symmetric=True, weight_bits=weight_bits, activation_bits=activation_bits
+    )
     export_onnx(module, tmp_path / "net.onnx", images, check=False)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
