@@ -7,6 +7,7 @@ leads it there from then on.
 """
 
 import inspect
+import logging
 import re
 import threading
 from collections import Counter
@@ -22,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .layer_types import Operand, layer_type_of, register_layer
+
+log = logging.getLogger(__name__)
 
 _IN_PLACE = {Tensor.add_}
 _ADDITIONS = {torch.add, Tensor.add, *_IN_PLACE}
@@ -256,6 +259,8 @@ class _ScopedForward:
 
     def __init__(self, module: nn.Module, counted: bool) -> None:
         self.module, self.counted = module, counted
+        self.counts: Counter[str] | None = None
+        self.warned = False
         # Of an instance, where something else has put one there.
         self.wrapped = module.__dict__.get("forward")
         self.__signature__ = inspect.signature(module.forward)
@@ -266,11 +271,29 @@ class _ScopedForward:
             return self._forward(*args, **kwargs)
         # Left whatever is raised: the passes of a replay end by an exception that is no error.
         with _active(_Routing()) if mode is None else nullcontext(mode) as active:
-            active.scopes.append(_Scope(self.module, self.counted))
+            scope = _Scope(self.module, self.counted)
+            active.scopes.append(scope)
             try:
-                return self._forward(*args, **kwargs)
+                output = self._forward(*args, **kwargs)
             finally:
                 active.scopes.pop()
+        if self.counted:
+            self._check(scope.counts)
+        return output
+
+    def _check(self, counts: Counter[str]) -> None:
+        """Warn once if the module computes other operations than the first time: they are told apart by position."""
+        if self.counts is None:
+            self.counts = counts
+        elif counts != self.counts and not self.warned:
+            self.warned = True
+            log.warning(
+                "%s has computed %s and now computes %s: quantizers between layers may belong to others. Give each way "
+                "through it a module of its own, or take target=None.",
+                type(self.module).__name__,
+                dict(self.counts),
+                dict(counts),
+            )
 
     @property
     def __code__(self) -> Any:

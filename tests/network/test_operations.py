@@ -190,6 +190,20 @@ def test_positions_depend_on_no_shape():
     assert found(model, torch.randn(2, 3, 6, 6)) == found(model, torch.randn(2, 3, 1, 1))
 
 
+def test_another_number_of_sums_is_told(caplog):
+    class Depends(nn.Module):
+        def forward(self, x):
+            if len(x) > 1:
+                x = x + x.abs()
+            return x + x.relu()
+
+    model = Depends().eval()
+    route_operations(model, found(model, torch.randn(4, 3)))
+    for samples in (4, 5, 1, 1):
+        model(torch.randn(samples, 3))
+    assert caplog.text.count("Depends has computed {'addition': 2} and now computes {'addition': 1}") == 1
+
+
 def test_forward_called_by_name_is_routed_too(net, x):
     route_operations(net, found(net, x))
     seen = []
