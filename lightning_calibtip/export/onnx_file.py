@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..calibration.files import write_atomically
 from ..module import QuantizationModule
+from ..network.operations import routed_by_hooks
 from ..network.targets import Target, find_target
 from .report import ExportReport
 
@@ -192,7 +193,7 @@ def _serialized(
     copied = deployable_copy(module, engine is not None and engine.signed_activations)
     args = tuple(value.cpu() if isinstance(value, Tensor) else value for value in args)
     kwargs = {name: value.cpu() for name, value in kwargs.items()}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), routed_by_hooks(copied):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             copied,

@@ -91,7 +91,7 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
 
     Example:
         >>> import torch
-        >>> from ..quantization.spec import TensorSpec
+        >>> from lightning_calibtip.quantization.spec import TensorSpec
         >>> half = AffineQuantizer("x", TensorSpec(), rows=1)
         >>> half.scale.fill_(0.5)
         tensor([0.5000])

@@ -320,6 +320,55 @@ def _unwrap(module: nn.Module) -> None:
 
 
 @contextmanager
+def routed_by_hooks(model: nn.Module) -> Iterator[None]:
+    """Inside, a routed model is routed by hooks in place of its modules' attributes ``forward``, from within which
+    torch.export cannot tell the full names of modules. Afterwards the model is not routed any longer.
+
+    Args:
+        model: Changed in place.
+
+    Example:
+        >>> with routed_by_hooks(nn.Linear(2, 2)):
+        ...     pass
+    """
+
+    def enter(counted: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            mode = getattr(_routing, "mode", None)
+            if mode is None and counted:
+                mode = _routing.mode = _Routing()
+                mode.__enter__()
+            if mode is not None:
+                mode.scopes.append(_Scope(module, counted))
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        mode = getattr(_routing, "mode", None)
+        if mode is not None:
+            mode.scopes.pop()
+            if not mode.scopes:
+                stop()
+
+    def stop() -> None:
+        mode = getattr(_routing, "mode", None)
+        if mode is not None:
+            _routing.mode = None
+            mode.__exit__(None, None, None)
+
+    for module in model.modules():
+        scoped = module.__dict__.get("forward")
+        if isinstance(scoped, _ScopedForward):
+            _unwrap(module)
+            module.register_forward_pre_hook(enter(scoped.counted), prepend=True)
+            module.register_forward_hook(leave)
+    try:
+        yield
+    finally:
+        stop()
+
+
+@contextmanager
 def _active(mode: _Routing) -> Iterator[_Routing]:
     """Inside, this mode is at work on this thread."""
     _routing.mode = mode
