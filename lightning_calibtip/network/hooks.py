@@ -95,7 +95,7 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
         >>> half = AffineQuantizer("x", TensorSpec(), rows=1)
         >>> _ = half.scale.data.fill_(0.5)
         >>> products_grid(torch.tensor([0.6, -0.3]), half, half)
-        tensor([0.5000, -0.2500])
+        tensor([ 0.5000, -0.2500])
     """
     scale = (input_quantizer.scale * weight_quantizer.scale).detach().expand(bias.shape)
     zero = scale.new_zeros(scale.shape)
