@@ -97,8 +97,7 @@ class QuantizationTrainer(pl.Trainer):
             {**configuration, "calibration_samples": calibration_samples},
         )
         run.save(output / "quantized.ckpt")
-        if wrapped.network.scheme.target is not None:
-            run.export_after(output / "model.onnx")
+        run.export_for_target(output)
         record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
@@ -137,10 +136,7 @@ class QuantizationTrainer(pl.Trainer):
             )
         if is_overridden("configure_model", model):
             model.configure_model()
-        wrapped = QuantizationModule(model)
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        wrapped.on_load_checkpoint(checkpoint)
-        wrapped.load_state_dict(checkpoint["state_dict"])
+        wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
         if datamodule is not None:
             datamodule.trainer = self
         wrapped.take_batch_hooks(datamodule)

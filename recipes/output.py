@@ -24,8 +24,7 @@ def set_up_logging(level: int | str = logging.INFO) -> None:
 
 
 def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger: Any) -> None:
-    """Write the checkpoint, with a target model.onnx too, and the report of a run, log what belongs to the whole of it,
-    and print its tables.
+    """Write the checkpoint and the report of a run, log what belongs to the whole of it, and print its tables.
 
     Args:
         run: Outcome of the pipeline.
@@ -34,10 +33,6 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
         logger: Logger from ``make_logger``.
     """
     run.save(output / "quantized.ckpt")
-    if run.module.network.scheme.target is not None:
-        run.export_after(output / "model.onnx")
-        exports = [report.to_dict() for report in run.exports]
-        record = {**record, "exports": exports, "report_items": [item.name for item in run.items]}
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")
     run.module.print_summary()

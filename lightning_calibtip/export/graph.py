@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
 from .graph_values import constant, new_initializer
 from .patterns import (
@@ -63,19 +64,10 @@ def rewrite(model: ir.Model, layers: set[str], int4: bool) -> None:
     if int4:
         for dequantize in _nodes(graph, "DequantizeLinear"):
             _store_in_4_bits(graph, dequantize)
-    _drop_unused(graph)
+    RemoveUnusedNodesPass()(model)
     graph.sort()
     _shorten_names(graph)
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in [*graph.inputs, *graph.initializers.values()]:
-        value.metadata_props.clear()
-    graph.metadata_props.clear()
-    model.metadata_props.clear()
-    graph.doc_string = model.doc_string = None
+    ClearMetadataAndDocStringPass()(model)
 
 
 def _nodes(graph: ir.Graph, op_type: str) -> Iterator[ir.Node]:
@@ -120,15 +112,6 @@ def _store_in_4_bits(graph: ir.Graph, dequantize: ir.Node) -> None:
     for position, array in ((0, integers), (2, point)):
         name = f"{dequantize.inputs[position].name}_4_bits"
         dequantize.replace_input_with(position, new_initializer(graph, name, array.astype(kind.numpy()), kind))
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
 
 
 def _shorten_names(graph: ir.Graph) -> None:

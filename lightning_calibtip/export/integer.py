@@ -35,6 +35,14 @@ class GridDifference:
     steps: int
 
 
+def _constant(value: ir.Value) -> Tensor:
+    """Numbers of an initializer; those of 4 bits in 8."""
+    assert value.const_value is not None
+    numbers = value.const_value.numpy()
+    is_packed = value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
+    return torch.from_numpy(numbers.astype(np.int8) if is_packed else numbers.copy())
+
+
 @dataclass
 class IntegerNetwork:
     """An exported network whose layers, additions and pools compute with integers alone.
@@ -70,6 +78,7 @@ class IntegerNetwork:
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"There is no file {self.path}.")
         self._graph = ir.load(self.path).graph
+        self._constants = {value.name: _constant(value) for value in self._graph.initializers.values()}
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -84,12 +93,7 @@ class IntegerNetwork:
         names = [value.name for value in self._graph.inputs]
         if len(names) != 1:
             raise NotImplementedError(f"The network has {len(names)} inputs; only networks of one are run in integers.")
-        found: dict[str, Any] = {names[0]: x.float()}
-        for value in self._graph.initializers.values():
-            assert value.const_value is not None and value.name is not None
-            numbers = value.const_value.numpy()
-            is_packed = value.const_value.dtype in (ir.DataType.INT4, ir.DataType.UINT4)
-            found[value.name] = torch.from_numpy(numbers.astype(np.int8) if is_packed else numbers.copy())
+        found: dict[Any, Any] = {names[0]: x.float(), **self._constants}
         for node in self._graph:
             inputs: list[Any] = [None if value is None else found[value.name] for value in node.inputs]
             if node.op_type not in OPERATORS:
@@ -98,7 +102,7 @@ class IntegerNetwork:
                     "layers, additions and pools are."
                 )
             try:
-                found[node.outputs[0].name or ""] = OPERATORS[node.op_type](node, inputs)
+                found[node.outputs[0].name] = OPERATORS[node.op_type](node, inputs)
             except (AttributeError, TypeError) as error:
                 raise NotImplementedError(
                     f"{node.name}: {node.op_type} of numbers that are no integers any longer is not computed here."
@@ -109,7 +113,7 @@ class IntegerNetwork:
                 if node.op_type == "Clip" and read and read[-1] is inputs[0].values:
                     read.pop()
                 read.append(found[node.outputs[0].name].values)
-        output = found[self._graph.outputs[0].name or ""]
+        output = found[self._graph.outputs[0].name]
         return output.real if isinstance(output, Sum | Integers) else output
 
     @torch.no_grad()

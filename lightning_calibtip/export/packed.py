@@ -58,7 +58,8 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
         raise RuntimeError("The module has no ranges yet, so nothing can be packed: run Calibration first.")
     state = {f"{_PREFIX}{name}": tensor.detach().cpu() for name, tensor in module.model.state_dict().items()}
     packed = pack_network(module.network, state, _PREFIX)
-    state = {name: tensor.cpu() for name, tensor in state.items() if name not in _left_out(module.model)}
+    left_out = _left_out(module.model)
+    state = {name: tensor.cpu() for name, tensor in state.items() if name not in left_out}
     config = json.loads(json.dumps(packed["config"]))
     integers = {name: entry["packed"] for name, entry in packed["weights"].items()}
     index = {
@@ -75,10 +76,8 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
         {_INTEGERS: _joined(integers.values()), _VALUES: _joined(_bytes_of(tensor) for tensor in state.values())},
         metadata={_KEY: compressed},
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
-    return path
+    return Path(path)
 
 
 def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None) -> QuantizationModule:

@@ -1,5 +1,6 @@
 """A copy of a quantized model whose quantizers are ONNX operators on integers, for torch.onnx.export."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ from ..quantization.spec import PerChannel, PerGroup, TensorSpec
 
 # Opset whose QuantizeLinear and DequantizeLinear know 4-bit integers and blocks.
 OPSET = 21
-
-INTEGERS = "integers"
 
 
 def container(spec: TensorSpec, signed: bool) -> torch.dtype:
@@ -85,7 +84,7 @@ class SymbolicQuantizer(nn.Module):
         return output
 
 
-class StoredWeight(nn.Module):
+class StoredWeight(nn.Module, ABC):
     """A weight as integers in a file.
 
     Args:
@@ -107,9 +106,9 @@ class StoredWeight(nn.Module):
         assert layer.weight_quantizer is not None
         self.store(layer.integer_weight().cpu(), require_affine(layer.weight_quantizer))
 
+    @abstractmethod
     def store(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
         """Register the integers, scales and zero points as buffers, in the shapes that ``forward`` wants."""
-        raise NotImplementedError
 
 
 class SymbolicWeight(StoredWeight):
@@ -125,7 +124,7 @@ class SymbolicWeight(StoredWeight):
     def store(self, weight: Tensor, quantizer: AffineQuantizer) -> None:
         """See ``StoredWeight``."""
         spec = quantizer.spec
-        self.bits, self.shape, self.axis, self.group = spec.bits, weight.shape, None, 0
+        self.shape, self.axis, self.group = weight.shape, None, 0
         scale, point = quantizer.scale.detach().cpu().clone(), quantizer.zero_point.detach().cpu().round()
         match spec.granularity:
             case PerChannel(axis):
@@ -138,7 +137,7 @@ class SymbolicWeight(StoredWeight):
             case _:
                 scale, point = scale.reshape(()), point.reshape(())
         kind = container(spec, signed=False)
-        self.register_buffer(INTEGERS, weight.to(kind))
+        self.register_buffer("integers", weight.to(kind))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", point.to(kind))
 
@@ -174,7 +173,7 @@ class SymbolicEmbedding(StoredWeight):
         granularity = quantizer.spec.granularity
         self.repeats = granularity.size if isinstance(granularity, PerGroup) else 1
         rows = weight.shape[0] if isinstance(granularity, PerGroup | PerChannel) else 1
-        self.register_buffer(INTEGERS, weight.to(container(quantizer.spec, signed=False)))
+        self.register_buffer("integers", weight.to(container(quantizer.spec, signed=False)))
         self.register_buffer("scale", quantizer.scale.detach().cpu().view(rows, -1).clone())
         self.register_buffer("zero_point", quantizer.zero_point.detach().cpu().round().view(rows, -1))
 

@@ -140,6 +140,9 @@ def integer_operations(
 
     Returns:
         The names, in the order of ``operations``.
+
+    Example:
+        See ``plan``, which calls it.
     """
     chosen = [name for name in operations if name in structure.calls_of]
     while True:
@@ -173,6 +176,9 @@ def unquantized_outputs(
 
     Returns:
         Those of the names ``layers``.
+
+    Example:
+        See ``plan``, which calls it.
     """
     followers = {layer: norm for norm, layer in folds.items()}
     chosen = []

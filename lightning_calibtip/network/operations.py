@@ -295,11 +295,6 @@ class _ScopedForward:
                 dict(counts),
             )
 
-    @property
-    def __code__(self) -> Any:
-        """Code of the module's own function, which torch.export asks for."""
-        return type(self.module).forward.__code__
-
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapped is not None:
             return self.wrapped(*args, **kwargs)

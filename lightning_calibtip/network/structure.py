@@ -163,7 +163,7 @@ class Structure:
 
     def is_returned(self, value: Value) -> bool:
         """Whether the model itself returned a tensor, or what was run of it."""
-        return any(value in call.writes for call in self.calls if call.outermost)
+        return value in self._outputs
 
     def normalization_after(self, layer: str, is_normalization: Callable[[str], bool]) -> tuple[str | None, str]:
         """Find the module that normalizes exactly the output of ``layer``, and nothing else.
@@ -242,6 +242,11 @@ class Structure:
     def _returned(self) -> set[int]:
         """Storages of what the model itself returned."""
         return {value.storage for call in self.calls_of.get("", []) for value in call.writes}
+
+    @cached_property
+    def _outputs(self) -> set[Value]:
+        """What outermost calls returned."""
+        return {value for call in self.calls if call.outermost for value in call.writes}
 
     @cached_property
     def _entered(self) -> set[int]:

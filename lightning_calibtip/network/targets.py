@@ -218,7 +218,6 @@ register_target(
         "xnnpack",
         symmetric_weights=True,
         signed_activations=True,
-        weight_bits=range(2, 9),
         activation_bits=[8],
         between_bits=8,
         integer_bias=True,

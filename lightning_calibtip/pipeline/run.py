@@ -133,6 +133,11 @@ class QuantizationRun:
         self.exports.append(report)
         return report
 
+    def export_for_target(self, folder: str | Path) -> None:
+        """Write ``model.onnx`` into a folder if the module was quantized for a target, see ``export_after``."""
+        if self.module.network.scheme.target is not None:
+            self.export_after(Path(folder) / "model.onnx")
+
     def export_after(self, path: str | Path) -> None:
         """Export at the end of a run, of which nothing may be lost: a failure is logged, and the checkpoint can still
         be exported.

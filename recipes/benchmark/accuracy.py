@@ -17,6 +17,7 @@ from lightning_calibtip.pipeline.runner import run_stages
 
 from ..resnet_cifar10.data import CifarData
 from ..resnet_cifar10.model import CifarClassifier
+from .network import validate
 
 BIT_WIDTHS = ((4, 4), (3, 3), (2, 4))
 SAMPLES = (16, 64, 256, 1024)
@@ -123,7 +124,4 @@ def _calibrated(checkpoint: Path, images: CifarData, weight_bits: int, activatio
 
 
 def _top1(module: QuantizationModule, images: CifarData) -> float:
-    trainer = pl.Trainer(
-        logger=False, enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False
-    )
-    return float(trainer.validate(module, images.val_dataloader(), verbose=False)[0]["top1"])
+    return validate(module, images, "top1", "auto")

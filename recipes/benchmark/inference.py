@@ -19,9 +19,6 @@ from lightning_calibtip.export.integer import IntegerNetwork
 from lightning_calibtip.pipeline.presets import PipelineName
 from lightning_calibtip.report.record import write_record
 
-from ..bert_squad.data import SquadData
-from ..bert_squad.model import QuestionAnswering
-from ..bert_squad.windows import WindowMaker, load_tokenizer, takes_token_types
 from ..resnet_cifar10.data import CifarData
 from ..resnet_cifar10.model import CifarClassifier
 from ..resnet_imagenet.data import ImageNetData
@@ -35,6 +32,7 @@ from .engines import (
     quantize_nncf,
     quantize_static,
 )
+from .network import load_bert, validate
 
 _ROUNDS = 30
 
@@ -88,13 +86,8 @@ def efficientnet_subject(data: Path, scheme: QuantizationScheme) -> Subject:
 
 def bert_subject(data: Path, scheme: QuantizationScheme) -> Subject:
     """A BERT on SQuAD in windows of 256 tokens, calibrated on 64 of them."""
-    model = str(data / "model")
-    tokenizer, trained = load_tokenizer(model), QuestionAnswering(model)
-    maker = WindowMaker(tokenizer, 256, 96, takes_token_types(tokenizer, trained.net))
-    train, validation = data / "train-sample.json", data / "xquad-a.json"
-    questions = SquadData(maker, str(train), str(validation), 64, batch_size=8)
-    questions.setup()
-    trained.evaluation = questions.evaluation
+    model, train, validation = (str(data / name) for name in ("model", "train-sample.json", "xquad-a.json"))
+    trained, questions = load_bert(model, train, validation, batch_size=8)
     names = ("input_ids", "attention_mask", "token_type_ids")
     options = PipelineOptions.of({"seed": 0, "adaquant": {"iterations": 40, "batch_size": 8}})
 
@@ -172,7 +165,7 @@ def measure_inference(
     results.append(row)
     print(f"inference: {row}", flush=True)
     if accuracy:
-        row["torch"] = _validate(module, subject)
+        row["torch"] = validate(module, subject.data, subject.metric)
         row["metrics"] = {each.name: _validate_engine(each, subject, names) for each in contenders}
         row["agreement"] = _agreement(contenders[1], module, subject)
         print(f"inference: {subject.name} {row['torch']:.4f} {row['metrics']} {row['agreement']:.4f}", flush=True)
@@ -207,25 +200,10 @@ def processor() -> str:
     return f"{found.get('model name', platform.machine())}, {'with' if has_vnni else 'without'} VNNI"
 
 
-def _trainer() -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def _validate(module: pl.LightningModule, subject: Subject) -> float:
-    logged = _trainer().validate(module, subject.data.val_dataloader(), verbose=False)[0]
-    return float(logged[subject.metric])
-
-
 def _validate_engine(contender: Contender, subject: Subject, inputs: list[str]) -> float:
     module = copy.deepcopy(subject.trained)
     module.net = EngineNet(contender, inputs, subject.outputs)
-    return _validate(module, subject)
+    return validate(module, subject.data, subject.metric)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Top-1 or F1, size and seconds of every pipeline at every scheme, on ResNet-20 and on a question answering BERT."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,9 @@ from lightning_calibtip import PipelineOptions, QuantizationScheme, quantize
 from lightning_calibtip.report.record import write_record
 from lightning_calibtip.report.size import model_size
 
-from ..bert_squad.data import SquadData
-from ..bert_squad.model import QuestionAnswering
-from ..bert_squad.windows import WindowMaker, load_tokenizer, takes_token_types
 from ..resnet_cifar10.data import CifarData
 from ..resnet_cifar10.model import CifarClassifier
+from .network import load_bert, validate
 
 PIPELINES = ("calibrate", "light", "advanced", "sequential", "mixed")
 
@@ -38,7 +36,7 @@ class Subject:
     Args:
         name: Name of the network.
         metric: What its validation logs.
-        load: Makes the trained network anew.
+        trained: The trained network, which is copied before it is quantized.
         data: Calibration and evaluation batches.
         options: Options of the stages.
         compression: Budget of the weights over the float weights, by scheme.
@@ -46,7 +44,7 @@ class Subject:
 
     name: str
     metric: str
-    load: Callable[[], pl.LightningModule]
+    trained: pl.LightningModule
     data: pl.LightningDataModule
     options: PipelineOptions
     compression: Mapping[str, float]
@@ -57,23 +55,13 @@ def resnet20(checkpoint: Path, data: str) -> Subject:
     images = CifarData(data, 1024)
     images.setup()
     budgets = {"W8A8": 0.25, "W4A8": 0.13, "W4 in groups of 32": 0.13}
-    load = lambda: CifarClassifier("resnet20", checkpoint)  # noqa: E731
-    return Subject("resnet20", "top1", load, images, PipelineOptions(seed=0), budgets)
+    trained = CifarClassifier("resnet20", checkpoint)
+    return Subject("resnet20", "top1", trained, images, PipelineOptions(seed=0), budgets)
 
 
 def bert(model: str, train: str, validation: str) -> Subject:
     """A BERT on SQuAD in windows of 256 tokens, with 64 calibration windows and 40 steps of 8 windows a unit."""
-    tokenizer = load_tokenizer(model)
-    trained = QuestionAnswering(model)
-    maker = WindowMaker(tokenizer, 256, 96, takes_token_types(tokenizer, trained.net))
-    questions = SquadData(maker, train, validation, calibration_samples=64)
-    questions.setup()
-
-    def load() -> QuestionAnswering:
-        trained = QuestionAnswering(model)
-        trained.evaluation = questions.evaluation
-        return trained
-
+    trained, questions = load_bert(model, train, validation)
     options = PipelineOptions.of(
         {
             "adaquant": {"iterations": 40, "batch_size": 8},
@@ -85,7 +73,7 @@ def bert(model: str, train: str, validation: str) -> Subject:
     )
     # The embeddings, half of such a small network, are an edge and stay at 8 bits.
     budgets = {"W8A8": 0.25, "W4A8": 0.2, "W4 in groups of 32": 0.2}
-    return Subject("bert", "f1", load, questions, options, budgets)
+    return Subject("bert", "f1", trained, questions, options, budgets)
 
 
 def measure_pipelines(subject: Subject, path: Path) -> list[dict[str, Any]]:
@@ -108,7 +96,7 @@ def measure_pipelines(subject: Subject, path: Path) -> list[dict[str, Any]]:
 
 def _measure(subject: Subject, scheme_name: str, pipeline: str) -> dict[str, Any]:
     pl.seed_everything(0, verbose=False)
-    module: pl.LightningModule = subject.load()
+    module: pl.LightningModule = subject.trained
     size, seconds = 1.0, 0.0
     if scheme_name != "float":
         scheme, candidates = SCHEMES[scheme_name]
@@ -120,12 +108,4 @@ def _measure(subject: Subject, scheme_name: str, pipeline: str) -> dict[str, Any
         run = quantize(module, loader, None, pipeline, options, trainer_options=trainer_options, scheme=scheme)
         module, size = run.module, model_size(run.module.network).ratio
         seconds = sum(stage.seconds for stage in run.stages)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    logged = trainer.validate(module, subject.data.val_dataloader(), verbose=False)[0]
-    return {"metric": float(logged[subject.metric]), "size": size, "seconds": seconds}
+    return {"metric": validate(module, subject.data, subject.metric), "size": size, "seconds": seconds}

@@ -92,6 +92,7 @@ def main(
         configuration=configuration,
         scheme=scheme,
     )
+    run.export_for_target(output)
     record = {
         **run.record("bert_squad", model, "f1", seed),
         "exact_match": exact_match(run),

@@ -68,6 +68,7 @@ def main(
         configuration=configuration,
         scheme=scheme,
     )
+    run.export_for_target(output)
     write_run(run, run.record("resnet_cifar10", model, "top1", seed), output, run_logger)
 
 

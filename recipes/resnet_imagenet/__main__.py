@@ -118,6 +118,7 @@ def main(
         configuration=configuration,
         scheme=scheme,
     )
+    run.export_for_target(output)
     record = {
         **run.record("resnet_imagenet", model, "top1", seed),
         "weights": weights,

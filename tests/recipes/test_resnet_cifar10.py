@@ -151,3 +151,19 @@ def test_a_killed_recipe_goes_on_in_its_output_folder(tiny_cifar, cifar_checkpoi
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not (tmp_path / "killed" / "unfinished").exists()
     assert {"quantized.ckpt", "result.json", "report.html"} <= {p.name for p in (tmp_path / "killed").iterdir()}
+
+
+def test_a_recipe_with_a_target_exports_and_reports_it(tiny_cifar, cifar_checkpoint, tmp_path):
+    main(
+        cifar_checkpoint,
+        data=str(tiny_cifar),
+        pipeline="calibrate",
+        calibration_samples=32,
+        accelerator="cpu",
+        output=tmp_path,
+        scheme=QuantizationScheme(target="onnxruntime"),
+    )
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["exports"][0]["counts"]["QLinearConv"] == 19 and "export" in record["report_items"]
+    assert (tmp_path / "model.onnx").stat().st_size == record["exports"][0]["file_bytes"]
+    assert "QLinearAdd" in (tmp_path / "export.csv").read_text()
