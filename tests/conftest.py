@@ -21,6 +21,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(int(os.environ.get("CALIBTIP_TEST_THREADS", "1")))
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch computes on the calling thread alone, also in processes that are forked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class TinyResNet(nn.Module):
     def __init__(self, channels: int = 6, blocks: int = 2) -> None:
         super().__init__()

@@ -3,9 +3,15 @@
 import os
 import signal
 
+import torch
+
 
 def in_a_killed_process(work) -> None:
-    """Run ``work`` in a process of its own, which must end by SIGKILL."""
+    """Run ``work`` in a process of its own, which must end by SIGKILL.
+
+    It is forked, and threads of OpenMP do not survive that: the fixture ``one_thread`` sees that there are none.
+    """
+    assert torch.get_num_threads() == 1
     child = os.fork()
     if child == 0:
         try:

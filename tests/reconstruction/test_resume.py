@@ -22,6 +22,8 @@ BY_LAYERS = AdaQuantOptions(granularity="layer", iterations=ITERATIONS, batch_si
 PARALLEL = replace(BY_LAYERS, mode="parallel")
 CANDIDATES = [BitWidths(2, 4), BitWidths(8, 8)]
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def start(tiny_resnet, images):
