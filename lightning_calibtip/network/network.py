@@ -18,6 +18,7 @@ from .apply import apply
 from .attention import PRODUCTS, possible_products, route_attention
 from .layer_types import layer_type_of, names_operations, quantizable_layers
 from .layers import QuantizedLayer
+from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
 from .plan import NOTHING_QUANTIZED, QuantizationPlan, layer_config, plan, weights_of
 from .scheme import QuantizationScheme
@@ -66,11 +67,12 @@ class QuantizedNetwork:
         for module in model.modules():
             if isinstance(module, Quantizer):
                 raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
+        split_multihead_attention(model)
         route_attention(model)
         candidates = list(quantizable_layers(model))
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
-        scheme.check_overrides([*candidates, *possible_products(model), *self._possible_operations()])
+        check_overrides(model, scheme)
         self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         self.fingerprint = _fingerprint(model)
         self.layers: dict[str, QuantizedLayer] = {}
@@ -80,11 +82,6 @@ class QuantizedNetwork:
         self._plan: QuantizationPlan | None = None
         # How many checkpoints have been loaded.
         self._loaded = 0
-
-    def _possible_operations(self) -> list[str]:
-        """Names that operations between layers may have; only running shows which of them there are."""
-        patterns = self.scheme.overrides or {}
-        return [pattern for pattern in patterns if self.scheme.engine is not None and names_operations(pattern)]
 
     @property
     def prepared(self) -> bool:
@@ -351,6 +348,23 @@ class QuantizedNetwork:
     def summary(self) -> list[LayerSummary]:
         """Status of each layer, see ``summarize``."""
         return summarize(self.plan)
+
+
+def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
+    """Refuse overrides that match no layer that a model has, or may turn out to have when it runs.
+
+    Raises:
+        ValueError: If one matches none.
+
+    Example:
+        >>> check_overrides(nn.Sequential(nn.Linear(2, 2)), QuantizationScheme(overrides={"0": 4}))
+    """
+    # Only running shows which operations there are between layers.
+    operations = [
+        pattern for pattern in scheme.overrides or {} if scheme.engine is not None and names_operations(pattern)
+    ]
+    layers = [*quantizable_layers(model), *possible_products(model), *possible_projections(model)]
+    scheme.check_overrides([*layers, *operations])
 
 
 def _fingerprint(model: nn.Module) -> str:

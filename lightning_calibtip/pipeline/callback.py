@@ -13,8 +13,7 @@ from ..callbacks.progress import progress_options
 from ..callbacks.stage import check_precision
 from ..export.onnx_file import require_packages
 from ..module import QuantizationModule
-from ..network.attention import possible_products
-from ..network.layer_types import quantizable_layers
+from ..network.network import check_overrides
 from ..network.scheme import QuantizationScheme
 from ..option_fields import check_names
 from ..report.loggers import log_items
@@ -109,7 +108,7 @@ class CalibTIP(pl.Callback):
             raise MisconfigurationException(
                 f"Two CalibTIP callbacks would write {self.filename}.ckpt: give each a filename of its own."
             )
-        self.scheme.check_overrides([*quantizable_layers(pl_module), *possible_products(pl_module)])
+        check_overrides(pl_module, self.scheme)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -218,15 +218,6 @@ class OwnAttention(nn.Module):
         return self.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
 
 
-class TorchAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
-
-
 class First(nn.Module):
     def forward(self, outputs):
         return outputs[0]
@@ -237,7 +228,6 @@ class First(nn.Module):
     [
         (nn.Sequential(OwnAttention(True), nn.Linear(8, 3)), "0", "scaled_dot_product_attention"),
         (nn.Sequential(OwnAttention(False), nn.Linear(8, 3)), "0", "bmm"),
-        (TorchAttention(), "attention", ""),
         (nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"),
     ],
 )
@@ -255,19 +245,3 @@ def test_attention_in_the_users_code_stays_float_with_a_warning_and_is_listed(
         torch.testing.assert_close(module(x), net(x), rtol=0.1, atol=0.1)
         with module.quantized(False):
             torch.testing.assert_close(module(x), net(x))
-
-
-def test_an_encoder_of_torch_that_packs_its_tokens_is_observed(make_trainer):
-    """Its fast path makes nested tensors."""
-
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(8, 3)
-
-        def forward(self, x):
-            return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] > 1))
-
-    module = calibrated(Encoder().eval(), make_trainer, torch.randn(6, 5, 8).split(2))
-    assert "head" in module.network.layers and module.network.plan.float_matmuls
