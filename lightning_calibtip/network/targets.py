@@ -10,6 +10,9 @@ from .layer_types import LayerType
 if TYPE_CHECKING:
     from .scheme import QuantizationScheme
 
+# Of the CalibTIP callback and of the recipes: OpenVINO runs its formats, too.
+DEFAULT_TARGET = "onnxruntime"
+
 _TARGETS: dict[str, "Target"] = {}
 
 
@@ -75,11 +78,12 @@ class Target:
         if not self.groups and scheme.group_size is not None:
             raise ValueError(
                 f"group_size={scheme.group_size}: target={self.name!r} has no integer kernels for weights in groups: "
-                "leave it out, or give target='weights' and activation_bits=None."
+                "leave it out, or give target=None, or target='weights' and activation_bits=None."
             )
         if self.symmetric_weights and scheme.activation_symmetric and not self.symmetric_activations:
             raise ValueError(
-                f"activation_symmetric=True: target={self.name!r} wants activations with zero points: leave it out."
+                f"activation_symmetric=True: target={self.name!r} wants activations with zero points: leave it out, or "
+                "give target=None for a model that is not exported."
             )
         self.check_bits(scheme.weight_bits, scheme.activation_bits, "weight_bits and activation_bits")
         if scheme.edge_bits is not None:
@@ -100,7 +104,9 @@ class Target:
         for name, bits, allowed in kinds:
             if bits is not None and bits not in allowed:
                 remedy = f"give one of {', '.join(map(str, allowed))}" if allowed else "give None, for float"
-                raise ValueError(f"{what}: target={self.name!r} does not run {name} at {bits} bits; {remedy}.")
+                raise ValueError(
+                    f"{what}: target={self.name!r} does not run {name} at {bits} bits; {remedy}, or target=None."
+                )
 
     def config(self, name: str, layer_type: LayerType, config: LayerConfig) -> LayerConfig:
         """Format of a layer on this target; to override in a target of one's own.

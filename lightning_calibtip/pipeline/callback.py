@@ -15,6 +15,7 @@ from ..export.onnx_file import require_packages
 from ..module import QuantizationModule
 from ..network.network import check_overrides
 from ..network.scheme import QuantizationScheme
+from ..network.targets import DEFAULT_TARGET
 from ..option_fields import check_names
 from ..report.loggers import log_items
 from .options import PipelineOptions
@@ -46,7 +47,8 @@ class CalibTIP(pl.Callback):
         export: Name of a target, see ``QuantizationScheme``, that the model is quantized for and exported to as
             ``model.onnx`` beside the checkpoint (``<filename>.onnx`` where a filename is given); None for no export.
         **scheme: Fields of ``QuantizationScheme``: ``weight_bits=4``, ``activation_bits=None``, ``group_size=32``,
-            ``overrides={"head": None}``, ...
+            ``overrides={"head": None}``, ... Here ``target`` is ``"onnxruntime"`` by default, so that the checkpoint
+            can be exported; ``target=None`` allows formats that it cannot run (ranges per token, asymmetric weights).
 
     Raises:
         ValueError: At construction, if a value is out of its range.
@@ -84,8 +86,8 @@ class CalibTIP(pl.Callback):
         check_names(QuantizationScheme, scheme, type(self).__name__)
         if export is not None:
             require_packages()
-            if scheme.setdefault("target", export) != export:
-                raise ValueError(f"export={export!r} exports for another target than target={scheme['target']!r}.")
+        if scheme.setdefault("target", export or DEFAULT_TARGET) != export and export is not None:
+            raise ValueError(f"export={export!r} exports for another target than target={scheme['target']!r}.")
         self.export = export
         self.scheme = QuantizationScheme(**scheme)
         # Bad settings must show now, not after hours of training.

@@ -105,6 +105,11 @@ SUBJECTS: dict[str, tuple[str, Callable[[Path, QuantizationScheme], Subject]]] =
 }
 
 
+def _bits(scheme: QuantizationScheme, pipeline: PipelineName) -> str:
+    allocates = pipeline in ("light", "advanced", "mixed")
+    return "mixed" if allocates else f"W{scheme.weight_bits}A{scheme.activation_bits}"
+
+
 def measure_inference(
     subject: Subject,
     pipeline: PipelineName,
@@ -150,7 +155,7 @@ def measure_inference(
     row: dict[str, Any] = {
         "network": subject.name,
         "pipeline": pipeline,
-        "bits": f"W{subject.scheme.weight_bits}A{subject.scheme.activation_bits}",
+        "bits": _bits(subject.scheme, pipeline),
         "processor": processor(),
         "operators": report.counts,
         "bytes": {contender.name: contender.file_bytes for contender in contenders},

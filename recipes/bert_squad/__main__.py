@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 FINE_TUNING_EPOCHS = 2
 
 # What runs where nothing else is given.
-SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8)
+SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8, target="onnxruntime")
 OPTIONS = PipelineOptions(seed=0)
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import onnxruntime
 from jsonargparse import auto_cli
+from torch.utils.data import DataLoader
 
 from lightning_calibtip import CalibTIP
 from lightning_calibtip.report.figures import layer_error_figure, stage_figure
@@ -16,8 +18,21 @@ from recipes.output import set_up_logging
 from .digits import DigitClassifier, digit_loaders
 
 
+def accuracy_in_onnxruntime(path: Path, loader: DataLoader[Any]) -> float:
+    """Top-1 accuracy of an exported file, which needs neither torch nor this package."""
+    session = onnxruntime.InferenceSession(path)
+    name = session.get_inputs()[0].name
+    correct = total = 0
+    for images, labels in loader:
+        (logits,) = session.run(None, {name: images.numpy()})
+        correct += int((logits.argmax(1) == labels.numpy()).sum())
+        total += len(labels)
+    return correct / total
+
+
 def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = Path("runs/quickstart")) -> None:
-    """Train a small residual network, quantize it to W4A4 and W2A4, print a table and save figures.
+    """Train a small residual network, quantize it to W4A4 and W2A4, run both in ONNX Runtime, print a table and save
+    figures.
 
     Args:
         epochs: Epochs of training.
@@ -36,6 +51,7 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
             activation_bits=activation_bits,
             calibration_samples=500,
             filename=f"w{weight_bits}a{activation_bits}",
+            export="onnxruntime",
         )
         for weight_bits, activation_bits in ((4, 4), (2, 4))
     }
@@ -67,10 +83,13 @@ def main(epochs: int = 12, iterations: int = 300, seed: int = 0, output: Path = 
     rows: list[list[object]] = [["float", *(record["float"] for record in records.values())]]
     for index, name in enumerate(stages):
         rows.append([names.get(name, f"+ {name}"), *(record["stages"][index]["metric"] for record in records.values())])
+    files = [callback.result.exports[0].path for callback in callbacks.values()]
+    rows.append(["in ONNX Runtime", *(accuracy_in_onnxruntime(file, validation) for file in files)])
     rows.append(["size / float size", *(record["size"]["ratio"] for record in records.values())])
     print(f"\nAccuracy on {len(validation.dataset)} held-out digits\n")  # type: ignore[arg-type]
     print(text_table(["stage", *records], rows))
-    print(f"\nresult.json, quantized.ckpt and the figures are in {output} (those of W2A4 in {output / 'w2a4'}).")
+    print(f"\nresult.json, quantized.ckpt and the figures are in {output} (those of W2A4 in {output / 'w2a4'});")
+    print(f"{files[0]} and {files[1]} run wherever ONNX Runtime does.")
 
 
 if __name__ == "__main__":

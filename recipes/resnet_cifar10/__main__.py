@@ -15,7 +15,7 @@ from .data import CifarData
 from .model import CifarClassifier
 
 # What runs where nothing else is given.
-SCHEME = QuantizationScheme(weight_bits=4, activation_bits=4)
+SCHEME = QuantizationScheme(weight_bits=4, activation_bits=4, target="onnxruntime")
 OPTIONS = PipelineOptions(seed=0)
 
 

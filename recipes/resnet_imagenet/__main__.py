@@ -20,7 +20,7 @@ from .preprocessing import Interpolation
 log = logging.getLogger(__name__)
 
 # What runs where nothing else is given.
-SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8)
+SCHEME = QuantizationScheme(weight_bits=4, activation_bits=8, target="onnxruntime")
 OPTIONS = PipelineOptions(seed=0)
 
 

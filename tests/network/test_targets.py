@@ -13,7 +13,7 @@ ENGINES = ("onnxruntime", "openvino", "tensorrt", "xnnpack")
     ({"target": "cpu"}, "target must be one of onnxruntime, openvino, .* got 'cpu'; register_target"),
     ({"target": "onnxruntime", "per_token": True}, "per_token=True .* target='onnxruntime' cannot run: leave it out"),
     ({"target": "onnxruntime", "symmetric": False}, "symmetric=False .* leave it out, or give target=None"),
-    ({"target": "openvino", "group_size": 32}, "group_size=32: target='openvino' .* give target='weights'"),
+    ({"target": "openvino", "group_size": 32}, "group_size=32: target='openvino' .* or target='weights'"),
     ({"target": "onnxruntime", "activation_symmetric": True}, "activation_symmetric=True: .*leave it out"),
     ({"target": "onnxruntime", "weight_bits": 9}, "does not run weights at 9 bits; give one of 2, 3, .*8"),
     ({"target": "onnxruntime", "edge_bits": 12}, "edge_bits: .* weights at 12 bits"),

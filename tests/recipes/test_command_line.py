@@ -48,6 +48,7 @@ def test_fields_are_read_from_the_command_line(recipe):
         "--weight_bits=4",
         "--activation_bits=null",
         "--group_size=32",
+        "--target=null",
         '--overrides={"head": null, "layer1.*": [4, 8]}',
         "--per_token=true",
         "--seed=3",
@@ -99,8 +100,14 @@ def test_a_wrong_option_or_value_is_said_without_a_traceback(word, message, caps
 
 def test_groups_of_weights_alone_go_through_a_recipe(tiny_cifar, cifar_checkpoint, tmp_path):
     words = {"checkpoint": cifar_checkpoint, "data": tiny_cifar, "output": tmp_path / "out", "accelerator": "cpu"}
-    words |= {"weight_bits": 4, "activation_bits": "null", "group_size": 32, "calibration_samples": 32}
-    words |= {"adaquant.iterations": 2, "bias_tuning.epochs": 1}
+    words |= {
+        "weight_bits": 4,
+        "activation_bits": "null",
+        "group_size": 32,
+        "target": "null",
+        "calibration_samples": 32,
+    }
+    words |= {"calibration_samples": 32, "adaquant.iterations": 2, "bias_tuning.epochs": 1}
     run_recipe(resnet_cifar10.main, [f"--{name}={value}" for name, value in words.items()])
     record = json.loads((tmp_path / "out" / "result.json").read_text())
     assert {layer["activation_bits"] for layer in record["layers"]} == {None}

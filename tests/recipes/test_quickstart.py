@@ -24,10 +24,12 @@ def test_quickstart_prints_its_table_and_saves_figures(tmp_path):
         "+ BatchNormTuning",
         "+ AdaQuant",
         "+ BiasTuning",
-        "7 quantized, 6 folded, 0 float",
+        "10 quantized, 6 folded, 0 float",
+        "in ONNX Runtime",
     ):
         assert row in done.stdout
-    for name in ("stages.png", "layer_errors.png", "quantized.ckpt", "w2a4/layer_errors.png", "w2a4/quantized.ckpt"):
+    files = ("stages.png", "layer_errors.png", "quantized.ckpt", "w2a4/layer_errors.png", "w2a4/quantized.ckpt")
+    for name in (*files, "w4a4.onnx", "w2a4.onnx"):
         assert (tmp_path / name).stat().st_size > 1000
     records = [json.loads((tmp_path / name).read_text()) for name in ("result.json", "w2a4/result.json")]
     assert [record["layers"][1]["weight_bits"] for record in records] == [4, 2]
