@@ -12,6 +12,8 @@ from recipes.benchmark.allocation import measure_correlation, measure_replay
 from recipes.benchmark.figure import benchmark_figure
 from recipes.benchmark.growth import count_passes
 from recipes.benchmark.step import SHAPES, measure_step
+from tests.conftest import TinyClassifier
+from tests.networks import as_loader
 
 RESULTS = {
     "growth": [
@@ -102,13 +104,16 @@ def test_samples_are_measured_for_both_methods(tiny_cifar, cifar_checkpoint, mon
     assert all(0 <= row["top1"] <= 1 for row in rows)
 
 
-def test_fine_tuning_learns_the_labels_of_its_images(tiny_classifier, loader, images):
+def test_fine_tuning_learns_the_labels_of_its_images():
     from lightning_calibtip import Calibration, QuantizationModule
     from lightning_calibtip.pipeline.runner import run_stages
 
-    module = QuantizationModule(tiny_classifier, weight_bits=4)
-    run_stages(module, [Calibration()], loader)
-    labels = torch.arange(len(images)) % 4
+    torch.manual_seed(2)
+    labels = torch.arange(64) % 4
+    # Classes that differ in brightness: labels without a rule are learned or not by chance.
+    images = 0.3 * torch.randn(64, 1, 8, 8) + (labels - 1.5).view(-1, 1, 1, 1)
+    module = QuantizationModule(TinyClassifier().eval(), weight_bits=4)
+    run_stages(module, [Calibration()], as_loader(*images.split(16)))
 
     def loss():
         with torch.no_grad():
@@ -116,4 +121,4 @@ def test_fine_tuning_learns_the_labels_of_its_images(tiny_classifier, loader, im
 
     before = loss()
     fine_tune(module, images, labels, rate=1e-2)
-    assert loss() < 0.8 * before
+    assert loss() < 0.5 * before
