@@ -109,10 +109,11 @@ def test_fine_tuning_learns_the_labels_of_its_images():
     from lightning_calibtip.pipeline.runner import run_stages
 
     torch.manual_seed(2)
+    net = TinyClassifier().eval()
     labels = torch.arange(64) % 4
     # Classes that differ in brightness: labels without a rule are learned or not by chance.
     images = 0.3 * torch.randn(64, 1, 8, 8) + (labels - 1.5).view(-1, 1, 1, 1)
-    module = QuantizationModule(TinyClassifier().eval(), weight_bits=4)
+    module = QuantizationModule(net, weight_bits=4)
     run_stages(module, [Calibration()], as_loader(*images.split(16)))
 
     def loss():
