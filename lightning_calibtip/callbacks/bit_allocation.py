@@ -12,6 +12,7 @@ from ..allocation.options import AllocationOptions
 from ..allocation.outcome import Allocation
 from ..calibration.options import StorageOptions
 from ..module import QuantizationModule
+from ..network.scheme import QuantizationScheme
 from ..report.allocation import allocation_items
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult
@@ -55,6 +56,17 @@ class BitAllocation(Stage):
         keeps = state_folder is not None and self.options.table is None
         self.state = Path(state_folder) / "sensitivity.csv" if keeps and state_folder is not None else None
         self.allocation: Allocation | None = None
+
+    @override
+    def check(self, scheme: QuantizationScheme) -> None:
+        """Refuse candidates that the scheme's target cannot run.
+
+        Raises:
+            ValueError: If there is one, or fewer than two are different under the scheme.
+        """
+        for candidate in self.options.bit_widths(scheme):
+            if scheme.engine is not None:
+                scheme.engine.check_bits(candidate.weight, candidate.activation, f"candidates: {candidate.label}")
 
     @override
     def clean_up(self) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from ..calibration.progress import ProgressCallback, no_progress
 from ..module import QuantizationModule
+from ..network.scheme import QuantizationScheme
 from ..report.item import ReportItem
 from ..report.loggers import log_items
 from .progress import shows_progress, stage_progress
@@ -98,6 +99,13 @@ class Stage(pl.Callback, ABC):
     def run(self, module: QuantizationModule) -> StageResult:
         """Do the stage's work on a module whose calibration set is complete."""
 
+    def check(self, scheme: QuantizationScheme) -> None:
+        """Refuse, before anything runs, a scheme that the stage's options do not go with.
+
+        Raises:
+            ValueError: If they do not; the message names the option.
+        """
+
     def clean_up(self) -> None:
         """Remove what the stage has kept on disk for a run that breaks off; called when the whole run is over."""
 
@@ -112,6 +120,7 @@ class Stage(pl.Callback, ABC):
                 "QuantizationModule(model, weight_bits=4, ...), or use the CalibTIP callback."
             )
         check_precision(self.name, trainer)
+        self.check(pl_module.network.scheme)
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"{self.name} runs on one process, got {trainer.world_size}: quantize with Trainer(devices=1)."

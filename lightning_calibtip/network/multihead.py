@@ -4,17 +4,21 @@ quantized.
 PyTorch's own computes all of them from parameters inside of one function, which no module hook sees.
 """
 
+import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .attention import PRODUCTS, add_products
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+# What PyTorch's attention has instead.
+_PACKED = ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS))
 
 
 class SplitMultiheadAttention(nn.MultiheadAttention):
@@ -80,6 +84,19 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         weights = probabilities.mean(1) if average_attn_weights else probabilities
         return output, weights if is_batched else weights.squeeze(0)
 
+    @property
+    def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
+        """What ``torch.nn.MultiheadAttention`` has under this name, for code that reads it; as rounded as the
+        projections are."""
+        same = self.kdim == self.vdim == self.embed_dim
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]) if same else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
+        """What ``torch.nn.MultiheadAttention`` has under this name, for code that reads it."""
+        biases = (self.q_proj.bias, self.k_proj.bias, self.v_proj.bias)
+        return None if biases[0] is None else torch.cat(biases)
+
     def _batch_first(self, x: Tensor, is_batched: bool) -> Tensor:
         """The projection of shape (N, L, E)."""
         if not is_batched:
@@ -111,8 +128,11 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as it is added to scores."""
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+    if not mask.is_floating_point():
+        raise TypeError(f"A mask of attention must be of bool or of floating point, got {mask.dtype}.")
     return mask.to(dtype)
 
 
@@ -140,9 +160,11 @@ class UnpackedEncoder(nn.TransformerEncoder):
 
         The packed form leaves zeros at padding, and so does this, where PyTorch's would pack.
         """
+        masks = [None if each is None else _additive(each, src.dtype) for each in (mask, src_key_padding_mask)]
         output = src
         for layer in self.layers:
-            output = layer(output, src_mask=mask, src_key_padding_mask=src_key_padding_mask)
+            # Without the hint, split attention computes what the mask says.
+            output = layer(output, src_mask=masks[0], is_causal=is_causal is True, src_key_padding_mask=masks[1])
         packs = self.use_nested_tensor and not self.training and src.dim() == 3 and mask is None
         if packs and src_key_padding_mask is not None:
             padding = src_key_padding_mask != 0
@@ -151,6 +173,28 @@ class UnpackedEncoder(nn.TransformerEncoder):
                 padding = padding & (padding[:, 1:] >= padding[:, :-1]).all()
             output = output.masked_fill(padding.unsqueeze(-1), 0)
         return output if self.norm is None else self.norm(output)
+
+
+class UnhintedDecoder(nn.TransformerDecoder):
+    """A decoder that computes what ``torch.nn.TransformerDecoder`` does, and does not look whether a mask is causal:
+    no exported graph can hold that question.
+
+    It is made by ``split_multihead_attention`` only.
+
+    Example:
+        >>> decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2), 1).eval()
+        >>> split_multihead_attention(decoder)
+        >>> type(decoder).__name__
+        'UnhintedDecoder'
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what ``torch.nn.TransformerDecoder.forward`` does, with the same arguments and results."""
+        given = inspect.signature(nn.TransformerDecoder.forward).bind(self, *args, **kwargs).arguments
+        given["tgt_is_causal"] = given.get("tgt_is_causal") is True
+        del given["self"]
+        output: Tensor = super().forward(**given)
+        return output
 
 
 def _masked_softmax(scores: Tensor, masks: list[Tensor]) -> Tensor:
@@ -165,24 +209,35 @@ def _masked_softmax(scores: Tensor, masks: list[Tensor]) -> Tensor:
 
 
 def _splittable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
-    """The attention modules that can be split, by name: not those of derived classes, which may compute otherwise, and
-    not those with parametrized projections."""
+    """The attention modules that can be split, by name: not those of derived classes or with a ``forward`` of their
+    own, which may compute otherwise, and not those whose projections are computed (by parametrizations or hooks)."""
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.MultiheadAttention and not parametrize.is_parametrized(module)
+        if type(module) is nn.MultiheadAttention and "forward" not in vars(module) and _has(module, _PACKED)
     }
+
+
+def _has(module: nn.Module, parameters: Iterable[str]) -> bool:
+    return all(name in module._parameters for name in parameters)
+
+
+def _is_split(layer: nn.Module) -> bool:
+    """Whether a layer of a transformer is PyTorch's, around split attention."""
+    is_known = isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    return is_known and isinstance(layer.self_attn, SplitMultiheadAttention)
 
 
 def split_multihead_attention(model: nn.Module) -> None:
     """Split every ``torch.nn.MultiheadAttention`` of a model into modules; what the model computes stays the same.
 
-    Those of derived classes and those with parametrized projections are left as they are.
+    Those of derived classes, those with a ``forward`` of their own and those whose projections are parametrized are
+    left as they are.
 
     Args:
-        model: Changed in place: the modules become ``SplitMultiheadAttention``, whose ``in_proj_weight`` is None, and
-            encoders ``UnpackedEncoder``. Encoders of derived classes do not pack their tokens any longer, so that
-            positions of padding hold there what they hold in training.
+        model: Changed in place: the modules become ``SplitMultiheadAttention``, and encoders and decoders of PyTorch's
+            layers ``UnpackedEncoder`` and ``UnhintedDecoder``. Encoders of derived classes do not pack their tokens
+            any longer, so that positions of padding hold there what they hold in training.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2))
@@ -195,10 +250,13 @@ def split_multihead_attention(model: nn.Module) -> None:
     for attention in _splittable(model).values():
         _split(attention)
     for module in model.modules():
-        if type(module) is nn.TransformerEncoder:
+        if type(module) is nn.TransformerEncoder and all(map(_is_split, module.layers)):
             module.__class__ = UnpackedEncoder
+        elif type(module) is nn.TransformerDecoder and all(map(_is_split, module.layers)):
+            module.__class__ = UnhintedDecoder
         elif isinstance(module, nn.TransformerEncoder) and not isinstance(module, UnpackedEncoder):
-            module.use_nested_tensor = False
+            has_split = any(isinstance(part, SplitMultiheadAttention) for part in module.modules())
+            module.use_nested_tensor = module.use_nested_tensor and not has_split
 
 
 def _split(module: nn.MultiheadAttention) -> None:
@@ -211,7 +269,7 @@ def _split(module: nn.MultiheadAttention) -> None:
         if bias is not None:
             projection.bias = _parameter(bias)
         module.add_module(name, projection.train(module.training))
-    for name in ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS)):
+    for name in _PACKED:
         setattr(module, name, None)
     # The encoder layers of PyTorch ask for it before they take their fused path, which calls no module.
     module._qkv_same_embed_dim = False

@@ -67,14 +67,14 @@ class QuantizedNetwork:
         for module in model.modules():
             if isinstance(module, Quantizer):
                 raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
+        self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        self.fingerprint = _fingerprint(model)
         split_multihead_attention(model)
         route_attention(model)
         candidates = list(quantizable_layers(model))
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         check_overrides(model, scheme)
-        self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        self.fingerprint = _fingerprint(model)
         self.layers: dict[str, QuantizedLayer] = {}
         self.structure: Structure | None = None
         self.calibrated = False

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # Of the CalibTIP callback and of the recipes: OpenVINO runs its formats, too.
 DEFAULT_TARGET = "onnxruntime"
 
+_NO_TARGET = "target=None (on the command line null)"
+
 _TARGETS: dict[str, "Target"] = {}
 
 
@@ -68,7 +70,7 @@ class Target:
         if scheme.per_token:
             raise ValueError(
                 f"per_token=True needs ranges at run time, which target={self.name!r} cannot run: leave it out, or "
-                "give target=None for a model that is not exported."
+                f"give {_NO_TARGET} for a model that is not exported."
             )
         if self.symmetric_weights and scheme.symmetric is False:
             raise ValueError(
@@ -78,12 +80,12 @@ class Target:
         if not self.groups and scheme.group_size is not None:
             raise ValueError(
                 f"group_size={scheme.group_size}: target={self.name!r} has no integer kernels for weights in groups: "
-                "leave it out, or give target=None, or target='weights' and activation_bits=None."
+                f"leave it out, or give {_NO_TARGET}, or target='weights' and activation_bits=None."
             )
         if self.symmetric_weights and scheme.activation_symmetric and not self.symmetric_activations:
             raise ValueError(
                 f"activation_symmetric=True: target={self.name!r} wants activations with zero points: leave it out, or "
-                "give target=None for a model that is not exported."
+                f"give {_NO_TARGET} for a model that is not exported."
             )
         self.check_bits(scheme.weight_bits, scheme.activation_bits, "weight_bits and activation_bits")
         if scheme.edge_bits is not None:
@@ -94,8 +96,14 @@ class Target:
                 given = scheme.bit_widths(value, f"overrides[{pattern!r}]")
                 self.check_bits(given.weight, given.activation, f"overrides[{pattern!r}]")
 
-    def check_bits(self, weight: int | None, activation: int | None, what: str) -> None:
+    def check_bits(self, weight: int | None, activation: int | None, what: str, remedy: str = _NO_TARGET) -> None:
         """Refuse bit-widths that this engine has no integers for; None stands for float.
+
+        Args:
+            weight: Bit-width of a weight.
+            activation: Bit-width of an activation.
+            what: Name of what has them, for the message.
+            remedy: What can be done besides taking others.
 
         Raises:
             ValueError: If it has none; the message names ``what``.
@@ -103,9 +111,9 @@ class Target:
         kinds = (("weights", weight, self.weight_bits), ("activations", activation, self.activation_bits))
         for name, bits, allowed in kinds:
             if bits is not None and bits not in allowed:
-                remedy = f"give one of {', '.join(map(str, allowed))}" if allowed else "give None, for float"
+                others = f"give one of {', '.join(map(str, allowed))}" if allowed else "give None, for float"
                 raise ValueError(
-                    f"{what}: target={self.name!r} does not run {name} at {bits} bits; {remedy}, or target=None."
+                    f"{what}: target={self.name!r} does not run {name} at {bits} bits; {others}, or {remedy}."
                 )
 
     def config(self, name: str, layer_type: LayerType, config: LayerConfig) -> LayerConfig:
@@ -161,9 +169,9 @@ class Target:
                 raise ValueError(f"{layer} has activations with zero points, unlike target={self.name!r}: {remedy}")
         if self._adds_integers(layer_type, weight, config.inputs) and not config.integer_bias:
             raise ValueError(f"{layer} was calibrated without target={self.name!r}, which adds integers: {remedy}")
-        self.check_bits(None if weight is None else weight.bits, None, layer)
+        self.check_bits(None if weight is None else weight.bits, None, layer, "export for another target")
         for spec in (*config.inputs, config.output):
-            self.check_bits(None, None if spec is None else spec.bits, layer)
+            self.check_bits(None, None if spec is None else spec.bits, layer, "export for another target")
 
 
 def register_target(target: Target) -> Target:

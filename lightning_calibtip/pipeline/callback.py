@@ -46,9 +46,9 @@ class CalibTIP(pl.Callback):
         metric: Name of the validation metric that the report shows; the first one logged if None.
         export: Name of a target, see ``QuantizationScheme``, that the model is quantized for and exported to as
             ``model.onnx`` beside the checkpoint (``<filename>.onnx`` where a filename is given); None for no export.
-        **scheme: Fields of ``QuantizationScheme``: ``weight_bits=4``, ``activation_bits=None``, ``group_size=32``,
-            ``overrides={"head": None}``, ... Here ``target`` is ``"onnxruntime"`` by default, so that the checkpoint
-            can be exported; ``target=None`` allows formats that it cannot run (ranges per token, asymmetric weights).
+        **scheme: Fields of ``QuantizationScheme``: ``weight_bits=4``, ``edge_bits=None``, ``overrides={"head": None}``,
+            ... Here ``target`` is ``"onnxruntime"`` by default, so that the checkpoint can be exported; ``target=None``
+            allows what that engine cannot run: ranges per token, groups, asymmetric weights.
 
     Raises:
         ValueError: At construction, if a value is out of its range.
@@ -87,11 +87,15 @@ class CalibTIP(pl.Callback):
         if export is not None:
             require_packages()
         if scheme.setdefault("target", export or DEFAULT_TARGET) != export and export is not None:
-            raise ValueError(f"export={export!r} exports for another target than target={scheme['target']!r}.")
+            raise ValueError(
+                f"export={export!r} needs target={export!r}, got target={scheme['target']!r}: leave target out, or "
+                "leave export out and call result.export_onnx() afterwards."
+            )
         self.export = export
         self.scheme = QuantizationScheme(**scheme)
         # Bad settings must show now, not after hours of training.
-        make_stages(self.pipeline, self.options)
+        for stage in make_stages(self.pipeline, self.options):
+            stage.check(self.scheme)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

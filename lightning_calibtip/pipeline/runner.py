@@ -96,6 +96,8 @@ def run_stages(
         log.info("%s: %s", name, metrics)
         return metrics
 
+    for stage in stages:
+        stage.check(module.network.scheme)
     done: list[StageOutcome] = []
     with warnings.catch_warnings():
         for message in _EXPECTED_WARNINGS:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from lightning_calibtip import export_onnx
 from tests.export.exporting import Residual, outputs, quantized
@@ -72,6 +73,39 @@ def test_convolutions_and_products_of_torchvisions_networks_run_as_integers(name
     assert len(products) == layers
     assert sum(line.integer for line in products) >= 0.95 * layers, report.float_layers
     assert not module.network.plan.float_matmuls and not module.network.plan.float_layers
+
+
+class Translator(nn.Module):
+    """PyTorch's encoder and decoder around token ids, 0 for padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        options = {"d_model": 16, "nhead": 2, "dim_feedforward": 32, "batch_first": True}
+        self.embedding, self.head = nn.Embedding(20, 16), nn.Linear(16, 20)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**options), 1)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**options), 1)
+
+    def forward(self, tokens):
+        x, padding = self.embedding(tokens), tokens == 0
+        memory = self.encoder(x, src_key_padding_mask=padding)
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        decoded = self.decoder(x, memory, tgt_mask=mask, memory_key_padding_mask=padding)
+        return self.head(decoded)
+
+
+def test_every_product_of_pytorchs_transformer_runs_as_integers(tmp_path):
+    tokens = torch.randint(1, 20, (8, 10))
+    tokens[::2, 6:] = 0
+    module, report = exported(Translator(), tokens, tmp_path / "net.onnx")
+    # Four projections and two products for each of three attentions, two linear layers twice, and the head.
+    assert sum(count for name, count in report.counts.items() if "MatMul" in name or "Gemm" in name) == 3 * 6 + 4 + 1
+    assert not report.float_layers and report.agreement > 0.95
+    # Another number of samples and of tokens.
+    others = torch.randint(1, 20, (3, 7))
+    (logits,) = outputs(tmp_path / "net.onnx", others)
+    wanted = module.model(others)
+    # Sums that are rounded to the other side of a step of 8 bits, see test_onnx_file.
+    assert (logits - wanted).abs().max() < 6 / 255 * wanted.abs().max()
 
 
 def test_openvino_runs_the_same_file(tmp_path):

@@ -133,13 +133,80 @@ class Derived(nn.MultiheadAttention):
     """Its forward may differ."""
 
 
-def test_derived_and_parametrized_attention_is_left_alone():
-    derived, parametrized = Derived(8, 2), nn.MultiheadAttention(8, 2)
-    nn.utils.parametrizations.weight_norm(parametrized, "in_proj_weight")
-    model = nn.ModuleList([derived, parametrized])
-    assert possible_projections(model) == []
-    split_multihead_attention(model)
-    assert type(derived) is Derived and parametrized.in_proj_weight is not None
+def own_forward() -> nn.MultiheadAttention:
+    attention = nn.MultiheadAttention(8, 2)
+    attention.forward = nn.MultiheadAttention.forward.__get__(attention)
+    return attention
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Derived(8, 2),
+        nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+        nn.utils.spectral_norm(nn.MultiheadAttention(8, 2), "in_proj_weight"),
+        own_forward(),
+    ],
+)
+def test_attention_that_may_compute_otherwise_is_left_alone(attention):
+    kind, names = type(attention), list(attention.state_dict())
+    assert possible_projections(attention) == []
+    split_multihead_attention(attention)
+    assert type(attention) is kind and list(attention.state_dict()) == names
+
+
+def test_packed_parameters_can_still_be_read():
+    for options in OPTIONS:
+        attention = make(**options)
+        modules = split(attention)
+        for name in ("in_proj_weight", "in_proj_bias"):
+            given, wanted = getattr(modules, name), getattr(attention, name)
+            assert given is wanted is None or torch.equal(given, wanted)
+
+
+def test_masks_of_whole_numbers_are_refused():
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(TypeError, match="must be of bool or of floating point"):
+        split(make(batch_first=True))(x, x, x, key_padding_mask=torch.ones(2, 5, dtype=torch.uint8))
+
+
+class OwnLayer(nn.Module):
+    """Reads the hint that PyTorch's encoder passes on, and the mask in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.self_attn = nn.Linear(8, 24), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        q, k, v = self.linear(src).chunk(3, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def test_encoders_of_other_layers_stay_as_they_are():
+    net = nn.TransformerEncoder(OwnLayer(), 2, enable_nested_tensor=False).eval()
+    modules = deepcopy(net)
+    split_multihead_attention(modules)
+    x, mask = torch.randn(2, 5, 8), nn.Transformer.generate_square_subsequent_mask(5)
+    assert type(modules) is nn.TransformerEncoder
+    torch.testing.assert_close(modules(x, mask=mask), net(x, mask=mask))
+
+
+@torch.no_grad()
+def test_masks_of_bool_reach_the_layers_of_an_encoder():
+    net = encoder()
+    modules, x, mask = deepcopy(net), torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).triu(1)
+    split_multihead_attention(modules)
+    torch.testing.assert_close(modules(x, mask=mask), net(x, mask=mask), **CLOSE)
+
+
+def test_the_float_model_is_known_by_its_own_parameters(make_trainer):
+    """Not by those of the split one: sizes are compared with what the user has."""
+    first, second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+    second.in_proj_weight = first.in_proj_weight
+    net = nn.ModuleList([first, second])
+    wanted = sum(parameter.nbytes for parameter in net.parameters())
+    assert QuantizationModule(net).network.float_bytes == wanted
 
 
 def encoder(norm: bool = False) -> nn.TransformerEncoder:
@@ -228,18 +295,21 @@ def test_cross_attention_of_a_decoder_is_quantized(make_trainer):
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
+            layer = nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
+            self.decoder = nn.TransformerDecoder(layer, 1)
             self.memory = nn.Parameter(torch.randn(7, 16), requires_grad=False)
 
         def forward(self, x):
             mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-            return self.layer(x, self.memory.expand(len(x), -1, -1), tgt_mask=mask, tgt_is_causal=True)
+            return self.decoder(x, self.memory.expand(x.shape[0], -1, -1), tgt_mask=mask)
 
     net, x = Decoder().eval(), torch.randn(8, 6, 16)
     module = calibrated(deepcopy(net), make_trainer, x.split(2))
     layers = module.network.layers
     assert len(layers) == 2 * 6 + 2 and not module.network.plan.float_matmuls
-    query, key, value = (layers[f"layer.multihead_attn.{name}"].tensors for name in ("q_proj", "k_proj", "v_proj"))
+    query, key, value = (
+        layers[f"decoder.layers.0.multihead_attn.{name}"].tensors for name in ("q_proj", "k_proj", "v_proj")
+    )
     assert key == value != query
     with torch.no_grad():
         torch.testing.assert_close(module(x), net(x), rtol=0.2, atol=0.2)

@@ -68,9 +68,16 @@ def test_the_model_is_exported_beside_the_checkpoint(tiny_classifier, loader, im
     assert "QLinearConv" in page and "of decisions agree with torch" in page
 
 
+def test_what_can_be_deployed_is_the_default():
+    assert CalibTIP().scheme.target == "onnxruntime" and CalibTIP(target=None).scheme.target is None
+    with pytest.raises(ValueError, match=r"group_size=32: target='onnxruntime' .* or give target=None"):
+        CalibTIP(activation_bits=None, group_size=32)
+    assert CalibTIP(activation_bits=None, group_size=32, target=None).scheme.group_size == 32
+
+
 def test_an_export_names_the_target(tiny_classifier, loader, make_trainer):
     assert CalibTIP(export="openvino").scheme.target == "openvino"
-    with pytest.raises(ValueError, match="export='openvino' exports for another target than target='onnxruntime'"):
+    with pytest.raises(ValueError, match="export='openvino' needs target='openvino', got target='onnxruntime'"):
         CalibTIP(export="openvino", target="onnxruntime")
     callback = CalibTIP("calibrate", filename="int8", export="onnxruntime", calibration_samples=16)
     make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
@@ -106,6 +113,10 @@ def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_tra
         ({"pipeline": "light", "options": {"allocation": {"compression": 2.0}}}, "compression must be"),
         ({"options": {"adaquant": {"iterations": 0}}}, r"options\.adaquant: iterations must be"),
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
+        (
+            {"pipeline": "light", "options": {"allocation": {"candidates": [4, 16]}}},
+            "candidates: W16A16: target='onnxruntime' does not run weights at 16 bits; .* or target=None",
+        ),
     ],
 )
 def test_bad_settings_raise_before_training(options, message):
