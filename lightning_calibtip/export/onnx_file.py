@@ -46,8 +46,8 @@ def export_onnx(
         path: File to write; a file of that name is replaced, completely or not at all.
         batch: A calibration batch, of which the default ``calibration_step`` would pass on the same inputs.
         target: Name of a target, whose formats the module must have; its own if None.
-        dynamic: Whether the number of samples is free, and the number of tokens of integer inputs; or a mapping as in
-            ``torch.onnx.export(dynamic_shapes=...)``.
+        dynamic: Whether the number of samples is free, and the number of tokens of integer inputs, of masks, and of
+            embeddings that are as long as these; or a mapping as in ``torch.onnx.export(dynamic_shapes=...)``.
         int4: Whether weights of at most 4 bits are stored in 4 bits, but those of embeddings. That halves their size;
             ONNX Runtime multiplies 8-bit integers faster, though.
         check: Whether ONNX Runtime opens the file, and is compared with the torch model on the batch, before it is
@@ -220,10 +220,15 @@ def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool
     if not dynamic:
         return None
 
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    # Of token ids and of masks; embeddings beside a mask are as long as it is.
+    lengths = {value.shape[1] for value in tensors if value.dim() == 2 and not value.is_floating_point()}
+
     def free(value: Any) -> dict[int, str] | None:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return None
-        return {0: "batch", **({1: "tokens"} if value.dim() == 2 and not value.is_floating_point() else {})}
+        has_tokens = value.dim() > 2 if value.is_floating_point() else value.dim() == 2
+        return {0: "batch", **({1: "tokens"} if has_tokens and value.shape[1] in lengths else {})}
 
     return {name: free(value) for name, value in kwargs.items()} if kwargs else tuple(map(free, args))
 

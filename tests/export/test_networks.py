@@ -108,6 +108,26 @@ def test_every_product_of_pytorchs_transformer_runs_as_integers(tmp_path):
     assert (logits - wanted).abs().max() < 6 / 255 * wanted.abs().max()
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(16, 3)
+
+    def forward(self, embeddings, padding):
+        return self.head(self.encoder(embeddings, src_key_padding_mask=padding))
+
+
+def test_embeddings_beside_a_mask_may_have_any_number_of_tokens(tmp_path):
+    batch = {"embeddings": torch.randn(8, 10, 16), "padding": torch.zeros(8, 10, dtype=torch.bool)}
+    module, _ = exported(Masked(), batch, tmp_path / "net.onnx")
+    others = torch.randn(3, 7, 16), torch.arange(7).expand(3, 7) >= 5
+    (logits,) = outputs(tmp_path / "net.onnx", *others)
+    wanted = module.model(*others)
+    # Sums that are rounded to the other side of a step of 8 bits, see test_onnx_file.
+    assert (logits - wanted).abs().max() < 6 / 255 * wanted.abs().max()
+
+
 def test_openvino_runs_the_same_file(tmp_path):
     openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
     images = torch.randn(16, 3, 12, 12)
