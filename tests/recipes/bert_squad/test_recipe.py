@@ -68,7 +68,7 @@ def test_settings_files_are_read(tiny_bert, file, tmp_path, monkeypatch):
 
 def test_groups_of_weights_alone_go_through_the_recipe(tiny_bert, file, tmp_path):
     words = {"model": tiny_bert, "train": file, "validation": file, "output": tmp_path / "out", **SHORT}
-    words |= {"weight_bits": 4, "activation_bits": "null", "edge_bits": "null", "group_size": 32}
+    words |= {"weight_bits": 4, "activation_bits": "null", "edge_bits": "null", "group_size": 32, "target": "null"}
     words |= {"adaquant.iterations": 2, "bias_tuning.epochs": 1}
     run_recipe(recipe.main, [f"--{key}={value}" for key, value in words.items()])
     record = json.loads((tmp_path / "out" / "result.json").read_text())
