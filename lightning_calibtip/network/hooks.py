@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -14,6 +15,9 @@ from .tensors import ObservedTensor
 
 # Names of the quantizers of activations below a layer.
 INPUT_QUANTIZERS, OUTPUT_QUANTIZER = "input_quantizers", "output_quantizer"
+
+# Biases are at most so many bits, that sums of products with them fit 32.
+_BIAS_BITS = 30
 
 
 def quantize_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -90,7 +94,6 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
         weight_quantizer: Quantizer of its weight, with one scale or one for each channel.
 
     Example:
-        >>> import torch
         >>> from lightning_calibtip.quantization.spec import TensorSpec
         >>> half = AffineQuantizer("x", TensorSpec(), rows=1)
         >>> _ = half.scale.data.fill_(0.5)
@@ -101,6 +104,31 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
     zero = scale.new_zeros(scale.shape)
     limits = -float("inf"), float("inf")
     return decode(encode(bias, scale, zero, *limits, axis=0), scale, zero, *limits, axis=0).to(bias.dtype)
+
+
+@torch.no_grad()
+def make_room_for_bias(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantizer: AffineQuantizer) -> None:
+    """Raise the scales of weights so far that no bias is more than 2^30 steps of the products, and fits 32 bits.
+
+    It concerns channels whose weights are next to nothing beside their bias (dead ones, after a BatchNorm was folded),
+    and changes their weights by less than what the engine could add to such a bias.
+
+    Args:
+        bias: Shape (channels,).
+        input_quantizer: Quantizer of the layer's input, with one scale.
+        weight_quantizer: Quantizer of its weight, with one scale or one for each channel.
+
+    Example:
+        >>> from lightning_calibtip.quantization.spec import TensorSpec
+        >>> small, one = (AffineQuantizer(name, TensorSpec(symmetric=True), rows=1) for name in ("w", "x"))
+        >>> _ = small.scale.data.fill_(1e-12)
+        >>> make_room_for_bias(torch.tensor([2.0**10]), one, small)
+        >>> small.scale.item() == 2.0**-20
+        True
+    """
+    reach = bias.detach().abs().float() if weight_quantizer.rows > 1 else bias.detach().abs().float().amax(0, True)
+    smallest = reach / (input_quantizer.scale * 2.0**_BIAS_BITS)
+    weight_quantizer.scale.copy_(torch.maximum(weight_quantizer.scale, smallest))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..quantization.spec import LayerConfig
 from .hooks import (
     INPUT_QUANTIZERS,
     OUTPUT_QUANTIZER,
+    make_room_for_bias,
     observing_activations,
     products_grid,
     quantize_inputs,
@@ -288,6 +289,14 @@ class QuantizedLayer:
                 tensor.fit_range(spec)
         if self.config.output is not None:
             self.output_tensor.fit_range(self.config.output)
+        self._make_room_for_bias()
+
+    def _make_room_for_bias(self) -> None:
+        bias, quantizer = self.latent()[1], next(iter(self.input_quantizers), None)
+        weights = self.weight_quantizer
+        if self.config.integer_bias and bias is not None and isinstance(weights, AffineQuantizer):
+            assert isinstance(quantizer, AffineQuantizer)
+            make_room_for_bias(bias, quantizer, weights)
 
     def fit_weight_range(self) -> None:
         """Choose the range of the weight, if it is the layer's own and quantized."""
@@ -320,6 +329,7 @@ class QuantizedLayer:
                 tensor.fit_range(quantizer.spec)
         if config.output is not None:
             self.output_tensor.fit_range(config.output)
+        self._make_room_for_bias()
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -61,6 +61,21 @@ def test_a_layer_differs_by_at_most_a_step(layer, weight_bits, activation_bits, 
     assert second.layer == "2" and second.steps <= 1 and second.share < 1e-3
 
 
+def test_channels_whose_weights_are_next_to_nothing_have_biases_that_fit(images, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(600, 4))
+    with torch.no_grad():
+        # What is left of a channel whose BatchNorm has a gamma of nearly 0.
+        model[0].weight[2] *= 1e-9
+        model[0].bias[2] = 1.5
+    module, network = exported(model, images, tmp_path / "net.onnx")
+    (difference, *_) = network.compare(module, images)
+    assert difference.share == 0.0
+    (engine,) = outputs(tmp_path / "net.onnx", images)
+    assert (network(images) - engine).abs().max() < 2 / 255 * engine.abs().max()
+    assert (module(images) - model(images)).abs().max() < 0.05 * model(images).abs().max()
+
+
 def test_a_whole_network_decides_alike(images, tmp_path):
     module, network = exported(Residual(), images, tmp_path / "net.onnx")
     assert network.agreement(module, images.split(16)) > 0.9
