@@ -8,6 +8,7 @@ from .callbacks.batch_norm_tuning import BatchNormTuning
 from .callbacks.bias_tuning import BiasTuning
 from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
+from .callbacks.equalization import Equalization
 from .callbacks.stage import Stage, StageResult
 from .export.onnx_file import export_onnx
 from .export.packed import export_packed, load_packed
@@ -24,6 +25,7 @@ from .quantization.observers import register_observer
 from .quantization.quantizers import register_quantizer
 from .quantization.ranges import RangeOptions, register_range_method
 from .quantization.spec import LayerConfig, TensorSpec
+from .reconstruction.equalize import EqualizationOptions
 from .reconstruction.objectives import register_objective
 from .reconstruction.options import AdaQuantOptions
 from .reconstruction.rounding import register_rounding
@@ -43,6 +45,8 @@ __all__ = [
     "BitAllocation",
     "CalibTIP",
     "Calibration",
+    "Equalization",
+    "EqualizationOptions",
     "ExportReport",
     "LayerConfig",
     "Operand",

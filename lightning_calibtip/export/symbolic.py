@@ -37,11 +37,13 @@ def container(spec: TensorSpec, signed: bool) -> torch.dtype:
 class SymbolicQuantizer(nn.Module):
     """Quantizes an activation and dequantizes it again, as ONNX operators.
 
-    Integers of fewer bits than their type has saturate by a Clip.
+    Integers of fewer bits than their type has saturate by a Clip. Ratios of equalized channels are factors of the scale
+    that quantizes, by channel, and not of the one that dequantizes.
 
     Args:
         quantizer: Calibrated quantizer of one tensor, with one range.
         signed: Whether its integers are to be signed, whatever they are in the model.
+        absorbed: Whether the module that writes the tensor has divided it by the ratios.
 
     Raises:
         ValueError: If the quantizer is of another kind than affine, or has ranges at run time.
@@ -52,8 +54,10 @@ class SymbolicQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    channel_scale: Tensor
+    channel_zero_point: Tensor
 
-    def __init__(self, quantizer: Quantizer, signed: bool) -> None:
+    def __init__(self, quantizer: Quantizer, signed: bool, absorbed: bool = False) -> None:
         super().__init__()
         affine = require_affine(quantizer)
         if affine.spec.dynamic:
@@ -65,11 +69,21 @@ class SymbolicQuantizer(nn.Module):
         self.register_buffer("scale", affine.scale.detach().cpu().reshape(()).clone())
         point = affine.zero_point.detach().cpu().round().reshape(()) + shift
         self.register_buffer("zero_point", point.clamp(self.qmin, self.qmax).to(self.dtype))
+        self.axis = None
+        if affine.ratio is not None and affine.spec.equalized is not None and not absorbed:
+            self.axis = affine.spec.equalized.axis
+            ratio = affine.ratio.detach().cpu()
+            self.register_buffer("channel_scale", self.scale * ratio)
+            self.register_buffer("channel_zero_point", self.zero_point.expand(ratio.shape).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values that the integers of ``x`` stand for."""
+        scale, point = self.scale, self.zero_point
+        attributes: dict[str, Any] = {}
+        if self.axis is not None:
+            scale, point, attributes = self.channel_scale, self.channel_zero_point, {"axis": self.axis % x.dim()}
         integers = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, self.scale, self.zero_point), {}, dtype=self.dtype, shape=x.shape, version=OPSET
+            "QuantizeLinear", (x, scale, point), attributes, dtype=self.dtype, shape=x.shape, version=OPSET
         )
         limits = torch.iinfo(self.dtype)
         if (self.qmin, self.qmax) != (limits.min, limits.max):
@@ -227,6 +241,7 @@ def deployable_copy(module: QuantizationModule, signed_activations: bool) -> nn.
     """
     model = copy_of(module.model).cpu().eval()
     made: dict[int, SymbolicQuantizer] = {}
+    absorbed = _absorbed_ratios(module)
     for name, layer in module.network.layers.items():
         copied = model.get_submodule(name)
         if (bias := layer.acting_bias()) is not None:
@@ -246,9 +261,42 @@ def deployable_copy(module: QuantizationModule, signed_activations: bool) -> nn.
         for place, quantizer in activations.items():
             if quantizer is not None:
                 parent, _, child = f"{name}.{place}".rpartition(".")
-                symbolic = made.setdefault(id(quantizer), SymbolicQuantizer(quantizer, signed_activations))
-                model.get_submodule(parent)._modules[child] = symbolic
+                is_absorbed = any(quantizer is other for other, _ in absorbed.values())
+                if id(quantizer) not in made:
+                    made[id(quantizer)] = SymbolicQuantizer(quantizer, signed_activations, is_absorbed)
+                model.get_submodule(parent)._modules[child] = made[id(quantizer)]
+    for name, (_, ratio) in absorbed.items():
+        _divide_output(model.get_submodule(name), module.network.layers.get(name), ratio)
     return model
+
+
+def _absorbed_ratios(module: QuantizationModule) -> dict[str, tuple[Quantizer, Tensor]]:
+    """Modules that take in the ratios of the activation that they write: its quantizer, and the ratios."""
+    readers = {
+        layer.tensors[0].name: layer for layer in module.network.layers.values() if layer.input_ratio is not None
+    }
+    found: dict[str, tuple[Quantizer, Tensor]] = {}
+    for planned in module.network.plan.modules:
+        reader = readers.get(planned.absorbs or "")
+        if reader is not None and reader.input_ratio is not None and reader.input_quantizers[0] is not None:
+            found[planned.name] = reader.input_quantizers[0], reader.input_ratio.detach().cpu()
+    return found
+
+
+def _divide_output(copied: Any, layer: QuantizedLayer | None, ratio: Tensor) -> None:
+    """Divide each channel of what a module gives: of a layer by its scales, of a normalization by its weights."""
+    bias = getattr(copied, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.data = bias.data / ratio
+    if layer is None:
+        copied.weight.data = copied.weight.data / ratio
+        return
+    stored = copied.parametrizations[layer.type.weight][0]
+    if isinstance(stored, SymbolicWeight):
+        stored.scale = stored.scale / ratio.view(-1, *[1] * (stored.scale.dim() - 1))
+    else:
+        original = copied.parametrizations[layer.type.weight].original
+        original.data = original.data / ratio.view(-1, *[1] * (original.dim() - 1))
 
 
 def _is_plain_embedding(layer: QuantizedLayer) -> bool:

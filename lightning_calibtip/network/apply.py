@@ -10,7 +10,7 @@ from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .operations import is_operation, route_operations
-from .plan import ModulePlan, QuantizationPlan
+from .quantization_plan import ModulePlan, QuantizationPlan
 from .tensors import ObservedTensor
 from .tying import bake_parametrizations, find_ties, own_parameter
 

@@ -180,7 +180,7 @@ def route_attention(model: nn.Module) -> bool:
     from transformers.modeling_utils import AttentionInterface
     from transformers.pytorch_utils import Conv1D
 
-    register_layer(Conv1D, channel_axis=1)
+    register_layer(Conv1D, channel_axis=1, operands=[Operand(channel_axis=-1)], input_axis=0)
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, eager_mask)
     for module in models:

@@ -13,7 +13,7 @@ from ..quantization.packing import pack_integers, unpack_integers
 from .hooks import INPUT_QUANTIZERS
 from .layers import QuantizedLayer
 from .network import QuantizedNetwork
-from .plan import QuantizationPlan
+from .quantization_plan import QuantizationPlan
 from .scheme import QuantizationScheme
 from .version2 import read_version_2, rename_version_2
 

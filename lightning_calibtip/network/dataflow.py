@@ -202,7 +202,7 @@ def layers_feeding_an_add(structure: Structure, names: Iterable[str]) -> list[li
     groups = []
     for operator in structure.operators:
         if operator.name in _ADDS and _layer_of(structure, operator, layers) is None:
-            sources = [_source(structure, value, layers) for value in dict.fromkeys(operator.reads)]
+            sources = [source_of(structure, value, layers) for value in dict.fromkeys(operator.reads)]
             found = list(dict.fromkeys(name for name in sources if name is not None))
             if len(found) > 1:
                 groups.append(found)
@@ -214,10 +214,28 @@ def _layer_of(structure: Structure, operator: Operator, layers: Collection[str])
     return next((name for index in operator.scope if (name := structure.calls[index].name) in layers), None)
 
 
-def _source(structure: Structure, value: Value, layers: Collection[str]) -> str | None:
-    """The layer that a value comes from with no second tensor coming in on the way."""
+def source_of(structure: Structure, value: Value | None, layers: Collection[str]) -> str | None:
+    """Find the layer that a value comes from with no second tensor coming in on the way.
+
+    Args:
+        structure: As observed.
+        value: The value; None for one without a storage of its own.
+        layers: Names of the layers.
+
+    Returns:
+        Name of the layer; None if there is none.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.observe import record
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> structure = record(model, lambda: model(torch.ones(1, 2)))
+        >>> source_of(structure, structure.calls_of["2"][0].reads[0], ["0", "2"])
+        '0'
+    """
     seen = set()
-    while value not in seen:
+    while value is not None and value not in seen:
         seen.add(value)
         writer = next((o for o in reversed(structure.writers.get(value.storage, [])) if _wrote(o, value)), None)
         if writer is None:

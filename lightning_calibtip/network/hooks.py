@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..quantization.affine import decode, encode
-from ..quantization.quantizers import AffineQuantizer
+from ..quantization.quantizers import AffineQuantizer, Quantizer
 from .operations import not_routed
 from .tensors import ObservedTensor
 
@@ -107,16 +107,17 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
 
 
 @torch.no_grad()
-def make_room_for_bias(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantizer: AffineQuantizer) -> None:
+def make_room_for_bias(
+    bias: Tensor | None, input_quantizer: Quantizer | None, weight_quantizer: Quantizer | None
+) -> None:
     """Raise the scales of weights so far that no bias is more than 2^30 steps of the products, and fits 32 bits.
 
-    It concerns channels whose weights are next to nothing beside their bias (dead ones, after a BatchNorm was folded),
-    and changes their weights by less than what the engine could add to such a bias.
+    It concerns channels whose weights are next to nothing beside their bias (dead ones, after a BatchNorm was folded).
 
     Args:
-        bias: Shape (channels,).
+        bias: Shape (channels,); None if there is none.
         input_quantizer: Quantizer of the layer's input, with one scale.
-        weight_quantizer: Quantizer of its weight, with one scale or one for each channel.
+        weight_quantizer: Quantizer of its weight, with one scale or one for each channel; None for a shared weight.
 
     Example:
         >>> from lightning_calibtip.quantization.spec import TensorSpec
@@ -126,6 +127,10 @@ def make_room_for_bias(bias: Tensor, input_quantizer: AffineQuantizer, weight_qu
         >>> small.scale.item() == 2.0**-20
         True
     """
+    if bias is None or not isinstance(input_quantizer, AffineQuantizer):
+        return
+    if not isinstance(weight_quantizer, AffineQuantizer):
+        return
     reach = bias.detach().abs().float() if weight_quantizer.rows > 1 else bias.detach().abs().float().amax(0, True)
     smallest = reach / (input_quantizer.scale * 2.0**_BIAS_BITS)
     weight_quantizer.scale.copy_(torch.maximum(weight_quantizer.scale, smallest))

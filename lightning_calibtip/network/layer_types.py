@@ -18,15 +18,19 @@ class Operand:
             three dimensions.
         nonnegative: Whether the input is never negative (probabilities, say), so that its zero point stays that of
             zero.
+        channel_axis: Dimension, counted from the last, whose elements are each multiplied with weights of their own,
+            so that a channel may be divided by a factor if its weights are multiplied by it (``Equalization``); None
+            if there is none.
 
     Example:
-        >>> Operand(nonnegative=True)
-        Operand(dynamic_range_axes=(-1,), token_axes=(1,), nonnegative=True)
+        >>> Operand(nonnegative=True).nonnegative
+        True
     """
 
     dynamic_range_axes: tuple[int, ...] = (-1,)
     token_axes: tuple[int, ...] = (1,)
     nonnegative: bool = False
+    channel_axis: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class LayerType:
         between_layers: Whether it is an operation between layers (an addition, a pool): only some targets quantize it,
             its bit-width is theirs, and it is no unit of reconstruction by itself.
         adds_bias: Whether its parameter ``bias``, if it has one, is added to its sums of products.
+        input_axis: Dimension of the weight that runs over the channels of the first operand (of a group of them, where
+            the layer has ``groups``); None if there is none.
 
     Raises:
         ValueError: If only one of ``weight`` and ``channel_axis`` is None.
 
     Example:
-        >>> layer_type_of(nn.Linear(2, 2)) == LayerType(adds_bias=True)
+        >>> layer_type_of(nn.Linear(2, 2)).adds_bias
         True
     """
 
@@ -57,6 +63,7 @@ class LayerType:
     output_token_axes: tuple[int, ...] = (1,)
     between_layers: bool = False
     adds_bias: bool = False
+    input_axis: int | None = None
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -77,6 +84,7 @@ def register_layer(
     weight: str = "weight",
     between_layers: bool = False,
     adds_bias: bool = False,
+    input_axis: int | None = None,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -91,6 +99,8 @@ def register_layer(
         weight: Name of the parameter that is its weight; it does not count if ``channel_axis`` is None.
         between_layers: Whether only targets that ask for it quantize it, see ``LayerType``.
         adds_bias: Whether its parameter ``bias`` is added to its sums of products.
+        input_axis: Dimension of its weight that runs over the channels of its first input, whose ``Operand`` says
+            which of its dimensions they are; None if the channels cannot be equalized.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -116,7 +126,9 @@ def register_layer(
         )
     name = None if channel_axis is None else weight
     axes = tuple(output_token_axes)
-    _LAYER_TYPES[layer_type] = LayerType(name, channel_axis, tuple(operands), axes, between_layers, adds_bias)
+    _LAYER_TYPES[layer_type] = LayerType(
+        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis
+    )
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
@@ -166,8 +178,8 @@ _CONVOLUTIONS = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d
 
 for _dimensions, (_conv, _transposed) in enumerate(_CONVOLUTIONS, start=1):
     # A convolution sums over channels and positions, so a range found at run time is that of a sample.
-    _input = Operand(tuple(range(-_dimensions - 1, 0)), (2,) if _dimensions == 1 else ())
-    register_layer(_conv, 0, [_input], _input.token_axes, adds_bias=True)
-    register_layer(_transposed, 1, [_input], _input.token_axes)
-register_layer(nn.Linear, adds_bias=True)
+    _input = Operand(tuple(range(-_dimensions - 1, 0)), (2,) if _dimensions == 1 else (), channel_axis=-_dimensions - 1)
+    register_layer(_conv, 0, [_input], _input.token_axes, adds_bias=True, input_axis=1)
+    register_layer(_transposed, 1, [_input], _input.token_axes, input_axis=0)
+register_layer(nn.Linear, operands=[Operand(channel_axis=-1)], adds_bias=True, input_axis=1)
 register_layer(nn.Embedding, 0, operands=())

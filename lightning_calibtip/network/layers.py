@@ -1,8 +1,8 @@
 """How a layer of the user's becomes a quantized one without changing its class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from ..quantization.quantizers import AffineQuantizer, Quantizer, make_quantizer
 from ..quantization.ranges import RangeOptions, weight_range
-from ..quantization.spec import LayerConfig
+from ..quantization.spec import Channels, LayerConfig
+from .channels import along_weight
 from .hooks import (
     INPUT_QUANTIZERS,
     OUTPUT_QUANTIZER,
@@ -127,9 +128,8 @@ class QuantizedLayer:
         self.set_enabled(self._enabled)
 
     def _install_output(self, config: LayerConfig) -> None:
-        for hook in self._hooks[1:]:
-            hook.remove()
-        del self._hooks[1:]
+        while len(self._hooks) > 1:
+            self._hooks.pop().remove()
         if config.integer_bias:
             self._hooks.append(self.module.register_forward_pre_hook(round_bias))
             self._hooks.append(self.module.register_forward_hook(restore_bias, always_call=True))
@@ -275,13 +275,42 @@ class QuantizedLayer:
         assert isinstance(quantizer, AffineQuantizer) and isinstance(weights, AffineQuantizer)
         return products_grid(bias, quantizer, weights)
 
+    @property
+    def input_ratio(self) -> Tensor | None:
+        """Ratios of the channels of its first input, shape (channels,), where these are equalized."""
+        quantizer = next(iter(self.input_quantizers), None)
+        return quantizer.ratio if isinstance(quantizer, AffineQuantizer) else None
+
+    @torch.no_grad()
+    def equalize(self, channels: Channels | None, ratio: Tensor | None) -> None:
+        """Equalize the channels of its first input: the weight takes ratios in, and has its range chosen anew; the
+        input has a quantizer that divides by them, whose range is for the caller to choose.
+
+        Args:
+            channels: Which channels the input has; None to end the equalization.
+            ratio: Their ratios, shape (channels,).
+        """
+        weight, present = self.latent()[0], self.input_ratio
+        if present is not None:
+            weight.div_(along_weight(present, self.module, self.type, weight))
+        first, *others = self.config.inputs
+        assert first is not None
+        self.install(replace(self.config, inputs=(replace(first, equalized=channels), *others)))
+        if ratio is not None:
+            assert self.input_ratio is not None
+            self.input_ratio.copy_(ratio)
+            weight.mul_(along_weight(ratio, self.module, self.type, weight))
+        self.fit_weight_range()
+
     def fit_ranges(self) -> None:
-        """Choose all ranges for the present format: the weight's from the weight, those of activations from what was
-        observed.
+        """Choose all ranges for the present format, from the weight and from what was observed of activations; channels
+        of inputs are not equalized any longer.
 
         Raises:
             RuntimeError: If no calibration batch has reached the layer.
         """
+        if self.input_ratio is not None:
+            self.equalize(None, None)
         self.fit_weight_range()
         for tensor, spec in zip(self.tensors, self.config.inputs, strict=True):
             tensor.require_observed()
@@ -289,14 +318,8 @@ class QuantizedLayer:
                 tensor.fit_range(spec)
         if self.config.output is not None:
             self.output_tensor.fit_range(self.config.output)
-        self._make_room_for_bias()
-
-    def _make_room_for_bias(self) -> None:
-        bias, quantizer = self.latent()[1], next(iter(self.input_quantizers), None)
-        weights = self.weight_quantizer
-        if self.config.integer_bias and bias is not None and isinstance(weights, AffineQuantizer):
-            assert isinstance(quantizer, AffineQuantizer)
-            make_room_for_bias(bias, quantizer, weights)
+        if self.config.integer_bias:
+            make_room_for_bias(self.latent()[1], self.input_quantizers[0], self.weight_quantizer)
 
     def fit_weight_range(self) -> None:
         """Choose the range of the weight, if it is the layer's own and quantized."""
@@ -329,7 +352,8 @@ class QuantizedLayer:
                 tensor.fit_range(quantizer.spec)
         if config.output is not None:
             self.output_tensor.fit_range(config.output)
-        self._make_room_for_bias()
+        if config.integer_bias:
+            make_room_for_bias(self.latent()[1], self.input_quantizers[0], self.weight_quantizer)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -339,6 +363,7 @@ class QuantizedLayer:
             RuntimeError: If no calibration batch has reached the layer.
         """
         self.variants.clear()
+        self.install(self.config.without_equalization)
         self._write(self.float_weight, self.float_bias)
         self.errors = None
         self.fit_ranges()
@@ -373,27 +398,3 @@ class QuantizedLayer:
         """Weight, which must be the layer's own and quantized, as the integers (int32) that a checkpoint holds."""
         assert self.weight_quantizer is not None
         return self.weight_quantizer.encode(self.latent()[0])
-
-
-@contextmanager
-def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, gradients reach exactly these parameters.
-
-    Example:
-        >>> parameter = nn.Parameter(torch.ones(1), requires_grad=False)
-        >>> with trainable([parameter]):
-        ...     parameter.requires_grad
-        True
-        >>> parameter.requires_grad
-        False
-    """
-    was = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, learned in zip(parameters, was, strict=True):
-            parameter.requires_grad_(learned)
-            parameter.grad = None

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,8 @@ from .layer_types import layer_type_of, names_operations, quantizable_layers
 from .layers import QuantizedLayer
 from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
-from .plan import NOTHING_QUANTIZED, QuantizationPlan, layer_config, plan, weights_of
+from .plan import NOTHING_QUANTIZED, layer_config, plan, weights_of
+from .quantization_plan import QuantizationPlan
 from .scheme import QuantizationScheme
 from .structure import Structure
 from .summary import LayerSummary, summarize
@@ -124,6 +125,11 @@ class QuantizedNetwork:
         """
         self.layers = apply(self.model, decided)
         self._plan = decided
+
+    def set_absorbers(self, absorbers: Mapping[ObservedTensor, str]) -> None:
+        """Say which modules take in the ratios of equalized activations, see ``find_absorbers``."""
+        assert self._plan is not None
+        self._plan = self._plan.with_absorbers({name: tensor.name for tensor, name in absorbers.items()})
 
     def adopt(self, decided: QuantizationPlan) -> None:
         """Give a model that is quantized already the formats of another plan for the same layers.

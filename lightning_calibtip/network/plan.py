@@ -1,9 +1,7 @@
-"""The plan: what becomes of every module of one model, as plain values that can be compared, printed and stored."""
+"""Planning: decide what becomes of every module of one model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,8 +12,9 @@ from .between import grid_root, integer_operations, unquantized_outputs
 from .dataflow import shared_operands
 from .float_matmuls import find_float_matmuls
 from .layer_types import LayerType, layer_type_of, quantizable_layers
+from .quantization_plan import ModulePlan, QuantizationPlan, class_name
 from .scheme import QuantizationScheme
-from .structure import Fold, Structure, Value
+from .structure import Structure, Value
 from .tensors import activation_name
 from .tying import Ties, find_ties
 
@@ -26,146 +25,6 @@ NOTHING_QUANTIZED = "none of its tensors is quantized at these bit-widths"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _COPIED = "with a copy of its own of a shared parameter"
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What becomes of one module.
-
-    Args:
-        name: Full name in the model; ``""`` for the model itself.
-        type: Name of its class.
-        role: ``"layer"`` (of a quantizable type), ``"normalization"`` (a BatchNorm), ``"matmul"`` (computes matrix
-            products of its own) or ``"module"`` (anything else with parameters).
-        parameters: Number of the weights of a quantized layer, or of all own parameters of what stays in float.
-        config: Format of a layer that is quantized; None for everything else.
-        reason: Why it stays in float; of a quantized layer, what else was done to it.
-        folded_into: Layer that a BatchNorm is folded into.
-        tied_to: Layer that owns the weight of this one.
-        copies: Names of shared parameters that the layer gets a copy of.
-        reads: Names of the activations that it reads, one for each operand; layers that read the same one share its
-            quantizers.
-        pinned: Whether the user has said which bit-widths it has.
-
-    Example:
-        See ``plan``.
-    """
-
-    name: str
-    type: str
-    role: str
-    parameters: int = 0
-    config: LayerConfig | None = None
-    reason: str = ""
-    folded_into: str | None = None
-    tied_to: str | None = None
-    copies: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    pinned: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        config = None if self.config is None else self.config.to_dict()
-        return {**asdict(self), "config": config, "copies": list(self.copies), "reads": list(self.reads)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModulePlan":
-        """Inverse of ``to_dict``."""
-        config = None if values["config"] is None else LayerConfig.from_dict(values["config"])
-        sequences = {"copies": tuple(values["copies"]), "reads": tuple(values["reads"])}
-        return cls(**{**values, "config": config, **sequences})
-
-
-@dataclass(frozen=True)
-class QuantizationPlan:
-    """What becomes of every module of one model, in the order of execution; what does not run comes last.
-
-    Example:
-        See ``plan``.
-    """
-
-    modules: tuple[ModulePlan, ...]
-
-    @cached_property
-    def layers(self) -> dict[str, ModulePlan]:
-        """The quantized layers by name."""
-        return {module.name: module for module in self.modules if module.config is not None}
-
-    @cached_property
-    def folds(self) -> tuple[Fold, ...]:
-        """The BatchNorms that are folded, each with its layer."""
-        return tuple(Fold(module.folded_into, module.name) for module in self.modules if module.folded_into is not None)
-
-    @cached_property
-    def tied(self) -> dict[str, str]:
-        """Layers that have the weight of another one, and which."""
-        return {name: layer.tied_to for name, layer in self.layers.items() if layer.tied_to is not None}
-
-    @cached_property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """Names of the activations that each quantized layer reads."""
-        return {name: layer.reads for name, layer in self.layers.items()}
-
-    @cached_property
-    def float_layers(self) -> dict[str, str]:
-        """Layers of a quantizable type that stay in float, and why."""
-        return self._float("layer")
-
-    @cached_property
-    def unfolded_norms(self) -> dict[str, str]:
-        """BatchNorms that are not folded, and why."""
-        return self._float("normalization")
-
-    @cached_property
-    def float_matmuls(self) -> dict[str, str]:
-        """Modules that compute matrix products outside of quantizable layers, and which."""
-        return self._float("matmul")
-
-    def _float(self, role: str) -> dict[str, str]:
-        found = [module for module in self.modules if module.role == role]
-        return {module.name: module.reason for module in found if module.config is None and module.folded_into is None}
-
-    def with_configs(self, configs: Mapping[str, LayerConfig]) -> "QuantizationPlan":
-        """The same plan with other formats of some quantized layers."""
-        return QuantizationPlan(
-            tuple(
-                replace(module, config=configs[module.name]) if module.name in configs else module
-                for module in self.modules
-            )
-        )
-
-    def with_float_layer(self, name: str, reason: str, parameters: int) -> "QuantizationPlan":
-        """The same plan with a layer left in float after all."""
-        changes: dict[str, Any] = {"config": None, "reason": reason, "parameters": parameters, "pinned": False}
-        changes |= {"tied_to": None, "reads": ()}
-        return QuantizationPlan(
-            tuple(replace(module, **changes) if module.name == name else module for module in self.modules)
-        )
-
-    def with_float_matmul(self, name: str, type_name: str, reason: str) -> "QuantizationPlan":
-        """The same plan with one more module that computes matrix products in float."""
-        return QuantizationPlan((*self.modules, ModulePlan(name, type_name, "matmul", reason=reason)))
-
-    @classmethod
-    def pending(cls, model: nn.Module) -> "QuantizationPlan":
-        """The modules with parameters of a model that has not been observed yet."""
-        layers = quantizable_layers(model)
-        found = []
-        for name, module in model.named_modules():
-            own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            reason = "not calibrated yet" if name in layers else "not a quantizable type of layer"
-            if own and ".parametrizations." not in f".{name}.":
-                found.append(ModulePlan(name, _class_name(module), "module", own, reason=reason))
-        return cls(tuple(found))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
-        return {"modules": [module.to_dict() for module in self.modules]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationPlan":
-        """Inverse of ``to_dict``."""
-        return cls(tuple(map(ModulePlan.from_dict, values["modules"])))
 
 
 def plan(model: nn.Module, structure: Structure, scheme: QuantizationScheme) -> QuantizationPlan:
@@ -263,7 +122,7 @@ class _Planner:
         found = []
         for name, module in self.model.named_modules():
             own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            described = ModulePlan(name, _class_name(module), "module", own)
+            described = ModulePlan(name, class_name(module), "module", own)
             if name in self.layers:
                 found.append(self._layer(described, module, reads))
             elif isinstance(module, _BatchNorm) and name in folds:
@@ -393,8 +252,3 @@ def weights_of(layer: nn.Module) -> int:
     layer_type = layer_type_of(layer)
     weight = getattr(layer, (layer_type and layer_type.weight) or "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0
-
-
-def _class_name(module: nn.Module) -> str:
-    cls = type(module).__mro__[1] if parametrize.is_parametrized(module) else type(module)
-    return cls.__name__

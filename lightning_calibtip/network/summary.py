@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from ..quantization.spec import LayerConfig, PerGroup
-from .plan import NOTHING_QUANTIZED, ModulePlan, QuantizationPlan
+from .plan import NOTHING_QUANTIZED
+from .quantization_plan import ModulePlan, QuantizationPlan
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def summarize(plan: QuantizationPlan) -> list[LayerSummary]:
     """Status of each layer, each BatchNorm and each other matrix product, in the order of execution.
 
     Example:
-        >>> from lightning_calibtip.network.plan import ModulePlan
+        >>> from lightning_calibtip.network.quantization_plan import ModulePlan
         >>> [line.note for line in summarize(QuantizationPlan((ModulePlan("bn", "BatchNorm1d", "normalization",
         ...                                                               folded_into="fc"),)))]
         ['into fc']
@@ -64,6 +65,8 @@ def _format(config: LayerConfig) -> str:
     parts = []
     if config.weight is not None and isinstance(config.weight.granularity, PerGroup):
         parts.append(f"weights in groups of {config.weight.granularity.size}")
+    if any(spec is not None and spec.equalized for spec in config.inputs):
+        parts.append("channels of the input equalized")
     if config.output is not None:
         parts.append(f"output at {config.output.bits} bits")
     return ", ".join(parts)

@@ -36,6 +36,8 @@ class Target:
         integer_bias: Whether biases are added as integers, on the grid of the products.
         groups: Whether weights may have scales for groups.
         float_layers: Whether layers of quantizable types may stay in float.
+        absorb: Which inputs ``Equalization`` may give ratios of their channels: ``"prefer"``, ``"engine"`` or
+            ``"only"``, see ``EqualizationOptions``.
 
     Raises:
         ValueError: If the name is empty.
@@ -54,6 +56,7 @@ class Target:
     integer_bias: bool = False
     groups: bool = False
     float_layers: bool = True
+    absorb: str = "prefer"
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -212,8 +215,8 @@ def find_target(name: str) -> Target:
 
 
 # ONNX Runtime and OpenVINO fuse quantized additions and pools only where all of their operands are on a grid.
-register_target(Target("onnxruntime", symmetric_weights=True, between_bits=8, integer_bias=True))
-register_target(Target("openvino", symmetric_weights=True, between_bits=8, integer_bias=True))
+register_target(Target("onnxruntime", symmetric_weights=True, between_bits=8, integer_bias=True, absorb="engine"))
+register_target(Target("openvino", symmetric_weights=True, between_bits=8, integer_bias=True, absorb="engine"))
 # TensorRT has no zero points at all; XNNPACK has signed activations with them.
 register_target(
     Target(
@@ -225,6 +228,7 @@ register_target(
         activation_bits=[8],
         between_bits=8,
         integer_bias=True,
+        absorb="only",
     )
 )
 register_target(
@@ -235,6 +239,7 @@ register_target(
         activation_bits=[8],
         between_bits=8,
         integer_bias=True,
+        absorb="only",
     )
 )
 register_target(Target("weights", activation_bits=(), groups=True))

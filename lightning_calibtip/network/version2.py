@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..quantization.spec import BitWidths
 from .attention import PRODUCTS, make_product
 from .layer_types import layer_type_of, quantizable_layers
-from .plan import ModulePlan, QuantizationPlan, weights_of
+from .plan import weights_of
+from .quantization_plan import ModulePlan, QuantizationPlan
 from .scheme import QuantizationScheme
 from .tensors import activation_name
 from .tying import find_ties

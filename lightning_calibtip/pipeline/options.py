@@ -10,6 +10,7 @@ from ..allocation.options import AllocationOptions
 from ..calibration.options import StorageOptions
 from ..option_fields import with_changes
 from ..quantization.ranges import RangeOptions
+from ..reconstruction.equalize import EqualizationOptions
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.batch_norm import BatchNormTuningOptions
 from ..tuning.bias import BiasTuningOptions
@@ -24,6 +25,7 @@ class PipelineOptions:
 
     Args:
         calibration: How ranges are chosen.
+        equalization: Options of the equalization of inputs.
         batch_norm_tuning: Options of BatchNorm tuning.
         adaquant: Options of AdaQuant. In ``"advanced"`` its mode is parallel and its units are layers, whatever is
             given here.
@@ -51,6 +53,7 @@ class PipelineOptions:
     """
 
     calibration: RangeOptions = field(default_factory=RangeOptions)
+    equalization: EqualizationOptions = field(default_factory=EqualizationOptions)
     batch_norm_tuning: BatchNormTuningOptions = field(default_factory=BatchNormTuningOptions)
     adaquant: AdaQuantOptions = field(default_factory=AdaQuantOptions)
     preparation: AdaQuantOptions = field(default_factory=partial(AdaQuantOptions, iterations=100))

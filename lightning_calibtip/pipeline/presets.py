@@ -9,6 +9,7 @@ from ..callbacks.batch_norm_tuning import BatchNormTuning
 from ..callbacks.bias_tuning import BiasTuning
 from ..callbacks.bit_allocation import BitAllocation
 from ..callbacks.calibration import Calibration
+from ..callbacks.equalization import Equalization
 from ..callbacks.stage import Stage
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.bias import BiasTuningOptions
@@ -27,7 +28,8 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
     - ``"advanced"``: parallel AdaQuant of layers at every candidate, bit allocation over the results, BatchNorm and
       bias tuning.
-    - ``"sequential"``: BatchNorm tuning, sequential AdaQuant at the given bit-widths, bias tuning.
+    - ``"sequential"``: equalization of inputs, BatchNorm tuning, sequential AdaQuant at the given bit-widths, bias
+      tuning.
     - ``"mixed"``: short parallel AdaQuant of layers at every candidate, bit allocation over the results, and then all
       of ``"sequential"`` from the float weights at the bit-widths chosen. With
       ``options={"allocation": {"sensitivity": ...}}`` the first part is left out.
@@ -51,7 +53,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
 
     Example:
         >>> [stage.name for stage in make_stages("sequential", {"adaquant": {"iterations": 200}})]
-        ['Calibration', 'BatchNormTuning', 'AdaQuant', 'BiasTuning']
+        ['Calibration', 'Equalization', 'BatchNormTuning', 'AdaQuant', 'BiasTuning']
     """
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
@@ -68,6 +70,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
         allocation = replace(allocation, reset_to_float=True)
         stages.append(BitAllocation(allocation, storage=storage, state_folder=folder))
     if pipeline in ("sequential", "mixed"):
+        stages.append(Equalization(options.equalization, storage=storage))
         stages.append(BatchNormTuning(options.batch_norm_tuning, storage=storage))
         stages.append(AdaQuant(adaquant, storage=storage, state_folder=folder))
     if pipeline == "advanced":

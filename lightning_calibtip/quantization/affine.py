@@ -4,7 +4,8 @@ A real number ``x`` is stored as the integer ``q = clamp(round(x / scale) + zero
 ``(q - zero_point) * scale``. Halves are rounded to the even neighbour, and zero points are whole numbers from ``qmin``
 to ``qmax``: what ONNX QuantizeLinear and DequantizeLinear compute. All functions take ``scale`` and ``zero_point`` with
 one element (per tensor), with one element for each index of ``axis`` (per channel), or, without ``axis``, in any shape
-that broadcasts to the tensor.
+that broadcasts to the tensor. With a ``ratio`` (equalized channels), ``x / (scale * ratio)`` is rounded instead, and
+what is read back stands for ``x / ratio``: QuantizeLinear by channel, DequantizeLinear by tensor.
 """
 
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def encode(
     qmax: float,
     axis: int | None = None,
     rounding: Callable[[Tensor], Tensor] = torch.round,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """Encode real numbers as integers; values outside the range saturate.
 
@@ -93,6 +95,7 @@ def encode(
         qmax: Greatest integer; infinity for no limit.
         axis: Channel dimension of ``x``, or None for one scale for the whole tensor.
         rounding: How ``x / scale`` becomes a whole number: to the nearest, with ties to even, or ``torch.floor``.
+        ratio: Positive, in a shape that broadcasts to ``x``; None for 1.
 
     Returns:
         float32 tensor of whole numbers, of the shape of ``x``.
@@ -102,7 +105,8 @@ def encode(
         tensor([0., 1., 3.])
     """
     point = along(_whole(zero_point, qmin, qmax), x.dim(), axis)
-    return _encode(x.float(), along(scale.float(), x.dim(), axis), point, rounding).clamp_(qmin, qmax)
+    step = along(scale.float(), x.dim(), axis)
+    return _encode(x.float(), step if ratio is None else step * ratio, point, rounding).clamp_(qmin, qmax)
 
 
 def decode(q: Tensor, scale: Tensor, zero_point: Tensor, qmin: float, qmax: float, axis: int | None = None) -> Tensor:
@@ -130,13 +134,20 @@ def _whole(zero_point: Tensor, qmin: float, qmax: float) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """Encode and decode, differentiable by the straight-through estimator.
 
     Gradients follow LSQ+ (Bhalgat et al. 2020; LSQ: Esser et al. 2020, eq. 3): that of ``x`` passes where
     ``x`` is inside the range and is zero where it saturates; ``scale`` gets the rounding error inside and the saturated
-    integer outside; ``zero_point`` is used rounded and gets ``-scale`` where ``x`` saturates.
+    integer outside; ``zero_point`` is used rounded and gets ``-scale`` where ``x`` saturates. With a ``ratio`` the same
+    holds of ``x / ratio``, whose derivatives ``x`` and ``ratio`` get.
 
     Args:
         x: Floating-point tensor; computed in float32 and returned in its own type.
@@ -145,6 +156,7 @@ def fake_quantize(
         qmin: Smallest integer.
         qmax: Greatest integer.
         axis: Channel dimension of ``x``, or None for one scale for the whole tensor.
+        ratio: Positive, float32, in a shape of as many dimensions as ``x`` that broadcasts to it; None for 1.
 
     Returns:
         Tensor of the shape and type of ``x`` with at most ``qmax - qmin + 1`` distinct values a channel.
@@ -153,7 +165,7 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-1.0, 0.4, 9.0]), torch.tensor([0.5]), torch.tensor([1.0]), 0, 3)
         tensor([-0.5000,  0.5000,  1.0000])
     """
-    output: Tensor = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, axis)
+    output: Tensor = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, axis, ratio)
     return output
 
 
@@ -175,34 +187,48 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        axis: int | None,
+        ratio: Tensor | None,
     ) -> Tensor:
         real = x.float()
         step = along(scale.float(), x.dim(), axis)
         point = along(_whole(zero_point, qmin, qmax), x.dim(), axis)
-        integers = _encode(real, step, point)
+        integers = _encode(real, step if ratio is None else step * ratio, point)
         differentiable = any(ctx.needs_input_grad)
         clamped = integers.clamp(qmin, qmax) if differentiable else integers.clamp_(qmin, qmax)
         output = _decode_(clamped, step, point)
         ctx.axis, ctx.ends = axis, (qmin, qmax)
         if differentiable:
-            ctx.save_for_backward(integers, *((real, output, scale) if any(ctx.needs_input_grad[1:3]) else ()))
+            of_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or ctx.needs_input_grad[6]
+            ctx.save_for_backward(integers, ratio, *((real, output, scale) if of_parameters else ()))
         return output.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        integers, *saved = ctx.saved_tensors
+        integers, ratio, *saved = ctx.saved_tensors
         wide = grad.float()
         # Zero where the integer was clamped. The bounds are exclusive.
         passed = torch.ops.aten.hardtanh_backward(wide, integers, ctx.ends[0] - 0.5, ctx.ends[1] + 0.5)
-        grad_scale = grad_zero_point = None
+        grad_scale = grad_zero_point = grad_ratio = None
         if saved:
             real, output, scale = saved
+            if ratio is not None:
+                real = real / ratio
             # Inside, d(output)/d(scale) is (output - x) / scale; outside it is output / scale.
             if ctx.needs_input_grad[1]:
                 grad_scale = (_dot(wide, output, ctx.axis) - _dot(passed, real, ctx.axis)).view_as(scale) / scale
             if ctx.needs_input_grad[2]:
                 grad_zero_point = (_total(passed, ctx.axis) - _total(wide, ctx.axis)).view_as(scale) * scale
+            if ctx.needs_input_grad[6]:
+                grad_ratio = (passed * real).sum_to_size(ratio.shape).neg_().div_(ratio)
+        if ratio is not None:
+            passed = passed / ratio
         return (
             (passed.to(grad.dtype) if ctx.needs_input_grad[0] else None),
             grad_scale,
@@ -210,6 +236,7 @@ class _FakeQuantize(torch.autograd.Function):
             None,
             None,
             None,
+            grad_ratio,
         )
 
 

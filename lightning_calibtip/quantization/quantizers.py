@@ -7,9 +7,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .affine import SMALLEST_SCALE, choose_qparams, decode, encode, fake_quantize
+from .affine import SMALLEST_SCALE, along, choose_qparams, decode, encode, fake_quantize
 from .groups import from_groups, groups_per_channel, to_groups
 from .spec import PerChannel, PerGroup, PerToken, TensorSpec
+
+# Ratios of equalized channels are at least this much, lest a channel be divided by next to nothing.
+SMALLEST_RATIO = 1e-6
 
 _KINDS: dict[str, "type[Quantizer]"] = {}
 _Kind = TypeVar("_Kind", bound="type[Quantizer]")
@@ -20,15 +23,16 @@ class Trainable(NamedTuple):
 
     Args:
         parameter: The parameter.
-        step: Change of the parameter that moves the end of the range by one quantization step; 1 for a zero point.
-        role: ``"scale"`` or ``"zero_point"``, which say which learning rate it has.
+        step: Change of the parameter that moves the end of the range by one quantization step; 1 for a zero point. A
+            number, or a tensor that has one for each element.
+        role: ``"scale"``, ``"zero_point"`` or ``"ratio"``, which say which learning rate it has.
 
     Example:
         See ``AffineQuantizer``.
     """
 
     parameter: Tensor
-    step: float
+    step: float | Tensor
     role: str
 
 
@@ -87,6 +91,11 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def step_size(self) -> float:
         """Typical distance of neighbouring values, which learning rates of a weight are fractions of."""
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """What the quantized tensor would be if nothing were rounded: ``x`` itself, unless its channels are
+        equalized."""
+        return x
 
     def trainables(self) -> list[Trainable]:
         """Parameters that reconstruction learns; none by default."""
@@ -227,11 +236,14 @@ class AffineQuantizer(Quantizer):
 
     scale: Tensor
     zero_point: Tensor
+    ratio: Tensor | None
 
     def __init__(self, name: str, spec: TensorSpec, rows: int) -> None:
         super().__init__(name, spec, rows)
         self.scale = nn.Parameter(torch.ones(rows), requires_grad=False)
         self.zero_point = nn.Parameter(torch.zeros(rows), requires_grad=False)
+        ratio = None if spec.equalized is None else nn.Parameter(torch.ones(spec.equalized.count), requires_grad=False)
+        self.register_parameter("ratio", ratio)
 
     @property
     def acts_as_stored(self) -> bool:
@@ -254,21 +266,33 @@ class AffineQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.fake_quantize``."""
-        spec = self.spec
+        spec, ratio = self.spec, self._ratio(x)
         if isinstance(spec.granularity, PerToken):
-            along = spec.granularity.axes
-            low, high = x.detach().amin(along, keepdim=True), x.detach().amax(along, keepdim=True)
-            scale, zero_point = self.choose_qparams(low, high)
-            return fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax)
+            axes, even = spec.granularity.axes, self.unrounded(x.detach())
+            scale, zero_point = self.choose_qparams(even.amin(axes, keepdim=True), even.amax(axes, keepdim=True))
+            return fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax, None, ratio)
         rows, axis = self._rows(x)
-        output = fake_quantize(rows, self.scale, self.zero_point, spec.qmin, spec.qmax, axis)
+        output = fake_quantize(rows, self.scale, self.zero_point, spec.qmin, spec.qmax, axis, ratio)
         return self._whole(output, x)
 
     def encode(self, x: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.encode``."""
         rows, axis = self._rows(x)
-        integers = encode(rows, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, axis)
+        spec, ratio = self.spec, self._ratio(x)
+        integers = encode(rows, self.scale, self.zero_point, spec.qmin, spec.qmax, axis, ratio=ratio)
         return self._whole(integers, x).to(torch.int32)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """See ``Quantizer``: ``x`` with each channel divided by its ratio."""
+        ratio = self._ratio(x)
+        return x if ratio is None else (x / ratio).to(x.dtype)
+
+    def _ratio(self, x: Tensor) -> Tensor | None:
+        """The ratios so that they run along the channels of ``x``, if these are equalized."""
+        channels = self.spec.equalized
+        if channels is None or self.ratio is None:
+            return None
+        return along(self.ratio, x.dim(), channels.axis % x.dim())
 
     def decode(self, q: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.decode``."""
@@ -299,18 +323,23 @@ class AffineQuantizer(Quantizer):
         return float(self.scale.detach().median())
 
     def trainables(self) -> list[Trainable]:
-        """Scale, and zero point where it may move; nothing where ranges are taken at run time."""
+        """Scale, zero point where it may move, and ratios of channels; of ranges that are taken at run time, only
+        these."""
+        steps = self.spec.qmax - self.spec.qmin
+        found = [] if self.ratio is None else [Trainable(self.ratio, self.ratio.detach() / steps, "ratio")]
         if self.spec.dynamic:
-            return []
-        found = [Trainable(self.scale, self.step_size() / (self.spec.qmax - self.spec.qmin), "scale")]
+            return found
+        found.append(Trainable(self.scale, self.step_size() / steps, "scale"))
         if not (self.spec.symmetric or self.spec.nonnegative):
             found.append(Trainable(self.zero_point, 1.0, "zero_point"))
         return found
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Keep scales positive."""
+        """Keep scales and ratios positive."""
         self.scale.clamp_min_(SMALLEST_SCALE)
+        if self.ratio is not None:
+            self.ratio.clamp_min_(SMALLEST_RATIO)
 
     @torch.no_grad()
     def finalize_(self) -> None:
@@ -329,8 +358,10 @@ class AffineQuantizer(Quantizer):
         return True
 
     def stored(self) -> dict[str, Tensor]:
-        """Scales, and zero points where they are not known to be zero; nothing where ranges are taken at run time."""
+        """Scales, zero points where they are not known to be zero, and ratios; of ranges that are taken at run time,
+        only these."""
+        ratios = {} if self.ratio is None else {"ratio": self.ratio}
         if self.spec.dynamic:
-            return {}
+            return ratios
         is_zero = (self.spec.symmetric and not self.spec.one_sided) or self.spec.nonnegative
-        return {"scale": self.scale} if is_zero else {"scale": self.scale, "zero_point": self.zero_point}
+        return {"scale": self.scale, **({} if is_zero else {"zero_point": self.zero_point}), **ratios}

@@ -1,7 +1,7 @@
 """How a tensor, and how a layer, is quantized: frozen values that can be compared, hashed, printed and stored."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MIN_BITS, MAX_BITS = 2, 16
@@ -110,6 +110,35 @@ class PerToken:
         object.__setattr__(self, "axes", tuple(self.axes))
 
 
+@dataclass(frozen=True)
+class Channels:
+    """Channels of an equalized activation: each is divided by a ratio of its own before it is rounded.
+
+    All are read back with the one scale of the tensor, so integer arithmetic stays per tensor; the weights that the
+    channels are multiplied with have the ratios as factors.
+
+    Args:
+        axis: Dimension that runs over channels, counted from the last, below 0.
+        count: Number of channels, at least 1.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> Channels(axis=-1, count=64)
+        Channels(axis=-1, count=64)
+    """
+
+    axis: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis >= 0:
+            raise ValueError(f"The axis of equalized channels is counted from the last, below 0, got {self.axis!r}.")
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"The number of equalized channels must be at least 1, got {self.count!r}.")
+
+
 Granularity = PerTensor | PerChannel | PerGroup | PerToken
 
 _GRANULARITIES: dict[str, type[Granularity]] = {
@@ -133,6 +162,8 @@ class TensorSpec:
             smallest integer instead of wasting half of the integers.
         nonnegative: Whether the tensor is never negative (probabilities), so that its range begins at zero and its
             zero point is and stays 0; such a tensor is not symmetric.
+        equalized: Channels that are divided by a ratio each before they are rounded; None where there are none. Only
+            an activation with one scale, or with ranges taken at run time, has some.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -149,6 +180,7 @@ class TensorSpec:
     kind: str = "affine"
     one_sided: bool = False
     nonnegative: bool = False
+    equalized: Channels | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "bits")
@@ -160,6 +192,10 @@ class TensorSpec:
             )
         if self.symmetric and self.nonnegative:
             raise ValueError("A nonnegative tensor has unsigned integers: symmetric must be False, got True.")
+        if self.equalized is not None and not isinstance(self.granularity, PerTensor | PerToken):
+            raise ValueError(
+                f"Equalized channels share one scale: granularity must be PerTensor, got {self.granularity!r}."
+            )
 
     @property
     def qmin(self) -> int:
@@ -196,7 +232,9 @@ class TensorSpec:
             raise ValueError(f"The granularity of a tensor must be one of {', '.join(_GRANULARITIES)}, got {name!r}.")
         granularity = _GRANULARITIES[name]
         _check_names(fields, granularity.__dataclass_fields__, f"The granularity {name}")
-        return cls(**{**values, "granularity": granularity(**fields)})
+        channels = values.get("equalized")
+        equalized = None if channels is None else Channels(**channels)
+        return cls(**{**values, "granularity": granularity(**fields), "equalized": equalized})
 
 
 @dataclass(frozen=True)
@@ -269,6 +307,12 @@ class LayerConfig:
     def is_float(self) -> bool:
         """Whether nothing is quantized."""
         return all(spec is None for spec in (self.weight, *self.inputs, self.output))
+
+    @property
+    def without_equalization(self) -> "LayerConfig":
+        """The same format with inputs whose channels are not equalized."""
+        inputs = tuple(None if spec is None else replace(spec, equalized=None) for spec in self.inputs)
+        return replace(self, inputs=inputs)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values, which ``from_dict`` reads."""

@@ -17,7 +17,7 @@ class Adam:
 
     Args:
         parameters: Parameters to optimise.
-        rates: Learning rate of each.
+        rates: Learning rate of each, a number or a tensor that has one for each of its elements.
 
     Example:
         >>> parameter = torch.zeros(1)
@@ -27,7 +27,7 @@ class Adam:
         tensor([-0.5000])
     """
 
-    def __init__(self, parameters: Sequence[Tensor], rates: Sequence[float]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], rates: Sequence[float | Tensor]) -> None:
         self.parameters, self.rates = list(parameters), list(rates)
         self._means = [torch.zeros_like(parameter) for parameter in parameters]
         self._squares = [torch.zeros_like(parameter) for parameter in parameters]
@@ -45,13 +45,15 @@ class Adam:
         torch._foreach_lerp_(means, gradients, 1 - _BETA1)
         torch._foreach_mul_(squares, _BETA2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - _BETA2)
-        sizes = []
-        for i in chosen:
+        sizes, moves = [], []
+        for i, mean in zip(chosen, means, strict=True):
             self._steps[i] += 1
-            sizes.append(-factor * self.rates[i] / (1 - _BETA1 ** self._steps[i]))
+            rate = self.rates[i]
+            moves.append(mean * rate if isinstance(rate, Tensor) else mean)
+            sizes.append(-factor * (1.0 if isinstance(rate, Tensor) else rate) / (1 - _BETA1 ** self._steps[i]))
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, [(1 - _BETA2 ** self._steps[i]) ** 0.5 for i in chosen])
         torch._foreach_add_(denominators, _EPSILON)
-        torch._foreach_addcdiv_(parameters, means, denominators, sizes)
+        torch._foreach_addcdiv_(parameters, moves, denominators, sizes)
         for parameter in parameters:
             parameter.grad = None

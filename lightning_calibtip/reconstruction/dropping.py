@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..calibration.recording import UnitCall
@@ -60,8 +60,8 @@ def dropping(layers: Sequence[QuantizedLayer], drops: Dropping) -> Iterator[None
         drops: Random choice of the parts.
     """
 
-    def hook(quantizer: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return drops.choose(args[0], output)
+    def hook(quantizer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return drops.choose(quantizer.unrounded(args[0]), output)
 
     # Layers that read the same tensor share its quantizer, which must be hooked once.
     quantizers = {q: None for layer in layers for q in (*layer.input_quantizers, layer.output_quantizer) if q}

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,12 +16,14 @@ from torch import Tensor
 from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
-from ..network.layers import QuantizedLayer, trainable
+from ..network.layers import QuantizedLayer
+from ..network.trainable import trainable
 from ..network.trial import Trial, trial
 from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.quantizers import AffineQuantizer, Quantizer
 from .adam import Adam
 from .dropping import Dropping, dropping
+from .learned_ratios import weights_following
 from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
 from .rounding import Rounding, RoundingPenalty, rounding_method
@@ -113,19 +115,25 @@ def relative_error(unit: Unit, objectives: Sequence[Objective], dataset: UnitDat
         >>> relative_error(unit, [SquaredError()], UnitDataset(inputs, targets), torch.arange(2))
         0.25
     """
+    chunks = index.split(1 if dataset.whole else _CHUNK)
+    return mean_error(unit, objectives, (dataset.take(part) for part in chunks))
+
+
+@torch.no_grad()
+def mean_error(unit: Unit, objectives: Sequence[Objective], batches: Iterable[MiniBatch]) -> float:
+    """Relative error of a unit as it is now, over mini-batches. See ``relative_error``."""
     error = power = 0.0
-    for part in index.split(1 if dataset.whole else _CHUNK):
-        batch = dataset.take(part)
+    for batch in batches:
         power += float(_power(unit, objectives, batch))
         error += float(_loss(unit, objectives, batch, batch.call))
     return error / power if power else error
 
 
 class _Rate(NamedTuple):
-    """Learning rate of a parameter; a ``sparse`` one is updated at some steps only."""
+    """Learning rate of a parameter, or of each of its elements; a ``sparse`` one is updated at some steps only."""
 
     parameter: Tensor
-    value: float
+    value: float | Tensor
     sparse: bool
 
 
@@ -135,6 +143,7 @@ def _rates(
     quantizers: Sequence[Quantizer],
     options: AdaQuantOptions,
     output_error: float,
+    learns_ratios: bool,
 ) -> list[_Rate]:
     """What is learned of a layer, and how fast (see ``AdaQuantOptions.relative``).
 
@@ -144,6 +153,7 @@ def _rates(
         quantizers: Quantizers of the layer that learn.
         options: Learning rates.
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
+        learns_ratios: Whether the weights that read the input follow its ratios.
     """
     rate_of = {"weight": options.weight_rate, "rounding": options.rounding_rate}
     rates = []
@@ -156,10 +166,11 @@ def _rates(
         rate_of["scale"] = options.input_range_rate if sparse else options.weight_range_rate
         moves = sparse or rounding is None or rounding.learns_zero_points
         rate_of["zero_point"] = options.zero_point_rate if moves else 0.0
+        rate_of["ratio"] = options.ratio_rate if learns_ratios else 0.0
         for learned in quantizer.trainables():
-            step = learned.step if options.relative else 1
-            rates.append(_Rate(learned.parameter, rate_of[learned.role] * step, sparse))
-    return [rate for rate in rates if rate.value > 0]
+            moved = learned.step if options.relative else 1
+            rates.append(_Rate(learned.parameter, rate_of[learned.role] * moved, sparse))
+    return [rate for rate in rates if bool(torch.as_tensor(rate.value).max() > 0)]
 
 
 def optimize_unit(
@@ -247,6 +258,8 @@ class _Descent:
             roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
             for rounding in roundings.values():
                 stack.enter_context(rounding.acting())
+            following = self._following(roundings, learned)
+            stack.enter_context(weights_following(following))
             rates = [
                 rate
                 for layer in unit.layers
@@ -256,6 +269,7 @@ class _Descent:
                     learned[layer.name],
                     options,
                     rms.get(layer.name, 0.0) * error_before**0.5,
+                    layer in following,
                 )
             ]
             if not rates:
@@ -290,6 +304,21 @@ class _Descent:
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
         return "" if finite else "a parameter became NaN or infinite"
 
+    def _following(
+        self, roundings: Mapping[str, Rounding], learned: Mapping[str, Sequence[Quantizer]]
+    ) -> list[QuantizedLayer]:
+        """Layers whose weights follow the ratios of their inputs: where these learn, and every reader can follow."""
+        names = {layer.name for layer in self.unit.layers}
+        found = []
+        for layer in self.unit.layers:
+            rounding = roundings.get(layer.name)
+            if layer.input_ratio is None or (rounding is not None and not rounding.learns_ratios):
+                continue
+            (tensor,), (quantizer,) = layer.tensors, layer.input_quantizers
+            if names.issuperset(tensor.readers) and any(quantizer in own for own in learned.values()):
+                found.append(layer)
+        return found
+
     def _learned_quantizers(self) -> dict[str, list[Quantizer]]:
         """Quantizers that learn, by layer; one that several layers share belongs to the first of them."""
         learned: dict[str, list[Quantizer]] = {}
@@ -316,7 +345,13 @@ def clamping(quantizers: Sequence[Quantizer]) -> Callable[[], None]:
         True
     """
     # One operator for all scales: clamping each for itself would take as long as a small layer's forward pass.
-    affine = [q for q in quantizers if isinstance(q, AffineQuantizer) and type(q).clamp_ is AffineQuantizer.clamp_]
+    affine = [
+        quantizer
+        for quantizer in quantizers
+        if isinstance(quantizer, AffineQuantizer)
+        and type(quantizer).clamp_ is AffineQuantizer.clamp_
+        and quantizer.ratio is None
+    ]
     scales, others = [quantizer.scale for quantizer in affine], [q for q in quantizers if q not in affine]
 
     def clamp() -> None:

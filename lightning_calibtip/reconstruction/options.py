@@ -16,7 +16,15 @@ MODES = ("parallel", "sequential")
 SCHEDULES = ("cosine", "constant")
 
 _COUNTS = ("iterations", "batch_size", "input_range_interval")
-_RATES = ("weight_rate", "bias_rate", "weight_range_rate", "input_range_rate", "zero_point_rate", "rounding_rate")
+_RATES = (
+    "weight_rate",
+    "bias_rate",
+    "weight_range_rate",
+    "input_range_rate",
+    "zero_point_rate",
+    "ratio_rate",
+    "rounding_rate",
+)
 
 # The paper's published code: single layers, absolute rates, no decay.
 _PAPER = {
@@ -62,6 +70,7 @@ class AdaQuantOptions:
         input_range_rate: Learning rate of the activations' scales.
         zero_point_rate: Learning rate of zero points, in integer steps. A zero point acts rounded, so every move of it
             is a jump; the default lets it move by about one in a run, where its gradient keeps the sign.
+        ratio_rate: Learning rate of the ratios of equalized channels.
         rounding_rate: Learning rate of the variables of learned rounding, whose range is about 5.
         rounding_strength: Weight of the regulariser that makes learned rounding decide, where 1 weights a unit whose
             rounding is entirely soft as much as the unit's error before optimisation.
@@ -98,6 +107,7 @@ class AdaQuantOptions:
     weight_range_rate: float = 5e-2
     input_range_rate: float = 5e-2
     zero_point_rate: float = 4e-3
+    ratio_rate: float = 5e-2
     rounding_rate: float = 2e-2
     rounding_strength: float = 1.0
     input_range_interval: int = 4

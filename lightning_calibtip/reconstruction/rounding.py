@@ -41,12 +41,14 @@ class Rounding:
 
     Attributes:
         learns_zero_points: Whether zero points of the weight may move meanwhile.
+        learns_ratios: Whether the weight may be multiplied by ratios of the input's channels that learn.
 
     Example:
         See ``register_rounding``.
     """
 
     learns_zero_points = True
+    learns_ratios = True
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer

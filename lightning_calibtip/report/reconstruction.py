@@ -41,14 +41,17 @@ def reconstruction_item(results: Sequence[UnitResult], candidate: BitWidths | No
     return ReportItem(f"reconstruction_{label.lower()}", f"{_TITLE} at {label}", columns, rows, draw)
 
 
-def draw_errors(names: Sequence[str], before: Sequence[float], after: Sequence[float], what: str = "layer") -> Any:
-    """Draw errors before and after AdaQuant on a logarithmic axis; what has none (NaN) is left out.
+def draw_errors(
+    names: Sequence[str], before: Sequence[float], after: Sequence[float], what: str = "layer", stage: str = "AdaQuant"
+) -> Any:
+    """Draw errors before and after a stage on a logarithmic axis; what has none (NaN) is left out.
 
     Args:
         names: Names of layers or units, in the order of execution.
         before: Relative error of each.
         after: The same afterwards.
         what: What is named: ``"layer"`` or ``"unit"``.
+        stage: What has changed the errors.
 
     Returns:
         A matplotlib figure.
@@ -60,7 +63,7 @@ def draw_errors(names: Sequence[str], before: Sequence[float], after: Sequence[f
     """
     figure, axes = figure_over_layers(names, 3.5, what)
     places = [place for place, error in enumerate(before) if math.isfinite(error)]
-    for errors, marker, label in ((before, "o-", "before AdaQuant"), (after, "s-", "after AdaQuant")):
+    for errors, marker, label in ((before, "o-", f"before {stage}"), (after, "s-", f"after {stage}")):
         axes.plot(places, [errors[place] for place in places], marker, label=label, markersize=4)
     if any(errors[place] > 0 for errors in (before, after) for place in places):
         axes.set_yscale("log")

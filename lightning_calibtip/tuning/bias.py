@@ -11,8 +11,8 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, kl_divergence, measure_divergences
 from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
-from ..network.layers import trainable
 from ..network.network import QuantizedNetwork
+from ..network.trainable import trainable
 from ..network.trial import trial
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_calibtip import AdaQuant, BatchNormTuning, Calibration, QuantizationModule
-from lightning_calibtip.network.layers import trainable
+from lightning_calibtip.network.trainable import trainable
 from lightning_calibtip.pipeline.runner import run_stages
 
 from ..resnet_cifar10.data import CifarData

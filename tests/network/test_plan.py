@@ -9,7 +9,8 @@ from torch.nn.utils import parametrizations
 
 from lightning_calibtip.network.apply import apply
 from lightning_calibtip.network.observe import observe
-from lightning_calibtip.network.plan import QuantizationPlan, plan
+from lightning_calibtip.network.plan import plan
+from lightning_calibtip.network.quantization_plan import QuantizationPlan
 from lightning_calibtip.network.scheme import QuantizationScheme
 from lightning_calibtip.network.summary import summarize
 from lightning_calibtip.network.targets import Target, register_target

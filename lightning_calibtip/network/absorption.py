@@ -1,0 +1,111 @@
+"""Which module can take in the ratios of an equalized tensor, so that no engine has to divide its channels."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..quantization.spec import PerChannel, PerGroup
+from .between import moves_values
+from .layers import QuantizedLayer
+from .structure import ModuleCall, Structure, Value
+from .tensors import ObservedTensor
+
+# A positive factor of a channel passes these unchanged, and so do channels themselves.
+_HOMOGENEOUS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "clone", "contiguous"}
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def find_absorbers(
+    model: nn.Module, structure: Structure, layers: Mapping[str, QuantizedLayer]
+) -> dict[ObservedTensor, str]:
+    """The tensors whose channels are scaled by the module that writes them, and nothing else reads what it writes.
+
+    Such a module is a layer with scales for each output channel (its integers stay as they are: the scales and the
+    bias are divided), or a normalization with weights for each channel, if ReLU and maxima alone stand between.
+
+    Args:
+        model: The model.
+        structure: As observed of the float model.
+        layers: The quantized layers.
+
+    Returns:
+        Name of the module by tensor.
+
+    Example:
+        >>> import torch
+        >>> from lightning_calibtip.network.network import QuantizedNetwork
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+        >>> network = QuantizedNetwork(model, QuantizationScheme())
+        >>> network.prepare(lambda: model(torch.ones(1, 2)))
+        >>> {tensor.name: name for tensor, name in find_absorbers(model, network.structure, network.layers).items()}
+        {'2 input': '0'}
+    """
+    found = {}
+    for name, calls in structure.calls_of.items():
+        axis = _output_axis(name, model, layers)
+        if axis is None or len(calls) != 1 or len(calls[0].writes) != 1:
+            continue
+        readers = _only_readers(structure, calls[0], layers)
+        tensors = {layers[reader].tensors[0] for reader in readers}
+        if len(tensors) != 1:
+            continue
+        (tensor,) = tensors
+        same_axis = all(layers[reader].type.operands[0].channel_axis == axis for reader in readers)
+        if same_axis and set(tensor.readers) == set(readers):
+            found[tensor] = name
+    return found
+
+
+def _output_axis(name: str, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> int | None:
+    """Dimension of a module's output, counted from the last, whose channels it can scale; None if it cannot."""
+    if name in layers:
+        layer = layers[name]
+        weight = layer.config.weight
+        scales = (PerChannel, PerGroup)
+        is_scaled = weight is None or (
+            isinstance(weight.granularity, scales) and weight.granularity.axis == layer.channel_axis
+        )
+        if layer.channel_axis or not layer.has_weight or not is_scaled or layer.config.output is not None:
+            return None
+        return layer.type.operands[0].channel_axis if layer.type.adds_bias else None
+    if not name:
+        return None
+    module = model.get_submodule(name) if name in dict(model.named_modules()) else None
+    if type(module) in _NORMS and len(module.normalized_shape) == 1 and module.weight is not None:  # type: ignore
+        return -1
+    return None
+
+
+def _only_readers(structure: Structure, written: ModuleCall, layers: Mapping[str, QuantizedLayer]) -> list[str]:
+    """Layers that read what a call has written, unchanged but for positive factors; none if anything else reads it."""
+    readers: list[str] = []
+    waiting: list[Value] = list(written.writes)
+    seen: set[Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if structure.is_returned(value):
+            return []
+        for operator in structure.readers.get(value.storage, ()):
+            states = {(read.storage, read.version) for read in operator.reads}
+            if (value.storage, value.version) not in states or written.index in operator.scope:
+                continue
+            calls = [structure.calls[index] for index in operator.scope]
+            reader = next((call for call in calls if call.name in layers), None)
+            if reader is not None:
+                # Through another view, channels might lie elsewhere.
+                if reader.operands[:1] != (value,) or len(reader.operands) != 1:
+                    return []
+                if reader.name not in readers:
+                    readers.append(reader.name)
+            elif operator.name in _HOMOGENEOUS and len(operator.writes) >= 1:
+                waiting.append(operator.writes[0])
+            elif moves_values(operator) and all(write.view == value.view for write in operator.writes):
+                waiting += operator.writes
+            else:
+                return []
+    return readers

@@ -1,0 +1,56 @@
+"""Ratios of equalized channels that go on learning while a unit is reconstructed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..network.channels import along_weight
+from ..network.layers import QuantizedLayer
+
+
+@contextmanager
+def weights_following(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+    """Inside, the weights of the layers follow the ratios of their inputs, so that gradients reach a ratio through the
+    input and through the weight; at the end the latent weights have taken in what has changed.
+
+    Args:
+        layers: Layers whose first input has ratios.
+    """
+    following = [(layer, _FollowingWeight(layer)) for layer in layers]
+    for layer, stand_in in following:
+        _place(layer)[0] = stand_in
+    try:
+        yield
+    finally:
+        for layer, stand_in in following:
+            _place(layer)[0] = stand_in.rounding
+            with torch.no_grad():
+                layer.weight.mul_(stand_in.change())
+
+
+class _FollowingWeight(nn.Module):
+    """Multiplies a weight by the change of its input's ratios, before it is rounded."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        assert layer.input_ratio is not None
+        self.rounding: nn.Module = _place(layer)[0]
+        # Not a parameter of this module: it belongs to the input's quantizer.
+        self._of = (layer, layer.input_ratio, layer.input_ratio.detach().clone())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as it is rounded at the present ratios."""
+        rounded: Tensor = self.rounding(weight * self.change())
+        return rounded
+
+    def change(self) -> Tensor:
+        """Present ratios over the first ones, so that they broadcast along the weight."""
+        layer, ratio, first = self._of
+        return along_weight(ratio / first, layer.module, layer.type, layer.weight)
+
+
+def _place(layer: QuantizedLayer) -> Any:
+    return layer.module.parametrizations[layer.type.weight]  # type: ignore[index]

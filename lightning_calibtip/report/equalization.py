@@ -1,0 +1,45 @@
+"""What equalization chose for each input, and what it gained."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..reconstruction.equalize import EqualizedInput
+from .item import ReportItem
+from .reconstruction import draw_errors
+
+
+def equalization_item(inputs: Sequence[EqualizedInput]) -> ReportItem:
+    """Exponent of each input, who takes its ratios in, and the error of its layers before and after.
+
+    Args:
+        inputs: What was found for each input, in the order of execution.
+
+    Example:
+        >>> item = equalization_item([EqualizedInput("conv2 input", ("conv2",), "conv1", 0.5, 0.25, 0.125)])
+        >>> item.rows
+        [['conv2 input', 'conv2', 'divided by conv1', 0.5, 0.25, 0.125]]
+    """
+    rows = [
+        [
+            found.name,
+            ", ".join(found.layers),
+            _how(found),
+            found.exponent,
+            found.error_before,
+            found.error_after,
+        ]
+        for found in inputs
+    ]
+
+    def draw() -> Any:
+        before, after = [found.error_before for found in inputs], [found.error_after for found in inputs]
+        return draw_errors([found.name for found in inputs], before, after, "input", "equalization")
+
+    columns = ["input", "read by", "how", "exponent", "error before", "error after"]
+    return ReportItem("equalization", "Equalization of the inputs' channels", columns, rows, draw)
+
+
+def _how(found: EqualizedInput) -> str:
+    if not found.exponent:
+        return "not equalized"
+    return f"divided by {found.absorbed_by}" if found.absorbed_by else "quantized by channel"

@@ -1,0 +1,336 @@
+from itertools import pairwise
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lightning_calibtip import (
+    AdaQuant,
+    Calibration,
+    Equalization,
+    QuantizationModule,
+    export_onnx,
+    export_packed,
+    load_packed,
+    run_stages,
+)
+from lightning_calibtip.export.integer import IntegerNetwork
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.equalize import EqualizationOptions, equalize
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
+from tests.export.exporting import operators, outputs
+from tests.networks import calibrated_network, calibration_set
+
+
+def uneven(*layers) -> nn.Sequential:
+    """A network whose inner channels differ in range by a factor of 300, which the layer after them makes up for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*layers).eval()
+    parts = [layer for layer in model if isinstance(layer, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        for first, second in pairwise(parts):
+            factors = torch.logspace(-1.2, 1.2, first.weight.shape[0])
+            shape = [-1, *[1] * (first.weight.dim() - 1)]
+            first.weight.mul_(factors.view(shape))
+            first.bias.mul_(factors)
+            if getattr(second, "groups", 1) > 1:
+                second.weight.div_(factors.view(shape))
+            else:
+                second.weight.div_(factors.view(1, -1, *[1] * (second.weight.dim() - 2)))
+    return model
+
+
+def linear(activation=nn.ReLU):
+    return uneven(nn.Linear(6, 16), activation(), nn.Linear(16, 12), activation(), nn.Linear(12, 5))
+
+
+def convolutional():
+    return uneven(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6(), nn.Conv2d(8, 6, 1), nn.Flatten(),
+        nn.Linear(6, 4),
+    )  # fmt: skip
+
+
+IMAGES = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
+
+
+def equalized_network(model, data, **scheme):
+    calibration = calibration_set(model, data)
+    network = calibrated_network(model, calibration, **{"weight_bits": 8, "edge_bits": None, **scheme})
+    return network, calibration
+
+
+def error(network, data):
+    with torch.no_grad():
+        quantized = network.model(data)
+        with network.quantized(False):
+            wanted = network.model(data)
+    return float((quantized - wanted).square().mean() / wanted.square().mean())
+
+
+@pytest.mark.parametrize("make, data", [(linear, ROWS), (convolutional, IMAGES)])
+def test_channels_of_different_range_share_a_scale_fairly(make, data):
+    network, calibration = equalized_network(make(), data)
+    with torch.no_grad(), network.quantized(False):
+        exact = network.model(data)
+    before = error(network, data)
+    result = equalize(network, calibration)
+    assert result.kept and result.divergence_after < result.divergence_before
+    assert error(network, data) < 0.3 * before
+    with torch.no_grad(), network.quantized(False):
+        # Nothing is different in float.
+        assert torch.equal(network.model(data), exact)
+    chosen = {found.name: found for found in result.inputs}
+    inner = [name for name in chosen if not name.startswith("0 ")][:2]
+    assert all(chosen[name].exponent > 0 and chosen[name].error_after < chosen[name].error_before for name in inner)
+    notes = {line.name: line.note for line in network.summary()}
+    assert all("channels of the input equalized" in notes[name.split()[0]] for name in inner)
+
+
+def test_an_input_is_divided_and_its_weights_are_multiplied():
+    network, calibration = equalized_network(linear(), ROWS)
+    equalize(network, calibration, EqualizationOptions(exponents=[1.0]))
+    layer = network.layers["2"]
+    (quantizer,) = layer.input_quantizers
+    ratio = quantizer.ratio.detach()
+    assert ratio.max() / ratio.min() > 20
+    x = torch.rand(4, 16)
+    with torch.no_grad():
+        integers = torch.round(x / (quantizer.scale * ratio)) + quantizer.zero_point.round()
+        wanted = (integers.clamp(0, 15) - quantizer.zero_point.round()) * quantizer.scale
+        assert torch.equal(quantizer(x), wanted)
+        assert torch.equal(quantizer.encode(x).float(), integers.clamp(0, 15))
+    assert torch.allclose(layer.latent()[0], layer.float_weight * ratio)
+
+
+def test_depthwise_convolutions_pay_nothing():
+    network, calibration = equalized_network(convolutional(), IMAGES, weight_bits=4)
+    depthwise = network.layers["2"]
+    before = depthwise.integer_weight()
+    result = equalize(network, calibration)
+    found = next(found for found in result.inputs if found.name == "2 input")
+    assert found.exponent == 1.0
+    # The ratios are in the scales of the weight's channels; where a rounding differs, it is that of the ratio.
+    assert (depthwise.integer_weight() - before).abs().max() <= 1
+    assert (depthwise.integer_weight() != before).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("options, names", [
+    # ReLU6 is not homogeneous, and of a depthwise convolution behind ReLU the first layer takes the ratios in.
+    ({"absorb": "only"}, {"2 input"}),
+    ({"absorb": "prefer"}, {"0 input", "2 input", "4 input", "6 input"}),
+    ({}, {"0 input", "2 input", "4 input", "6 input"}),
+])  # fmt: skip
+def test_which_inputs_may_be_equalized(options, names):
+    network, calibration = equalized_network(convolutional(), IMAGES)
+    result = equalize(network, calibration, EqualizationOptions(**options))
+    assert {found.name for found in result.inputs} == names
+    assert {found.name: found.absorbed_by for found in result.inputs}["2 input"] == "0"
+
+
+def test_engines_get_what_costs_them_nothing():
+    network, calibration = equalized_network(convolutional(), IMAGES, target="onnxruntime")
+    assert {found.name for found in equalize(network, calibration).inputs} == {"2 input"}
+    network, calibration = equalized_network(linear(nn.GELU), ROWS, target="onnxruntime")
+    assert {found.name for found in equalize(network, calibration).inputs} == {"0 input", "2 input", "4 input"}
+    network, calibration = equalized_network(linear(nn.GELU), ROWS, target="tensorrt", activation_bits=8)
+    assert equalize(network, calibration).inputs == ()
+
+
+class Shared(nn.Module):
+    """Two layers and an addition read what one layer has written."""
+
+    def __init__(self, adds: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.left, self.right = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.adds = adds
+        with torch.no_grad():
+            factors = torch.logspace(-1.5, 1.5, 8)
+            self.first.weight.mul_(factors[:, None])
+            for layer in (self.left, self.right):
+                layer.weight.div_(factors)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        out = self.left(x) * self.right(x)
+        return out + x if self.adds else out
+
+
+def test_layers_that_read_one_tensor_share_its_ratios():
+    network, calibration = equalized_network(Shared(False).eval(), ROWS)
+    result = equalize(network, calibration)
+    left, right = network.layers["left"], network.layers["right"]
+    assert left.input_ratio is right.input_ratio is not None
+    (found,) = [found for found in result.inputs if found.name == "left input"]
+    assert found.layers == ("left", "right") and found.absorbed_by == "first"
+    assert torch.allclose(right.latent()[0], right.float_weight * right.input_ratio)
+
+
+def test_a_tensor_that_something_else_reads_is_not_divided_by_its_writer():
+    network, calibration = equalized_network(Shared(True).eval(), ROWS)
+    assert {found.absorbed_by for found in equalize(network, calibration).inputs} == {""}
+
+
+def channelwise(path) -> int:
+    """Number of QuantizeLinear with a scale for each channel."""
+    graph = onnx.load(str(path)).graph
+    scales = {constant.name: list(constant.dims) for constant in graph.initializer}
+    return sum(node.op_type == "QuantizeLinear" and bool(scales[node.input[1]]) for node in graph.node)
+
+
+@pytest.mark.parametrize("make, data, by_channel", [
+    (convolutional, IMAGES, 0), (linear, ROWS, 1), (lambda: linear(nn.GELU), ROWS, 3),
+])  # fmt: skip
+def test_an_exported_network_computes_the_same(make, data, by_channel, tmp_path):
+    options = {"weight_bits": 8, "activation_bits": 6, "edge_bits": None, "target": "onnxruntime"}
+    module = QuantizationModule(make(), **options)
+    run_stages(module, [Calibration(), Equalization(exponents=[0.5])], [data])
+    plain = QuantizationModule(make(), **options)
+    run_stages(plain, [Calibration()], [data])
+    names = [name for name, layer in module.network.layers.items() if layer.input_ratio is not None]
+    assert "2" in names
+    export_onnx(module, tmp_path / "net.onnx", data, check=False)
+    export_onnx(plain, tmp_path / "plain.onnx", data, check=False)
+    (engine,) = outputs(tmp_path / "net.onnx", data)
+    with torch.no_grad():
+        wanted = module(data)
+    # A value at the edge of a step may fall to either side: sums and divisions round otherwise in an engine.
+    assert (engine - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+    # Absorbed ratios add nothing; the others are in the scales that quantize.
+    assert operators(tmp_path / "net.onnx") == operators(tmp_path / "plain.onnx")
+    absorbed = [planned.absorbs for planned in module.network.plan.modules if planned.absorbs]
+    assert channelwise(tmp_path / "net.onnx") == len({f"{name} input" for name in names} - set(absorbed)) <= by_channel
+    if make is not convolutional:
+        return
+    integers = IntegerNetwork(tmp_path / "net.onnx")(data)
+    assert (integers - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+def test_an_engine_is_not_asked_for_what_it_cannot_run():
+    module = QuantizationModule(convolutional(), target="onnxruntime")
+    with pytest.raises(ValueError, match=r"absorb='prefer' quantizes activations by channel .* give 'engine'"):
+        run_stages(module, [Calibration(), Equalization(absorb="prefer")], [IMAGES])
+    assert not module.network.calibrated
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.left, self.right = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-1.5, 1.5, 8))
+            self.left.weight.div_(self.norm.weight)
+
+    def forward(self, x):
+        return self.right(torch.tanh(self.left(self.norm(x))))
+
+
+def test_a_layer_norm_takes_ratios_in(tmp_path):
+    data = torch.randn(32, 8)
+    options = {"weight_bits": 8, "activation_bits": 5, "edge_bits": None, "target": "onnxruntime"}
+    module = QuantizationModule(Normalized().eval(), **options)
+    run_stages(module, [Calibration(), Equalization(absorb="only")], [data])
+    assert module.network.layers["left"].input_ratio is not None
+    weight = module.model.norm.weight.clone()
+    export_onnx(module, tmp_path / "net.onnx", data, check=False)
+    assert torch.equal(module.model.norm.weight, weight)
+    (engine,) = outputs(tmp_path / "net.onnx", data)
+    with torch.no_grad():
+        wanted = module(data)
+    assert (engine - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+def test_ratios_come_back_with_checkpoints_and_packed_files(tmp_path, make_trainer):
+    module = QuantizationModule(linear(), weight_bits=4, activation_bits=4, edge_bits=None)
+    run_stages(module, [Calibration(), Equalization(), AdaQuant(iterations=5)], [ROWS])
+    with torch.no_grad():
+        wanted = module(ROWS)
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "q.ckpt", weights_only=True)
+    export_packed(module, tmp_path / "q.safetensors")
+    for loaded in (
+        QuantizationModule.load_from_checkpoint(tmp_path / "q.ckpt", model=linear()),
+        load_packed(tmp_path / "q.safetensors", linear()),
+    ):
+        assert loaded.network.layers["2"].input_ratio is not None
+        with torch.no_grad():
+            assert torch.equal(loaded(ROWS), wanted)
+
+
+def test_reconstruction_goes_on_learning_the_ratios():
+    network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
+    equalize(network, calibration)
+    before = error(network, ROWS)
+    first = network.layers["2"].input_ratio.detach().clone()
+    results = adaquant(network, calibration, AdaQuantOptions(iterations=60))
+    assert not torch.equal(network.layers["2"].input_ratio, first)
+    assert all(result.error_after <= result.error_before for result in results)
+    assert error(network, ROWS) < before
+    # What the weights took in while it learned is in them for good.
+    places = [layer.module.parametrizations["weight"] for layer in network.layers.values()]
+    assert all(place[0] is layer.weight_quantizer for place, layer in zip(places, network.layers.values(), strict=True))
+
+
+def test_ratios_that_do_not_learn_stay():
+    for options in ({"ratio_rate": 0.0}, {"rounding": "learned"}):
+        network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
+        equalize(network, calibration)
+        first = network.layers["2"].input_ratio.detach().clone()
+        adaquant(network, calibration, AdaQuantOptions(iterations=10, **options))
+        assert torch.equal(network.layers["2"].input_ratio, first)
+
+
+def test_another_calibration_and_a_reset_end_it():
+    network, calibration = equalized_network(linear(), ROWS)
+    plain = error(network, ROWS)
+    equalize(network, calibration)
+    network.reset_to_float()
+    assert network.layers["2"].input_ratio is None and error(network, ROWS) == pytest.approx(plain, rel=1e-6)
+    equalize(network, calibration)
+    network.fit_ranges()
+    # The weights were multiplied and divided again, which rounds.
+    assert network.layers["2"].input_ratio is None and error(network, ROWS) == pytest.approx(plain, rel=1e-3)
+
+
+def test_equalizing_twice_replaces_the_ratios():
+    network, calibration = equalized_network(linear(), ROWS)
+    equalize(network, calibration, EqualizationOptions(exponents=[0.5]))
+    half = network.layers["2"].input_ratio.detach().clone()
+    equalize(network, calibration, EqualizationOptions(exponents=[1.0]))
+    layer = network.layers["2"]
+    assert torch.allclose(layer.input_ratio, half.square(), rtol=0.3)
+    assert torch.allclose(layer.latent()[0], layer.float_weight * layer.input_ratio, rtol=1e-4)
+
+
+def test_it_is_put_back_where_the_model_does_not_come_closer(monkeypatch):
+    network, calibration = equalized_network(linear(), ROWS)
+    with torch.no_grad():
+        before = network.model(ROWS)
+    monkeypatch.setattr(
+        "lightning_calibtip.reconstruction.equalize.measure_divergences", lambda *args: torch.tensor([1.0])
+    )
+    result = equalize(network, calibration)
+    assert not result.kept and all(found.exponent == 0 for found in result.inputs)
+    with torch.no_grad():
+        assert torch.equal(network.model(ROWS), before)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"absorb": "never"}, "absorb must be one of prefer, engine, only, or None, got 'never'"),
+    ({"exponents": [0.5, 2.0]}, "exponents must be a list of numbers from 0 to 1"),
+    ({"exponents": "0.5"}, "exponents must be a list"),
+    ({"samples": 1}, "samples must be an integer of at least 2, got 1"),
+])  # fmt: skip
+def test_bad_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Equalization(**options)
+
+
+def test_it_needs_a_calibrated_model():
+    with pytest.raises(RuntimeError, match="run Calibration first"):
+        run_stages(QuantizationModule(linear()), [Equalization()], [ROWS])
