@@ -11,6 +11,7 @@ from ..callbacks.bit_allocation import BitAllocation
 from ..callbacks.calibration import Calibration
 from ..callbacks.equalization import Equalization
 from ..callbacks.stage import Stage
+from ..reconstruction.equalize import EqualizationOptions
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.bias import BiasTuningOptions
 from .options import PipelineOptions
@@ -18,7 +19,7 @@ from .options import PipelineOptions
 PipelineName = Literal["calibrate", "light", "advanced", "sequential", "mixed"]
 PIPELINES: tuple[str, ...] = get_args(PipelineName)
 
-Seeded = TypeVar("Seeded", AdaQuantOptions, BiasTuningOptions)
+Seeded = TypeVar("Seeded", AdaQuantOptions, BiasTuningOptions, EqualizationOptions)
 
 
 def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | None = None) -> list[Stage]:
@@ -70,7 +71,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
         allocation = replace(allocation, reset_to_float=True)
         stages.append(BitAllocation(allocation, storage=storage, state_folder=folder))
     if pipeline in ("sequential", "mixed"):
-        stages.append(Equalization(options.equalization, storage=storage))
+        stages.append(Equalization(_seeded(options.equalization, options.seed), storage=storage))
         stages.append(BatchNormTuning(options.batch_norm_tuning, storage=storage))
         stages.append(AdaQuant(adaquant, storage=storage, state_folder=folder))
     if pipeline == "advanced":

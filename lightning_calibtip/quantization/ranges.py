@@ -11,9 +11,11 @@ from .spec import PerChannel, PerGroup, TensorSpec
 
 RangeMethod = Callable[[Tensor, TensorSpec, "RangeOptions"], tuple[Tensor, Tensor]]
 
-# Fractions of the full range that the search tries, coarse over everything and then fine around the best.
-_COARSE = torch.linspace(1.0, 0.1, 46)
-_FINE = torch.linspace(0.02, -0.02, 9)
+# The search tries these fractions of the full range, then steps of these lengths around the best: of both ends
+# together, and at last of one end alone.
+_COARSE = [1 - 0.06 * step for step in range(1, 16)]
+_FINE = (0.03, 0.015, 0.007)
+_ALONE = (0.24, 0.12, 0.06)
 
 # Number of weights that are searched at once.
 _CACHED = 2**17
@@ -190,42 +192,43 @@ def lp_optimal_range(
         >>> bool(high < 10)
         True
     """
+    low, high = low.clamp(max=0), high.clamp(min=0)
 
-    def error(minimum: Tensor, maximum: Tensor) -> Tensor:
+    def error(shrink_low: Tensor, shrink_high: Tensor) -> Tensor:
+        minimum, maximum = low * shrink_low, high * shrink_high
         scale, zero_point = (q.unsqueeze(1) for q in choose_qparams(minimum, maximum, spec))
-        lost = fake_quantize(values, scale, zero_point, spec.qmin, spec.qmax).sub_(values).abs_().pow_(p)
+        lost = fake_quantize(values, scale, zero_point, spec.qmin, spec.qmax).sub_(values)
+        lost = lost.square_() if p == 2 else lost.abs_().pow_(p)
         return (lost if counts is None else lost.mul_(counts)).sum(1)
 
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    ones = torch.ones_like(low)
-    ends: list[tuple[bool, bool]] = [(True, True)]
+    search = _ShrinkSearch(error, torch.ones_like(low))
+    for fraction in _COARSE:
+        search.attempt(torch.full_like(low, fraction), torch.full_like(low, fraction))
+    for step in _FINE:
+        search.both_ways(step, step)
     if not spec.symmetric:
-        ends += [(False, True), (True, False)]
-    shrink_low, shrink_high = ones, ones
-    for move_low, move_high in ends:
-        shrink_low, shrink_high = _draw_in(
-            lambda a, b: error(low * a, high * b), shrink_low, shrink_high, move_low, move_high
-        )
-    return low * shrink_low, high * shrink_high
+        for step in (*_ALONE, *_FINE):
+            search.both_ways(step, 0.0)
+            search.both_ways(0.0, step)
+    return low * search.low, high * search.high
 
 
-def _draw_in(
-    error: Callable[[Tensor, Tensor], Tensor], low: Tensor, high: Tensor, move_low: bool, move_high: bool
-) -> tuple[Tensor, Tensor]:
-    """Line search, coarse then fine, over the fractions of the ends that move; the start is kept unless beaten."""
-    best_low, best_high, best = low, high, error(low, high)
-    for steps in (_COARSE, _FINE):
-        centre_low, centre_high = best_low, best_high
-        for step in steps.tolist():
-            if steps is _COARSE:
-                moved = torch.full_like(low, step)
-                try_low, try_high = (moved if move_low else low), (moved if move_high else high)
-            else:
-                try_low = (centre_low + step).clamp(0.02, 1) if move_low else low
-                try_high = (centre_high + step).clamp(0.02, 1) if move_high else high
-            now = error(try_low, try_high)
-            better = now < best
-            best_low = torch.where(better, try_low, best_low)
-            best_high = torch.where(better, try_high, best_high)
-            best = torch.where(better, now, best)
-    return best_low, best_high
+class _ShrinkSearch:
+    """The best fractions of both ends so far, row by row; the full range is kept unless beaten."""
+
+    def __init__(self, error: Callable[[Tensor, Tensor], Tensor], ones: Tensor) -> None:
+        self.error, self.low, self.high = error, ones, ones
+        self.least = error(ones, ones)
+
+    def attempt(self, low: Tensor, high: Tensor) -> None:
+        """Take other fractions wherever they lose less."""
+        error = self.error(low, high)
+        better = error < self.least
+        self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
+        self.least = torch.where(better, error, self.least)
+
+    def both_ways(self, low: float, high: float) -> None:
+        """Try a step inward and a step outward from where the search stands."""
+        stands = self.low, self.high
+        for sign in (-1, 1):
+            self.attempt((stands[0] + sign * low).clamp(0.02, 1), (stands[1] + sign * high).clamp(0.02, 1))

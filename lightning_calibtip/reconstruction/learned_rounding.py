@@ -87,7 +87,6 @@ class LearnedRounding(Rounding):
     """
 
     learns_zero_points = False
-    learns_ratios = False
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.check(layer)

@@ -41,14 +41,14 @@ class Rounding:
 
     Attributes:
         learns_zero_points: Whether zero points of the weight may move meanwhile.
-        learns_ratios: Whether the weight may be multiplied by ratios of the input's channels that learn.
+        learns_ratios: Whether the weight may be multiplied by ratios of the input's channels that learn meanwhile.
 
     Example:
         See ``register_rounding``.
     """
 
     learns_zero_points = True
-    learns_ratios = True
+    learns_ratios = False
 
     def __init__(self, layer: QuantizedLayer) -> None:
         self.layer = layer
@@ -151,6 +151,8 @@ class StraightThrough(Rounding):
     Example:
         See ``register_rounding``.
     """
+
+    learns_ratios = True
 
     def trainables(self) -> list[WeightTrainable]:
         """See ``Rounding``."""

@@ -36,7 +36,7 @@ def equalization_item(inputs: Sequence[EqualizedInput]) -> ReportItem:
         return draw_errors([found.name for found in inputs], before, after, "input", "equalization")
 
     columns = ["input", "read by", "how", "exponent", "error before", "error after"]
-    return ReportItem("equalization", "Equalization of the inputs' channels", columns, rows, draw)
+    return ReportItem("equalization", "Equalization of inputs", columns, rows, draw)
 
 
 def _how(found: EqualizedInput) -> str:

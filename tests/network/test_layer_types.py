@@ -13,6 +13,8 @@ from lightning_calibtip.network.layer_types import (
     register_layer,
 )
 
+LINEAR = LayerType(operands=(Operand(channel_axis=-1),), adds_bias=True, input_axis=1)
+
 
 class Mixture(nn.Module):
     """A layer with a weight of another name and three inputs."""
@@ -39,10 +41,10 @@ def test_subclasses_are_of_the_type_of_their_nearest_registered_class():
     class Own(Sub):
         pass
 
-    assert layer_type_of(Own(2, 2)) == layer_type_of(nn.Linear(2, 2)) == LayerType(adds_bias=True)
+    assert layer_type_of(Own(2, 2)) == layer_type_of(nn.Linear(2, 2)) == LINEAR
     register_layer(Sub, 0, [Operand(nonnegative=True)])
     assert layer_type_of(Own(2, 2)).operands == (Operand(nonnegative=True),)
-    assert layer_type_of(nn.Linear(2, 2)).operands == (Operand(),)
+    assert layer_type_of(nn.Linear(2, 2)) == LINEAR
 
 
 def test_a_product_of_two_inputs_has_no_weight():
@@ -84,8 +86,9 @@ def test_a_weight_and_its_channels_come_together(options):
 )
 def test_layers_of_torch_are_registered(layer, axis, dynamic, tokens):
     found = layer_type_of(layer)
-    # Engines have no transposed convolutions of integers.
-    assert found == LayerType("weight", axis, (Operand(dynamic, tokens),), tokens, adds_bias=axis == 0)
+    # Engines have no transposed convolutions of integers. Channels are the first of the dimensions that it sums over.
+    operand = Operand(dynamic, tokens, channel_axis=dynamic[0])
+    assert found == LayerType("weight", axis, (operand,), tokens, adds_bias=axis == 0, input_axis=1 - axis)
 
 
 def test_an_embedding_reads_indices():

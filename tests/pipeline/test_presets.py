@@ -14,6 +14,7 @@ def stages_by_name(pipeline, options=None):
 def test_every_pipeline_passes_each_stage_its_options(pipeline):
     given = {
         "calibration": {"percentile": 99.5, "weight_observer": "minmax"},
+        "equalization": {"exponents": [0.5]},
         "batch_norm_tuning": {"reference": "training"},
         "bias_tuning": {"epochs": 2},
         "allocation": {"compression": 0.2},
@@ -21,12 +22,16 @@ def test_every_pipeline_passes_each_stage_its_options(pipeline):
     }
     options, stages = PipelineOptions.of(given), stages_by_name(pipeline, given)
     assert stages["Calibration"].options == options.calibration
-    for name, expected in (("BatchNormTuning", options.batch_norm_tuning), ("BiasTuning", options.bias_tuning)):
+    for name, expected in (
+        ("Equalization", options.equalization),
+        ("BatchNormTuning", options.batch_norm_tuning),
+        ("BiasTuning", options.bias_tuning),
+    ):
         assert name not in stages or stages[name].options == expected
     if "BitAllocation" in stages:
         assert replace(stages["BitAllocation"].options, reset_to_float=False) == options.allocation
         assert stages["BitAllocation"].options.reset_to_float == (pipeline == "mixed")
-    for name in {"AdaQuant", "BitAllocation", "BatchNormTuning"} & stages.keys():
+    for name in {"AdaQuant", "BitAllocation", "BatchNormTuning", "Equalization"} & stages.keys():
         assert stages[name].storage == options.storage
 
 
@@ -47,15 +52,15 @@ def test_candidates_are_reconstructed_in_parallel_and_by_layers():
 
 def test_mixed_with_sensitivities_does_not_prepare_candidates(tmp_path):
     names = [stage.name for stage in make_stages("mixed", {"allocation": {"sensitivity": tmp_path / "table.csv"}})]
-    assert names == ["Calibration", "BitAllocation", "BatchNormTuning", "AdaQuant", "BiasTuning"]
+    assert names == ["Calibration", "BitAllocation", "Equalization", "BatchNormTuning", "AdaQuant", "BiasTuning"]
 
 
 def test_a_seed_is_that_of_every_stage_and_none_leaves_each_its_own():
-    own = {"adaquant": {"seed": 5}, "preparation": {"seed": 6}, "bias_tuning": {"seed": 7}}
+    own = {"adaquant": {"seed": 5}, "preparation": {"seed": 6}, "bias_tuning": {"seed": 7}, "equalization": {"seed": 8}}
     seeds = [stage.options.seed for stage in make_stages("mixed", own) if hasattr(stage.options, "seed")]
-    assert seeds == [6, 5, 7]
+    assert seeds == [6, 8, 5, 7]
     given = [stage.options.seed for stage in make_stages("mixed", {**own, "seed": 3}) if hasattr(stage.options, "seed")]
-    assert given == [3, 3, 3]
+    assert given == [3, 3, 3, 3]
 
 
 def test_an_unknown_pipeline_is_an_error_that_lists_all():

@@ -31,8 +31,19 @@ QUICK = {
         ("calibrate", ["Calibration"]),
         ("light", ["Calibration", "BitAllocation", "BatchNormTuning"]),
         ("advanced", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"]),
-        ("sequential", ["Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning"]),
-        ("mixed", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "AdaQuant 2", "BiasTuning"]),
+        ("sequential", ["Calibration", "Equalization", "BatchNormTuning", "AdaQuant", "BiasTuning"]),
+        (
+            "mixed",
+            [
+                "Calibration",
+                "AdaQuant",
+                "BitAllocation",
+                "Equalization",
+                "BatchNormTuning",
+                "AdaQuant 2",
+                "BiasTuning",
+            ],
+        ),
     ],
 )
 def test_pipelines_have_their_stages_in_order(pipeline, names, tiny_classifier, loader):
@@ -85,7 +96,7 @@ def test_trainer_options_may_name_loggers_and_callbacks(tiny_classifier, loader,
 
 
 def test_the_papers_options_reach_adaquant():
-    (stage,) = make_stages("sequential", {"adaquant": AdaQuantOptions.paper(iterations=9)})[2:3]
+    (stage,) = make_stages("sequential", {"adaquant": AdaQuantOptions.paper(iterations=9)})[3:4]
     assert (stage.options.batch_size, stage.options.iterations, stage.options.granularity) == (50, 9, "layer")
 
 
@@ -140,7 +151,7 @@ def test_mixed_reuses_a_table_without_preparing_candidates(tiny_classifier, load
     items["sensitivity"].save(tmp_path)
     reuse = {**QUICK, "allocation": {"compression": 0.2, "sensitivity": tmp_path / "sensitivity.csv"}}
     run = quantize(tiny_classifier, loader, pipeline="mixed", options=reuse)
-    assert [stage.name for stage in run.stages][1:3] == ["BitAllocation", "BatchNormTuning"]
+    assert [stage.name for stage in run.stages][1:3] == ["BitAllocation", "Equalization"]
     assert run.stages[1].figures["predicted_loss"] == first.stages[2].figures["predicted_loss"]
 
 

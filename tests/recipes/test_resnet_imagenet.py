@@ -111,7 +111,7 @@ def test_w4a4_of_resnet18_is_reconstructed_in_sequence(tree, tmp_path):
     options = {"adaquant": {"iterations": 3}}
     record = run(tree, tmp_path / "run", pipeline="sequential", scheme=QuantizationScheme(4, 4), options=options)
     assert [stage["name"] for stage in record["stages"]] == [
-        "Calibration", "BatchNormTuning", "AdaQuant", "BiasTuning",
+        "Calibration", "Equalization", "BatchNormTuning", "AdaQuant", "BiasTuning",
     ]  # fmt: skip
     bits = [(layer["weight_bits"], layer["activation_bits"]) for layer in record["layers"]]
     assert bits == [(8, 8)] + [(4, 4)] * 19 + [(8, 8)]

@@ -263,14 +263,17 @@ def test_ratios_come_back_with_checkpoints_and_packed_files(tmp_path, make_train
 
 
 def test_reconstruction_goes_on_learning_the_ratios():
-    network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
-    equalize(network, calibration)
-    before = error(network, ROWS)
-    first = network.layers["2"].input_ratio.detach().clone()
-    results = adaquant(network, calibration, AdaQuantOptions(iterations=60))
-    assert not torch.equal(network.layers["2"].input_ratio, first)
-    assert all(result.error_after <= result.error_before for result in results)
-    assert error(network, ROWS) < before
+    rows = torch.randn(512, 6, generator=torch.Generator().manual_seed(2))
+    errors = {}
+    for ratio_rate in (0.0, 0.05):
+        network, calibration = equalized_network(linear(), rows, weight_bits=3)
+        equalize(network, calibration)
+        first = network.layers["2"].input_ratio.detach().clone()
+        results = adaquant(network, calibration, AdaQuantOptions(iterations=150, ratio_rate=ratio_rate))
+        assert all(result.kept and result.error_after < result.error_before for result in results)
+        assert torch.equal(network.layers["2"].input_ratio, first) == (ratio_rate == 0)
+        errors[ratio_rate] = error(network, rows)
+    assert errors[0.05] < errors[0.0]
     # What the weights took in while it learned is in them for good.
     places = [layer.module.parametrizations["weight"] for layer in network.layers.values()]
     assert all(place[0] is layer.weight_quantizer for place, layer in zip(places, network.layers.values(), strict=True))

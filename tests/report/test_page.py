@@ -44,9 +44,10 @@ def page(run, tmp_path_factory):
 
 def test_the_page_holds_summary_figures_table_and_configuration_and_needs_no_network(page, run):
     text = page.read_text()
-    for title in ("Stages", "Layers", "Error of each unit before and after AdaQuant", "Configuration"):
+    titles = ("Equalization of inputs", "Error of each unit before and after AdaQuant")
+    for title in ("Stages", "Layers", *titles, "Configuration"):
         assert f"<h2>{title}</h2>" in text
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)""", text) and "http" not in re.sub('base64,[^"]*', "", text)
     assert "&lt;b&gt;forty&lt;/b&gt; layers" in text and "<b>forty</b>" not in text
     assert text.count("<td>quantized</td>") == 41
