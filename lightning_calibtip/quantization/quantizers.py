@@ -299,6 +299,13 @@ class AffineQuantizer(Quantizer):
         rows, axis = self._rows(q)
         return self._whole(decode(rows, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, axis), q)
 
+    def elementwise(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each element of a tensor of a shape."""
+        like = self.scale.new_empty(tuple(shape))
+        rows, axis = self._rows(like)
+        scale, zero_point = (along(each.detach(), rows.dim(), axis) for each in (self.scale, self.zero_point))
+        return self._whole(scale.expand(rows.shape), like), self._whole(zero_point.expand(rows.shape), like)
+
     def _rows(self, x: Tensor) -> tuple[Tensor, int | None]:
         """The tensor so that scales run along an axis, and that axis."""
         granularity = self.spec.granularity

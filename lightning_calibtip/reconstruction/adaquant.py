@@ -14,6 +14,7 @@ from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import Replay
 from ..network.network import QuantizedNetwork
 from ..quantization.quantizers import Quantizer
+from .feedback import FEEDBACK, check_feedback
 from .float_stream import FloatStream
 from .optimize import UnitResult, optimize_unit
 from .options import AdaQuantOptions
@@ -126,6 +127,8 @@ def prepare_units(network: QuantizedNetwork, calibration: CalibrationSet, option
     units = find_units(network, options.granularity, options.blocks)
     for layer in (layer for unit in units for layer in unit.layers):
         if layer.weight_quantizer is not None:
+            if options.start == FEEDBACK:
+                check_feedback(layer)
             rounding_method(options.rounding).check(layer)
     return units
 

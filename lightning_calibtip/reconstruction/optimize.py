@@ -23,6 +23,7 @@ from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.quantizers import AffineQuantizer, Quantizer
 from .adam import Adam
 from .dropping import Dropping, dropping
+from .feedback import FEEDBACK, round_unit
 from .learned_ratios import weights_following
 from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 # Held-out samples are measured in chunks of this many, which bounds the memory of the measurement.
 _CHUNK = 32
+
+# Samples whose inputs decide how weights are rounded with feedback.
+_FEEDBACK_SAMPLES = 256
 
 # The error is checked for NaN and infinity at every N-th step only, because each look waits for the device.
 _LOOK_EVERY = 25
@@ -164,6 +168,8 @@ def _rates(
     for quantizer in quantizers:
         sparse = quantizer is not layer.weight_quantizer
         rate_of["scale"] = options.input_range_rate if sparse else options.weight_range_rate
+        if not sparse and rounding is not None and not rounding.learns_weight:
+            continue
         moves = sparse or rounding is None or rounding.learns_zero_points
         rate_of["zero_point"] = options.zero_point_rate if moves else 0.0
         rate_of["ratio"] = options.ratio_rate if learns_ratios else 0.0
@@ -245,6 +251,9 @@ class _Descent:
             error_before: Relative error before the first step.
         """
         options, unit, objective = self.options, self.unit, self.objective
+        make_rounding = rounding_method(options.rounding)
+        if (make_rounding.start or options.start) == FEEDBACK:
+            round_unit(unit, lambda: self._samples(training))
         batch = self.dataset.take(training[: options.batch_size])
         rms = output_rms(unit.layers, lambda: unit(batch.call))
         # An error of 1 before the first step: then options mean the same for every unit.
@@ -254,7 +263,6 @@ class _Descent:
         clamp = clamping([quantizer for quantizers in learned.values() for quantizer in quantizers])
         with ExitStack() as stack:
             stack.enter_context(dropping(unit.layers, drops))
-            make_rounding = rounding_method(options.rounding)
             roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
             for rounding in roundings.values():
                 stack.enter_context(rounding.acting())
@@ -303,6 +311,11 @@ class _Descent:
                 quantizer.finalize_()
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
         return "" if finite else "a parameter became NaN or infinite"
+
+    def _samples(self, training: Tensor) -> Iterator[MiniBatch]:
+        """Some of the samples, in mini-batches."""
+        parts = training[:_FEEDBACK_SAMPLES].split(1 if self.dataset.whole else self.options.batch_size)
+        return (self.dataset.take(part) for part in parts)
 
     def _following(
         self, roundings: Mapping[str, Rounding], learned: Mapping[str, Sequence[Quantizer]]

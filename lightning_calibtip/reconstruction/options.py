@@ -7,6 +7,7 @@ from typing import Any
 
 # Learned rounding registers itself.
 from . import learned_rounding  # noqa: F401
+from .feedback import FEEDBACK
 from .importance import ReconstructionLoss
 from .objectives import FISHER, SQUARED_ERROR, check_objective
 from .rounding import STRAIGHT_THROUGH, check_rounding
@@ -14,6 +15,7 @@ from .units import GRANULARITIES
 
 MODES = ("parallel", "sequential")
 SCHEDULES = ("cosine", "constant")
+STARTS = ("nearest", FEEDBACK)
 
 _COUNTS = ("iterations", "batch_size", "input_range_interval")
 _RATES = (
@@ -62,6 +64,8 @@ class AdaQuantOptions:
         rounding: Name of a registered rounding method: ``"straight_through"`` moves the weights and rounds them to
             nearest; ``"learned"`` keeps them and learns which way each is rounded (AdaRound, Nagel et al. 2020); or one
             of your own (see ``register_rounding``).
+        start: How weights are rounded before the first step: ``"nearest"``, or ``"feedback"``: one input dimension
+            after the other, making up for the error of each in the next ones (GPTQ, Frantar et al. 2023).
         iterations: Number of Adam steps for each unit, at least 1.
         batch_size: Number of samples in each step, at least 1.
         weight_rate: Learning rate of weights, where these move.
@@ -100,6 +104,7 @@ class AdaQuantOptions:
     objective: str = SQUARED_ERROR
     loss: ReconstructionLoss | None = None
     rounding: str = STRAIGHT_THROUGH
+    start: str = "nearest"
     iterations: int = 500
     batch_size: int = 32
     weight_rate: float = 5e-3
@@ -118,7 +123,12 @@ class AdaQuantOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("mode", MODES), ("granularity", GRANULARITIES), ("schedule", SCHEDULES)):
+        for name, allowed in (
+            ("mode", MODES),
+            ("granularity", GRANULARITIES),
+            ("start", STARTS),
+            ("schedule", SCHEDULES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         check_rounding(self.rounding)

@@ -1,0 +1,154 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_calibtip.network.layer_types import register_layer
+from lightning_calibtip.quantization.affine import fake_quantize
+from lightning_calibtip.quantization.feedback import round_with_feedback
+from lightning_calibtip.quantization.quantizers import AffineQuantizer, register_quantizer
+from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.options import AdaQuantOptions
+from tests.networks import calibrated_network, calibration_set
+
+
+def correlated(*shape):
+    """Inputs that can make up for each other's errors: three sources seen by all of them."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(3, shape[1], generator=generator)
+    sources = torch.randn(shape[0], *shape[2:], 3, generator=generator)
+    noise = 0.1 * torch.randn(shape, generator=generator)
+    return (sources @ mix).movedim(-1, 1) + noise
+
+
+def test_the_output_loses_less_than_with_rounding_to_nearest():
+    x = correlated(512, 24).double()
+    weight = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(1))
+    scale, point = torch.full_like(weight, 0.4), torch.zeros_like(weight)
+    moved = round_with_feedback(weight, (x.T @ x)[None], scale, point, -8, 7)
+    errors = {}
+    for name, start in (("nearest", weight), ("feedback", moved)):
+        rounded = fake_quantize(start, scale, point, -8, 7)
+        errors[name] = float((x @ (rounded - weight)[0].T.double()).square().mean())
+    assert errors["feedback"] < 0.3 * errors["nearest"]
+    # Each weight is where it was just before it was rounded: within half a step, unless it saturates.
+    inside = (moved / scale).abs() < 7
+    assert ((moved - fake_quantize(moved, scale, point, -8, 7)).abs()[inside] <= 0.2001).all()
+
+
+def test_independent_inputs_are_rounded_to_nearest():
+    weight = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(1))
+    scale, point = torch.full_like(weight, 0.4), torch.zeros_like(weight)
+    moved = round_with_feedback(weight, torch.eye(6)[None], scale, point, -8, 7)
+    assert torch.allclose(moved, weight, atol=1e-6)
+
+
+def test_inputs_that_are_always_zero_and_bad_ones():
+    weight, gram = torch.randn(1, 4, 6), torch.zeros(1, 6, 6)
+    scale, point = torch.full_like(weight, 0.4), torch.zeros_like(weight)
+    assert torch.allclose(round_with_feedback(weight, gram, scale, point, -8, 7), weight)
+    gram[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        round_with_feedback(weight, gram, scale, point, -8, 7)
+
+
+class Padded(nn.Conv2d):
+    """A convolution that pads by itself, as ports of TensorFlow's do."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Switched(nn.Module):
+    """A layer whose weight has the output channels last, and whose product is an addmm."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.kernel, self.bias = nn.Parameter(torch.randn(n, m) / n**0.5), nn.Parameter(torch.zeros(m))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.kernel)
+
+
+register_layer(Switched, 1, weight="kernel")
+
+ROWS, IMAGES = correlated(256, 24), correlated(96, 16, 6, 6)
+
+
+@pytest.mark.parametrize("layer, data, scheme", [
+    (lambda: nn.Linear(24, 16), ROWS, {}),
+    (lambda: nn.Linear(24, 16), ROWS, {"group_size": 8}),
+    (lambda: nn.Linear(24, 16), ROWS, {"per_channel": False}),
+    (lambda: Switched(24, 16), ROWS, {}),
+    (lambda: nn.Conv2d(16, 12, 3, padding=1, stride=2), IMAGES, {}),
+    (lambda: nn.Conv2d(16, 12, 3, padding="same", dilation=2), IMAGES, {}),
+    (lambda: nn.Conv2d(16, 12, 3, groups=4), IMAGES, {"symmetric": True}),
+    (lambda: Padded(16, 12, 2), IMAGES, {}),
+    (lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(16, 12, 3)), IMAGES, {}),
+])  # fmt: skip
+def test_a_layer_s_output_comes_closer_before_any_step(layer, data, scheme):
+    errors = {}
+    for rounding in ("straight_through", "feedback"):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer()).eval()
+        calibration = calibration_set(model, data)
+        options = {"weight_bits": 3, "activation_bits": None, "edge_bits": None, **scheme}
+        network = calibrated_network(model, calibration, **options)
+        rates = {"weight_rate": 0.0, "bias_rate": 0.0, "weight_range_rate": 0.0, "zero_point_rate": 0.0}
+        # A step that moves nothing still measures.
+        still = AdaQuantOptions(rounding=rounding, iterations=1, **{**rates, "bias_rate": 1e-12})
+        (result,) = adaquant(network, calibration, still)
+        errors[rounding] = result.error_after
+    assert errors["feedback"] < 0.6 * errors["straight_through"]
+
+
+@pytest.mark.parametrize("rounding", ["straight_through", "learned"])
+def test_it_is_a_better_start(rounding):
+    errors = {}
+    for start in ("nearest", "feedback"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        calibration = calibration_set(model, ROWS)
+        network = calibrated_network(model, calibration, weight_bits=2, activation_bits=8, edge_bits=None)
+        results = adaquant(network, calibration, AdaQuantOptions(rounding=rounding, start=start, iterations=5))
+        errors[start] = sum(result.error_after for result in results)
+    assert errors["feedback"] < errors["nearest"]
+
+
+def test_weights_and_their_scales_stay_where_feedback_has_put_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    calibration = calibration_set(model, ROWS)
+    network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
+    layer = network.layers["0"]
+    scale, bias = layer.weight_quantizer.scale.clone(), layer.bias.clone()
+    adaquant(network, calibration, AdaQuantOptions(rounding="feedback", iterations=20))
+    assert torch.equal(layer.weight_quantizer.scale, scale) and not torch.equal(layer.bias, bias)
+
+
+def test_transposed_convolutions_stay_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(16, 8, 3), nn.Conv2d(8, 4, 1)).eval()
+    calibration = calibration_set(model, IMAGES)
+    network = calibrated_network(model, calibration, weight_bits=3, activation_bits=8, edge_bits=None)
+    before = network.layers["0"].weight.clone()
+    adaquant(network, calibration, AdaQuantOptions(rounding="feedback", granularity="layer", iterations=3))
+    assert torch.equal(network.layers["0"].weight, before)
+
+
+@register_quantizer("coarse")
+class Coarse(AffineQuantizer):
+    def choose_qparams(self, minimum, maximum):
+        scale, zero_point = super().choose_qparams(minimum, maximum)
+        return 2 * scale, zero_point
+
+
+def test_bad_options_are_errors():
+    with pytest.raises(ValueError, match="start must be one of nearest, feedback, got 'gptq'"):
+        AdaQuantOptions(start="gptq")
+    model = nn.Sequential(nn.Linear(24, 16)).eval()
+    calibration = calibration_set(model, ROWS)
+    network = calibrated_network(model, calibration, weight_quantizer="coarse", edge_bits=None)
+    for options in ({"start": "feedback"}, {"rounding": "feedback"}):
+        with pytest.raises(ValueError, match=r"^0: rounding with feedback needs an affine quantizer of the weight"):
+            adaquant(network, calibration, AdaQuantOptions(**options))
