@@ -72,12 +72,7 @@ class Sum:
 def _quantize(node: ir.Node, inputs: list[Any]) -> Integers:
     x, scale, point = inputs
     limits = torch.iinfo(point.dtype)
-    # Equalized channels have one zero point, and a scale each until they are read with one.
-    zero_point, scale = int(point.flatten()[0]), scale.double()
-    if scale.dim():
-        real = x if isinstance(x, Tensor) else x.values
-        axis = attribute_of(node, "axis", 1) % real.dim()
-        scale = scale.view([-1 if dim == axis else 1 for dim in range(real.dim())])
+    zero_point, scale = int(point), scale.double()
     if isinstance(x, Tensor):
         # Real numbers come in from outside.
         values = torch.round(x / scale.float()).to(torch.int64) + zero_point
@@ -92,7 +87,7 @@ def _quantize(node: ir.Node, inputs: list[Any]) -> Integers:
 def _dequantize(node: ir.Node, inputs: list[Any]) -> Integers:
     x, scale, point = inputs
     if isinstance(x, Integers):
-        return Integers(x.values, scale.double(), x.zero_point)
+        return x
     # The integers of a weight or a bias: their zero points are 0 in formats that processors run.
     if bool(point.any()):
         raise NotImplementedError(f"{node.name}: the weight has zero points; export with target='onnxruntime'.")

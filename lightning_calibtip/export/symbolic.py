@@ -37,8 +37,9 @@ def container(spec: TensorSpec, signed: bool) -> torch.dtype:
 class SymbolicQuantizer(nn.Module):
     """Quantizes an activation and dequantizes it again, as ONNX operators.
 
-    Integers of fewer bits than their type has saturate by a Clip. Ratios of equalized channels are factors of the scale
-    that quantizes, by channel, and not of the one that dequantizes.
+    Integers of fewer bits than their type has saturate by a Clip. Equalized channels are divided by their ratios in an
+    operation of its own: ONNX Runtime fuses a QuantizeLinear by channel into a convolution, or moves it across a
+    transposition, and then fails; and where channels come last it calls its kernel for each element.
 
     Args:
         quantizer: Calibrated quantizer of one tensor, with one range.
@@ -54,8 +55,7 @@ class SymbolicQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
-    channel_scale: Tensor
-    channel_zero_point: Tensor
+    factor: Tensor
 
     def __init__(self, quantizer: Quantizer, signed: bool, absorbed: bool = False) -> None:
         super().__init__()
@@ -69,21 +69,17 @@ class SymbolicQuantizer(nn.Module):
         self.register_buffer("scale", affine.scale.detach().cpu().reshape(()).clone())
         point = affine.zero_point.detach().cpu().round().reshape(()) + shift
         self.register_buffer("zero_point", point.clamp(self.qmin, self.qmax).to(self.dtype))
-        self.axis = None
-        if affine.ratio is not None and affine.spec.equalized is not None and not absorbed:
-            self.axis = affine.spec.equalized.axis
-            ratio = affine.ratio.detach().cpu()
-            self.register_buffer("channel_scale", self.scale * ratio)
-            self.register_buffer("channel_zero_point", self.zero_point.expand(ratio.shape).clone())
+        self.divides = affine.ratio is not None and not absorbed
+        if affine.ratio is not None and affine.spec.equalized is not None:
+            factor = 1 / affine.ratio.detach().cpu()
+            self.register_buffer("factor", factor.view(-1, *[1] * (-1 - affine.spec.equalized.axis)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values that the integers of ``x`` stand for."""
-        scale, point = self.scale, self.zero_point
-        attributes: dict[str, Any] = {}
-        if self.axis is not None:
-            scale, point, attributes = self.channel_scale, self.channel_zero_point, {"axis": self.axis % x.dim()}
+        if self.divides:
+            x = x * self.factor
         integers = torch.onnx.ops.symbolic(
-            "QuantizeLinear", (x, scale, point), attributes, dtype=self.dtype, shape=x.shape, version=OPSET
+            "QuantizeLinear", (x, self.scale, self.zero_point), {}, dtype=self.dtype, shape=x.shape, version=OPSET
         )
         limits = torch.iinfo(self.dtype)
         if (self.qmin, self.qmax) != (limits.min, limits.max):

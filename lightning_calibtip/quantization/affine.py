@@ -5,7 +5,7 @@ A real number ``x`` is stored as the integer ``q = clamp(round(x / scale) + zero
 to ``qmax``: what ONNX QuantizeLinear and DequantizeLinear compute. All functions take ``scale`` and ``zero_point`` with
 one element (per tensor), with one element for each index of ``axis`` (per channel), or, without ``axis``, in any shape
 that broadcasts to the tensor. With a ``ratio`` (equalized channels), ``x / (scale * ratio)`` is rounded instead, and
-what is read back stands for ``x / ratio``: QuantizeLinear by channel, DequantizeLinear by tensor.
+what is read back stands for ``x / ratio``.
 """
 
 from collections.abc import Callable

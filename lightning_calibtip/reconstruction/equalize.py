@@ -55,8 +55,8 @@ class EqualizationOptions:
     Args:
         absorb: Which inputs may be equalized. ``"prefer"``: all; the module that writes an input takes its ratios in
             when it is exported, if it can (through ReLU, from a layer or a normalization that nothing else reads), and
-            the others are quantized by channel and read by tensor. ``"only"``: only those whose ratios are taken in
-            (cross-layer equalization, Nagel et al. 2019), for engines that cannot quantize activations by channel.
+            the others are divided before they are quantized. ``"only"``: only those whose ratios are taken in
+            (cross-layer equalization, Nagel et al. 2019), for engines that do nothing between their layers.
             ``"engine"``: those, and inputs of linear layers that no integer operation writes, where an engine
             quantizes in a step of its own whatever it does. None: what the target asks for; ``"prefer"`` without one.
         exponents: Exponents ``a``, from 0 to 1, of which each input takes the one with the least error: the ratio of a
@@ -227,7 +227,7 @@ def equalize(
 
 
 def check_absorb(options: EqualizationOptions, scheme: QuantizationScheme) -> None:
-    """Refuse inputs that a target cannot quantize by channel.
+    """Refuse to divide inputs where a target would lose its integer operations by that.
 
     Raises:
         ValueError: If ``absorb`` asks for some.
@@ -238,7 +238,7 @@ def check_absorb(options: EqualizationOptions, scheme: QuantizationScheme) -> No
     target = scheme.engine
     if target is not None and options.absorb and ABSORB.index(options.absorb) < ABSORB.index(target.absorb):
         raise ValueError(
-            f"absorb={options.absorb!r} quantizes activations by channel where target={target.name!r} cannot: give "
+            f"absorb={options.absorb!r} divides activations between integer operations of target={target.name!r}: give "
             f"{target.absorb!r}, or leave it out, or give target=None (on the command line null)."
         )
 
@@ -263,7 +263,7 @@ def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, 
 
 
 def _may_divide(network: QuantizedNetwork, layers: Sequence[QuantizedLayer], absorb: str | None) -> bool:
-    """Whether a tensor may be quantized by channel: always, or where the engine quantizes it in a step of its own."""
+    """Whether a tensor may be divided before it is quantized: always, or where no integer operation has written it."""
     target = network.scheme.engine
     absorb = absorb or ABSORB[0] if target is None else absorb or target.absorb
     if absorb != "engine":

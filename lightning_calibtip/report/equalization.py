@@ -42,4 +42,4 @@ def equalization_item(inputs: Sequence[EqualizedInput]) -> ReportItem:
 def _how(found: EqualizedInput) -> str:
     if not found.exponent:
         return "not equalized"
-    return f"divided by {found.absorbed_by}" if found.absorbed_by else "quantized by channel"
+    return f"divided by {found.absorbed_by}" if found.absorbed_by else "divided before it is quantized"
