@@ -26,7 +26,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     """Stages of a pipeline, in order.
 
     - ``"calibrate"``: ranges only.
-    - ``"light"``: ranges, bit allocation, BatchNorm tuning: no gradients.
+    - ``"light"``: ranges, bit allocation, equalization of inputs, BatchNorm tuning: no gradients.
     - ``"advanced"``: parallel AdaQuant of layers at every candidate, bit allocation over the results, BatchNorm and
       bias tuning.
     - ``"sequential"``: equalization of inputs, BatchNorm tuning, sequential AdaQuant at the given bit-widths, bias
@@ -79,6 +79,8 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
         stages.append(AdaQuant(preparing, candidates=candidates, storage=storage, state_folder=folder))
     if pipeline in ("light", "advanced"):
         stages.append(BitAllocation(allocation, storage=storage, state_folder=folder))
+        if pipeline == "light":
+            stages.append(Equalization(_seeded(options.equalization, options.seed), storage=storage))
         stages.append(BatchNormTuning(options.batch_norm_tuning, storage=storage))
     if pipeline in ("advanced", "sequential", "mixed"):
         stages.append(BiasTuning(_seeded(options.bias_tuning, options.seed)))

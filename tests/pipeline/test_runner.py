@@ -29,7 +29,7 @@ QUICK = {
     "pipeline,names",
     [
         ("calibrate", ["Calibration"]),
-        ("light", ["Calibration", "BitAllocation", "BatchNormTuning"]),
+        ("light", ["Calibration", "BitAllocation", "Equalization", "BatchNormTuning"]),
         ("advanced", ["Calibration", "AdaQuant", "BitAllocation", "BatchNormTuning", "BiasTuning"]),
         ("sequential", ["Calibration", "Equalization", "BatchNormTuning", "AdaQuant", "BiasTuning"]),
         (
