@@ -25,7 +25,7 @@ from .quantization.observers import register_observer
 from .quantization.quantizers import register_quantizer
 from .quantization.ranges import RangeOptions, register_range_method
 from .quantization.spec import LayerConfig, TensorSpec
-from .reconstruction.equalize import EqualizationOptions
+from .reconstruction.equalizable import EqualizationOptions
 from .reconstruction.objectives import register_objective
 from .reconstruction.options import AdaQuantOptions
 from .reconstruction.rounding import register_rounding

@@ -72,6 +72,12 @@ class CalibrationSet:
                 )
         self.batches.append(batch)
 
+    def first(self, samples: int) -> "CalibrationSet":
+        """The set of its first batches that hold so many samples (the last batch is not cut)."""
+        part = CalibrationSet(self.forward, self.token_mask)
+        part.batches = list(FirstSamples(self.batches, samples))
+        return part
+
     def run(self, index: int) -> Any:
         """Pass batch ``index`` through the model and return the output."""
         return self.forward(self.batches[index], index)

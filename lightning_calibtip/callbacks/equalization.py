@@ -8,7 +8,8 @@ from typing_extensions import override
 from ..calibration.options import StorageOptions
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
-from ..reconstruction.equalize import EqualizationOptions, check_absorb, equalize
+from ..reconstruction.equalizable import EqualizationOptions, check_absorb
+from ..reconstruction.equalize import equalize
 from ..report.equalization import equalization_item
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult

@@ -10,7 +10,7 @@ from ..allocation.options import AllocationOptions
 from ..calibration.options import StorageOptions
 from ..option_fields import with_changes
 from ..quantization.ranges import RangeOptions
-from ..reconstruction.equalize import EqualizationOptions
+from ..reconstruction.equalizable import EqualizationOptions
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.batch_norm import BatchNormTuningOptions
 from ..tuning.bias import BiasTuningOptions

@@ -11,7 +11,7 @@ from ..callbacks.bit_allocation import BitAllocation
 from ..callbacks.calibration import Calibration
 from ..callbacks.equalization import Equalization
 from ..callbacks.stage import Stage
-from ..reconstruction.equalize import EqualizationOptions
+from ..reconstruction.equalizable import EqualizationOptions
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.bias import BiasTuningOptions
 from .options import PipelineOptions

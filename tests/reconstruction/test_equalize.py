@@ -17,7 +17,8 @@ from lightning_calibtip import (
 )
 from lightning_calibtip.export.integer import IntegerNetwork
 from lightning_calibtip.reconstruction.adaquant import adaquant
-from lightning_calibtip.reconstruction.equalize import EqualizationOptions, equalize
+from lightning_calibtip.reconstruction.equalizable import EqualizationOptions
+from lightning_calibtip.reconstruction.equalize import equalize
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from tests.export.exporting import operators, outputs
 from tests.networks import calibrated_network, calibration_set

@@ -1,0 +1,132 @@
+"""Which inputs may be equalized, and the options of equalization."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ..network.channels import channel_count
+from ..network.dataflow import source_of
+from ..network.layers import QuantizedLayer
+from ..network.network import QuantizedNetwork
+from ..network.scheme import QuantizationScheme
+from ..network.tensors import ObservedTensor
+from ..quantization.quantizers import AffineQuantizer
+from ..quantization.spec import Channels, TensorSpec
+
+# An engine writes their results as integers, with one scale.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+ABSORB = ("prefer", "engine", "only")
+
+
+@dataclass(frozen=True)
+class EqualizationOptions:
+    """Options of equalization.
+
+    Args:
+        absorb: Which inputs may be equalized. ``"prefer"``: all; the module that writes an input takes its ratios in
+            when it is exported, if it can (through ReLU, from a layer or a normalization that nothing else reads), and
+            the others are divided before they are quantized. ``"only"``: only those whose ratios are taken in
+            (cross-layer equalization, Nagel et al. 2019), for engines that do nothing between their layers.
+            ``"engine"``: those, and inputs of linear layers that no integer operation writes, where an engine
+            quantizes in a step of its own whatever it does. None: what the target asks for; ``"prefer"`` without one.
+        exponents: Exponents ``a``, from 0 to 1, of which each input takes the one with the least error: the ratio of a
+            channel is (its range / the geometric mean of all ranges)^a. With 0 nothing is equalized, with 1 all
+            channels have the same range and the weights pay for it.
+        samples: Number of calibration samples that are looked at, at least 2, the first ones in whole batches: half of
+            them give the ranges, half decide.
+        seed: Seed of the choice of samples.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> EqualizationOptions(exponents=[0.5]).exponents
+        (0.5,)
+    """
+
+    absorb: Literal["prefer", "engine", "only"] | None = None
+    exponents: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    samples: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.absorb is not None and self.absorb not in ABSORB:
+            raise ValueError(f"absorb must be one of {', '.join(ABSORB)}, or None, got {self.absorb!r}.")
+        if isinstance(self.exponents, str) or not all(0 <= exponent <= 1 for exponent in self.exponents):
+            raise ValueError(f"exponents must be a list of numbers from 0 to 1, got {self.exponents!r}.")
+        object.__setattr__(self, "exponents", tuple(self.exponents))
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 2:
+            raise ValueError(f"samples must be an integer of at least 2, got {self.samples!r}.")
+
+
+def check_absorb(options: EqualizationOptions, scheme: QuantizationScheme) -> None:
+    """Refuse to divide inputs where a target would lose its integer operations by that.
+
+    Raises:
+        ValueError: If ``absorb`` asks for some.
+
+    Example:
+        >>> check_absorb(EqualizationOptions(absorb="only"), QuantizationScheme(target="onnxruntime"))
+    """
+    target = scheme.engine
+    if target is not None and options.absorb and ABSORB.index(options.absorb) < ABSORB.index(target.absorb):
+        raise ValueError(
+            f"absorb={options.absorb!r} divides activations between integer operations of target={target.name!r}: give "
+            f"{target.absorb!r}, or leave it out, or give target=None (on the command line null)."
+        )
+
+
+def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, list[QuantizedLayer]]]:
+    """The tensors whose channels can be equalized, each with all layers that read it.
+
+    Args:
+        network: Calibrated network.
+    """
+    owners = {layer.tied_to.name for layer in network.layers.values() if layer.tied_to}
+    readers: dict[ObservedTensor, list[QuantizedLayer]] = {}
+    for layer in network.layers.values():
+        for tensor in dict.fromkeys(layer.tensors):
+            readers.setdefault(tensor, []).append(layer)
+    found = []
+    for tensor, layers in readers.items():
+        formats = {input_format(layer) for layer in layers}
+        if len(formats) == 1 and None not in formats and not owners & {layer.name for layer in layers}:
+            found.append((tensor, layers))
+    return found
+
+
+def may_divide(network: QuantizedNetwork, layers: Sequence[QuantizedLayer], absorb: str | None) -> bool:
+    """Whether a tensor may be divided before it is quantized: always, or where no integer operation has written it."""
+    target = network.scheme.engine
+    absorb = absorb or ABSORB[0] if target is None else absorb or target.absorb
+    if absorb != "engine":
+        return absorb == "prefer"
+    assert network.structure is not None
+    if not all(isinstance(layer.module, nn.Linear) for layer in layers):
+        return False
+    writers = {
+        source
+        for layer in layers
+        for call in network.structure.calls_of[layer.name]
+        if (source := source_of(network.structure, call.operands[0], network.layers)) is not None
+    }
+    return not any(
+        network.layers[name].type.between_layers or isinstance(network.layers[name].module, _CONVOLUTIONS)
+        for name in writers
+    )
+
+
+def input_format(layer: QuantizedLayer) -> tuple[TensorSpec, Channels] | None:
+    """Format and channels of a layer's only input, if these can be equalized."""
+    axis = layer.type.operands[0].channel_axis if layer.type.operands else None
+    quantizers = layer.input_quantizers
+    if len(quantizers) != 1 or axis is None or layer.type.input_axis is None or not layer.has_weight:
+        return None
+    (quantizer,) = quantizers
+    if not isinstance(quantizer, AffineQuantizer) or not quantizer.acts_as_stored:
+        return None
+    count = channel_count(layer.module, layer.type, layer.latent()[0])
+    return quantizer.spec, Channels(axis, count)
