@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from ..module import QuantizationModule
 from ..quantization.ranges import RangeOptions
+from ..tuning.joint_search import search_jointly
 from .options import merge_fields
 from .stage import Stage, StageResult
 
@@ -52,4 +53,13 @@ class Calibration(Stage):
     def run(self, module: QuantizationModule) -> StageResult:
         """Choose the ranges."""
         module.network.fit_ranges()
-        return StageResult({"layers": float(len(module.network.layers)), "samples": float(module.calibration.samples)})
+        figures = {"layers": float(len(module.network.layers)), "samples": float(module.calibration.samples)}
+        if self.options.search == "joint":
+            result = search_jointly(module.network, module.calibration, self.options, self.progress)
+            figures |= {
+                "p": result.p,
+                "divergence_before": result.divergence_before,
+                "divergence_after": result.divergence_after,
+                "evaluations": float(result.evaluations),
+            }
+        return StageResult(figures)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..quantization.affine import decode, encode
 from ..quantization.quantizers import AffineQuantizer, Quantizer
+from ..quantization.spec import LayerConfig
 from .operations import not_routed
 from .tensors import ObservedTensor
 
@@ -108,28 +109,33 @@ def products_grid(bias: Tensor, input_quantizer: AffineQuantizer, weight_quantiz
 
 @torch.no_grad()
 def make_room_for_bias(
-    bias: Tensor | None, input_quantizer: Quantizer | None, weight_quantizer: Quantizer | None
+    config: LayerConfig,
+    bias: Tensor | None,
+    input_quantizers: Sequence[Quantizer | None],
+    weight_quantizer: Quantizer | None,
 ) -> None:
     """Raise the scales of weights so far that no bias is more than 2^30 steps of the products, and fits 32 bits.
 
     It concerns channels whose weights are next to nothing beside their bias (dead ones, after a BatchNorm was folded).
 
     Args:
+        config: Format of the layer; nothing is done without an integer bias.
         bias: Shape (channels,); None if there is none.
-        input_quantizer: Quantizer of the layer's input, with one scale.
+        input_quantizers: Quantizer of the layer's input, with one scale.
         weight_quantizer: Quantizer of its weight, with one scale or one for each channel; None for a shared weight.
 
     Example:
         >>> from lightning_calibtip.quantization.spec import TensorSpec
         >>> small, one = (AffineQuantizer(name, TensorSpec(symmetric=True), rows=1) for name in ("w", "x"))
         >>> _ = small.scale.data.fill_(1e-12)
-        >>> make_room_for_bias(torch.tensor([2.0**10]), one, small)
+        >>> make_room_for_bias(LayerConfig(integer_bias=True), torch.tensor([2.0**10]), [one], small)
         >>> small.scale.item() == 2.0**-20
         True
     """
-    if bias is None or not isinstance(input_quantizer, AffineQuantizer):
+    if not config.integer_bias or bias is None:
         return
-    if not isinstance(weight_quantizer, AffineQuantizer):
+    (input_quantizer,) = input_quantizers
+    if not isinstance(input_quantizer, AffineQuantizer) or not isinstance(weight_quantizer, AffineQuantizer):
         return
     reach = bias.detach().abs().float() if weight_quantizer.rows > 1 else bias.detach().abs().float().amax(0, True)
     smallest = reach / (input_quantizer.scale * 2.0**_BIAS_BITS)

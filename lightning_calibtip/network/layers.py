@@ -318,8 +318,7 @@ class QuantizedLayer:
                 tensor.fit_range(spec)
         if self.config.output is not None:
             self.output_tensor.fit_range(self.config.output)
-        if self.config.integer_bias:
-            make_room_for_bias(self.latent()[1], self.input_quantizers[0], self.weight_quantizer)
+        make_room_for_bias(self.config, self.latent()[1], self.input_quantizers, self.weight_quantizer)
 
     def fit_weight_range(self) -> None:
         """Choose the range of the weight, if it is the layer's own and quantized."""
@@ -352,8 +351,7 @@ class QuantizedLayer:
                 tensor.fit_range(quantizer.spec)
         if config.output is not None:
             self.output_tensor.fit_range(config.output)
-        if config.integer_bias:
-            make_room_for_bias(self.latent()[1], self.input_quantizers[0], self.weight_quantizer)
+        make_room_for_bias(self.config, self.latent()[1], self.input_quantizers, self.weight_quantizer)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,11 @@ from .affine import choose_qparams, fake_quantize
 from .spec import PerChannel, PerGroup, TensorSpec
 
 RangeMethod = Callable[[Tensor, TensorSpec, "RangeOptions"], tuple[Tensor, Tensor]]
+
+SEARCHES = ("each", "joint")
+
+# Observers that keep histograms.
+HISTOGRAMS = ("mse", "lp", "percentile")
 
 # The search tries these fractions of the full range, then steps of these lengths around the best: of both ends
 # together, and at last of one end alone.
@@ -65,6 +71,13 @@ class RangeOptions:
         percentile: For ``"percentile"``: share of the values, in per cent, that stays inside the range on each side,
             above 50 and at most 100.
         p: For ``"lp"``: exponent of the error, above 0.
+        search: ``"each"``: every range by itself, as the observers say. ``"joint"``: from ranges of least L_p error,
+            for the p at which the model comes closest to the float logits, all steps are moved together by Powell's
+            method (LAPQ, Nahshan et al. 2021), without gradients.
+        joint_samples: For ``"joint"``: number of calibration samples, at least 1, that the model is measured on; the
+            first ones, in whole batches.
+        joint_iterations: For ``"joint"``: number of Powell's iterations, at least 1, each of which moves every step.
+        joint_evaluations: For ``"joint"``: how often the model is measured at most, at least 2.
 
     Raises:
         ValueError: If a name is not registered, or a value is out of its range.
@@ -79,6 +92,10 @@ class RangeOptions:
     momentum: float = 0.1
     percentile: float = 99.99
     p: float = 2.4
+    search: Literal["each", "joint"] = "each"
+    joint_samples: int = 512
+    joint_iterations: int = 1
+    joint_evaluations: int = 1000
 
     def __post_init__(self) -> None:
         for what, name, names in (
@@ -93,6 +110,17 @@ class RangeOptions:
             raise ValueError(f"percentile must be above 50 and at most 100 (per cent), got {self.percentile}.")
         if not self.p > 0:
             raise ValueError(f"p must be above 0, got {self.p}.")
+        if self.search not in SEARCHES:
+            raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}.")
+        for what, least in (("joint_samples", 1), ("joint_iterations", 1), ("joint_evaluations", 2)):
+            value = getattr(self, what)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}.")
+        if self.search == "joint" and self.observer not in HISTOGRAMS:
+            raise ValueError(
+                f"search='joint' starts from histograms: observer must be one of {', '.join(HISTOGRAMS)}, got "
+                f"{self.observer!r}."
+            )
 
 
 def weight_range(weight: Tensor, spec: TensorSpec, options: RangeOptions) -> tuple[Tensor, Tensor]:

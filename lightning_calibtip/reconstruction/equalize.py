@@ -15,6 +15,7 @@ from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
 from ..network.absorption import find_absorbers
 from ..network.channels import is_free
+from ..network.hooks import make_room_for_bias
 from ..network.network import QuantizedNetwork
 from ..network.tensors import ObservedTensor
 from ..network.trial import trial
@@ -214,6 +215,8 @@ def _equalize(
         observer = make_observer(layers[0].range_options).to(values.device)
         observer.update(values / ratio)
         quantizer.set_range(*observer.compute_range(quantizer.spec))
+        for layer in layers:
+            make_room_for_bias(layer.config, layer.latent()[1], layer.input_quantizers, layer.weight_quantizer)
         error = sum(reader.error() for reader in readers)
         if error < best:
             chosen, best, best_states = exponent, error, [layer.save() for layer in layers]

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_calibtip import Calibration, QuantizationModule, RangeOptions, run_stages
+from lightning_calibtip.tuning.joint_search import EXPONENTS, search_jointly
+from tests.networks import calibrated_network, calibration_set
+
+ROWS = torch.randn(128, 6, generator=torch.Generator().manual_seed(1))
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+
+
+def network_of(model, **scheme):
+    calibration = calibration_set(model, *ROWS.split(32))
+    formats = {"weight_bits": 3, "activation_bits": 3, "edge_bits": None, **scheme}
+    return calibrated_network(model, calibration, **formats), calibration
+
+
+@pytest.mark.parametrize("scheme, most", [
+    ({}, 0.9), ({"target": "onnxruntime"}, 0.9), ({"activation_bits": None}, 0.9),
+    # Three steps, which were good already.
+    ({"weight_bits": None}, 0.98),
+])  # fmt: skip
+def test_all_steps_together_come_closer_to_the_float_model(scheme, most):
+    network, calibration = network_of(small(), **scheme)
+    options = RangeOptions(search="joint", joint_evaluations=400)
+    result = search_jointly(network, calibration, options)
+    assert result.divergence_after < most * result.divergence_before
+    assert set(EXPONENTS) <= set(result.divergences) and 2 <= result.p <= 4
+    assert result.divergences[result.p] == min(result.divergences.values())
+    # Powell goes on from the best exponent.
+    assert result.divergence_after < result.divergences[result.p]
+
+
+def test_no_more_evaluations_than_allowed_and_never_worse(monkeypatch):
+    seen = []
+    for most in (2, 5, 40):
+        network, calibration = network_of(small())
+        before = [quantizer.scale.clone() for quantizer in network.quantizers]
+        forward = calibration.forward
+        calibration.forward = lambda batch, index, forward=forward: seen.append(index) or forward(batch, index)
+        seen.clear()
+        result = search_jointly(network, calibration, RangeOptions(search="joint", joint_evaluations=most))
+        # Once more in float.
+        assert result.evaluations <= most and seen.count(0) == result.evaluations + 1
+        assert result.divergence_after <= result.divergence_before
+        if result.divergence_after == result.divergence_before:
+            assert all(torch.equal(a, b.scale) for a, b in zip(before, network.quantizers, strict=True))
+
+
+def test_the_stage_searches_and_says_what_it_found():
+    progress = []
+    stage = Calibration(search="joint", joint_evaluations=60, joint_samples=64)
+    stage.progress = lambda *args: progress.append(args)
+    module = QuantizationModule(small(), weight_bits=3, activation_bits=3, edge_bits=None)
+    run_stages(module, [stage], ROWS.split(32))
+    assert stage.figures["divergence_after"] < stage.figures["divergence_before"]
+    assert 2 <= stage.figures["evaluations"] <= 60
+    plain = QuantizationModule(small(), weight_bits=3, activation_bits=3, edge_bits=None)
+    run_stages(plain, [Calibration()], ROWS.split(32))
+    assert not torch.equal(module.network.quantizers[0].scale, plain.network.quantizers[0].scale)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"search": "both"}, "search must be one of each, joint, got 'both'"),
+    ({"search": "joint", "observer": "minmax"}, "observer must be one of mse, lp, percentile, got 'minmax'"),
+    ({"joint_samples": 0}, "joint_samples must be an integer of at least 1, got 0"),
+    ({"joint_evaluations": 1}, "joint_evaluations must be an integer of at least 2, got 1"),
+])  # fmt: skip
+def test_bad_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Calibration(**options)
