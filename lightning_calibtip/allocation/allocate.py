@@ -81,6 +81,7 @@ def allocate(
     if not network.calibrated:
         raise RuntimeError("Bit allocation measures the quantized model: run Calibration first.")
     calibration.require()
+    network.warn_of_equalization()
     if not network.searchable_layers:
         raise ValueError("No layer's bit-widths are free to be chosen: overrides and edge_bits pin them all.")
     options = options or AllocationOptions()

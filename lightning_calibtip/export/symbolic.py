@@ -281,11 +281,12 @@ def _absorbed_ratios(module: QuantizationModule) -> dict[str, tuple[Quantizer, T
 
 def _divide_output(copied: Any, layer: QuantizedLayer | None, ratio: Tensor) -> None:
     """Divide each channel of what a module gives: of a layer by its scales, of a normalization by its weights."""
+    # Parameters of their own, since others may share these.
     bias = getattr(copied, "bias", None)
     if isinstance(bias, Tensor):
-        bias.data = bias.data / ratio
+        copied.bias = nn.Parameter(bias.detach() / ratio, requires_grad=False)
     if layer is None:
-        copied.weight.data = copied.weight.data / ratio
+        copied.weight = nn.Parameter(copied.weight.detach() / ratio, requires_grad=False)
         return
     stored = copied.parametrizations[layer.type.weight][0]
     if isinstance(stored, SymbolicWeight):

@@ -5,14 +5,17 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..quantization.spec import PerChannel, PerGroup
-from .between import moves_values
 from .layers import QuantizedLayer
 from .structure import ModuleCall, Structure, Value
 from .tensors import ObservedTensor
 
 # A positive factor of a channel passes these unchanged, and so do channels themselves.
-_HOMOGENEOUS = {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "clone", "contiguous"}
+_HOMOGENEOUS = {"relu", "leaky_relu", "clone", "contiguous"}
+# So do maxima over these many last dimensions, if channels are not among them.
+_MAXIMA = {"max_pool1d": 1, "max_pool2d": 2, "max_pool2d_with_indices": 2}
 
+# Layers that return their sums of products as they are.
+_FORWARDS = {layer.forward for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -42,18 +45,19 @@ def find_absorbers(
         >>> {tensor.name: name for tensor, name in find_absorbers(model, network.structure, network.layers).items()}
         {'2 input': '0'}
     """
-    found = {}
+    found: dict[ObservedTensor, str] = {}
     for name, calls in structure.calls_of.items():
         axis = _output_axis(name, model, layers)
         if axis is None or len(calls) != 1 or len(calls[0].writes) != 1:
             continue
-        readers = _only_readers(structure, calls[0], layers)
+        readers = _only_readers(structure, calls[0], layers, axis)
         tensors = {layers[reader].tensors[0] for reader in readers}
         if len(tensors) != 1:
             continue
         (tensor,) = tensors
         same_axis = all(layers[reader].type.operands[0].channel_axis == axis for reader in readers)
-        if same_axis and set(tensor.readers) == set(readers):
+        once = all(len(structure.calls_of[reader]) == 1 for reader in readers)
+        if same_axis and once and set(tensor.readers) == set(readers):
             found[tensor] = name
     return found
 
@@ -69,7 +73,8 @@ def _output_axis(name: str, model: nn.Module, layers: Mapping[str, QuantizedLaye
         )
         if layer.channel_axis or not layer.has_weight or not is_scaled or layer.config.output is not None:
             return None
-        return layer.type.operands[0].channel_axis if layer.type.adds_bias else None
+        # A class of the user's may do more after its product.
+        return layer.type.operands[0].channel_axis if type(layer.module).forward in _FORWARDS else None
     if not name:
         return None
     module = model.get_submodule(name) if name in dict(model.named_modules()) else None
@@ -78,8 +83,11 @@ def _output_axis(name: str, model: nn.Module, layers: Mapping[str, QuantizedLaye
     return None
 
 
-def _only_readers(structure: Structure, written: ModuleCall, layers: Mapping[str, QuantizedLayer]) -> list[str]:
-    """Layers that read what a call has written, unchanged but for positive factors; none if anything else reads it."""
+def _only_readers(
+    structure: Structure, written: ModuleCall, layers: Mapping[str, QuantizedLayer], axis: int
+) -> list[str]:
+    """Layers that read what a call has written, unchanged but for positive factors of the channels along an axis; none
+    if anything else reads it."""
     readers: list[str] = []
     waiting: list[Value] = list(written.writes)
     seen: set[Value] = set()
@@ -102,10 +110,11 @@ def _only_readers(structure: Structure, written: ModuleCall, layers: Mapping[str
                     return []
                 if reader.name not in readers:
                     readers.append(reader.name)
-            elif operator.name in _HOMOGENEOUS and len(operator.writes) >= 1:
-                waiting.append(operator.writes[0])
-            elif moves_values(operator) and all(write.view == value.view for write in operator.writes):
-                waiting += operator.writes
+            elif operator.name in _HOMOGENEOUS or -axis > _MAXIMA.get(operator.name, -axis):
+                waiting += operator.writes[:1]
+            elif all(write == value for write in operator.writes):
+                # The same view of the same values.
+                continue
             else:
                 return []
     return readers

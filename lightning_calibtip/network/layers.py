@@ -344,7 +344,7 @@ class QuantizedLayer:
             tensor.require_observed()
         self._write(self.float_weight, self.float_bias)
         self.errors = None
-        self.install(config)
+        self.install(config.without_equalization)
         self.fit_weight_range()
         for tensor, quantizer in zip(self.tensors, self.input_quantizers, strict=True):
             if quantizer is not None and not tensor.shared:

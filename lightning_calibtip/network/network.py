@@ -181,6 +181,11 @@ class QuantizedNetwork:
             self._require_float_weights()
         self.layers[name].switch(config)
 
+    def warn_of_equalization(self) -> None:
+        """Say that other bit-widths end the equalization of inputs, if there is some."""
+        if any(layer.input_ratio is not None for layer in self.layers.values()):
+            log.warning("Inputs are equalized for their present bit-widths only: run Equalization after BitAllocation.")
+
     @property
     def searchable_layers(self) -> list[str]:
         """Quantized layers whose bit-widths are free to be chosen, in the order of execution."""

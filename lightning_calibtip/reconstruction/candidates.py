@@ -77,6 +77,7 @@ def adaquant_candidates(
     """
     check_candidates(options, candidates)
     store = store or ActivationStore()
+    network.warn_of_equalization()
     former = {name: network.layers[name].config for name in network.searchable_layers}
     work = _Work(network, options, list(dict.fromkeys(candidates)), progress)
     units = prepare_units(network, calibration, options)
@@ -104,7 +105,8 @@ def adaquant_candidates(
             # Embeddings: their states come from ranges alone.
             for other in configs:
                 _make_variant(layer, other)
-        layer.switch(config if config in configs else network.config_for(name, widest))
+        plain = config.without_equalization
+        layer.switch(plain if plain in configs else network.config_for(name, widest))
     return results
 
 

@@ -174,7 +174,8 @@ def equalize(
     if not attempt.kept:
         log.warning("Equalization did not lower the divergence of the inputs' rounding: restored.")
         found = [replace(one, exponent=0.0, error_after=one.error_before) for one in found]
-    network.set_absorbers(absorbers if attempt.kept else {})
+    else:
+        network.set_absorbers(absorbers)
     return EqualizationResult(tuple(found), float(attempt.before.mean()), float(attempt.after.mean()), attempt.kept)
 
 
@@ -208,6 +209,9 @@ def _equalize(
     best = before
     for exponent in (1.0,) if free else options.exponents:
         ratio = spread.pow(exponent)
+        # All readers end what there was before the first takes the new ratios, which they share.
+        for layer in layers:
+            layer.equalize(None, None)
         for layer in layers:
             layer.equalize(channels, ratio)
         quantizer = layers[0].input_quantizers[0]

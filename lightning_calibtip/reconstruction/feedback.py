@@ -1,6 +1,6 @@
 """Second-order rounding of the weights of a unit, from the products of what its layers read."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,19 @@ from .units import Unit
 
 FEEDBACK = "feedback"
 
-# Positions of a mini-batch that are looked at, evenly spread: neighbours tell the same.
+# Positions of a mini-batch that are looked at, chosen at random: neighbours tell the same.
 _POSITIONS = 4096
 
-_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d, torch.addmm)
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+# Arguments of the products, and which of them are the input and the weight.
+_NAMES: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.conv1d: _CONVOLUTION,
+    F.conv2d: _CONVOLUTION,
+    F.conv3d: _CONVOLUTION,
+    torch.addmm: ("input", "mat1", "mat2"),
+}
+_OPERANDS = {function: ("mat1", "mat2") if function is torch.addmm else ("input", "weight") for function in _NAMES}
 
 
 @register_rounding(FEEDBACK)
@@ -85,10 +94,11 @@ def round_unit(unit: Unit, batches: Callable[[], Iterable[MiniBatch]]) -> None:
         gram = _gram(unit, layer, batches())
         if gram is None:
             continue
-        weight = layer.weight
-        scale, zero_point = (_rows(each, layer, groups) for each in quantizer.elementwise(weight.shape))
-        spec = quantizer.spec
-        moved = round_with_feedback(_rows(weight, layer, groups), gram, scale, zero_point, spec.qmin, spec.qmax)
+        weight, spec = layer.weight, quantizer.spec
+        rows, scale, zero_point = (
+            _rows(each, layer, groups).to(gram.device) for each in (weight, *quantizer.elementwise(weight.shape))
+        )
+        moved = round_with_feedback(rows, gram, scale, zero_point, spec.qmin, spec.qmax)
         by_channel = weight.movedim(layer.channel_axis, 0)
         weight.copy_(moved.reshape(by_channel.shape).movedim(0, layer.channel_axis))
 
@@ -117,15 +127,25 @@ class _Products(TorchFunctionMode):
         self.layer = layer
         self.gram: Tensor | None = None
         self.counts: list[Tensor] | None = None
+        self._generator = torch.Generator().manual_seed(0)
+        self._entered = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Inside, the layer's products are added up."""
         module = self.layer.module
-        hooks = [
-            module.register_forward_pre_hook(lambda *_: self.__enter__() and None),
-            module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True),
-        ]
+
+        def enter(*_: Any) -> None:
+            self.__enter__()
+            self._entered += 1
+
+        def leave(*_: Any) -> None:
+            # It is called as well where another hook has raised before this one's turn.
+            if self._entered:
+                self._entered -= 1
+                self.__exit__(None, None, None)
+
+        hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
         try:
             yield
         finally:
@@ -134,29 +154,55 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _PRODUCTS:
-            x, weight = args[1:3] if function is torch.addmm else args[:2]
-            if weight.shape == self.layer.weight.shape:
+        if function in _NAMES:
+            given = {**dict(zip(_NAMES[function], args, strict=False)), **kwargs}
+            x, weight = (given.get(name) for name in _OPERANDS[function])
+            if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.shape == self.layer.weight.shape:
                 with torch._C.DisableTorchFunction():
-                    self._add(function, x.detach().float(), args, kwargs)
+                    self._add(self._read(x.detach().float(), given))
         return function(*args, **kwargs)
 
-    def _add(self, function: Any, x: Tensor, args: Any, kwargs: Any) -> None:
-        shape = self.layer.weight.shape
-        if function in (F.linear, torch.addmm):
-            groups, read = 1, x.reshape(-1, x.shape[-1]).unsqueeze(0)
-            for weight in self.counts or ():
-                if weight.dim() == x.dim() and weight.shape[:-1] == x.shape[:-1]:
-                    read = read[:, (weight > 0).any(-1).reshape(-1)]
-        else:
-            # The convolution with kernels that pick one input each, whatever the padding.
-            groups = self.layer.module.groups if isinstance(self.layer.module.groups, int) else 1
-            size = shape[1:].numel()
-            picks = torch.eye(size, device=x.device).view(size, *shape[1:]).repeat(groups, *[1] * (len(shape) - 1))
-            seen = function(x, picks, None, *args[3:], **{key: kwargs[key] for key in kwargs if key != "bias"})
-            seen = seen.movedim(1, -1).reshape(-1, groups, size)
-            read = seen.transpose(0, 1)
-        step = max(1, read.shape[1] // _POSITIONS)
-        read = read[:, ::step].double() if read.device.type != "mps" else read[:, ::step]
-        gram = step * (read.mT @ read)
+    def _read(self, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """What output channels read, shape (groups, positions, inputs)."""
+        if "stride" in given or self.layer.weight.dim() > 2:
+            return _patches(x, self.layer.weight.shape, given)
+        rows = x.reshape(-1, x.shape[-1])
+        for weight in self.counts or ():
+            if weight.dim() == x.dim() and weight.shape[:-1] == x.shape[:-1]:
+                rows = rows[(weight > 0).any(-1).reshape(-1)]
+                break
+        return rows.unsqueeze(0)
+
+    def _add(self, read: Tensor) -> None:
+        count = read.shape[1]
+        if count > _POSITIONS:
+            chosen = torch.randperm(count, generator=self._generator)[:_POSITIONS]
+            read = read[:, chosen.to(read.device)]
+        # MPS has no float64.
+        read = (read.cpu() if read.device.type == "mps" else read).double()
+        gram = count / max(read.shape[1], 1) * (read.mT @ read)
         self.gram = gram if self.gram is None else self.gram + gram
+
+
+def _patches(x: Tensor, shape: Sequence[int], given: dict[str, Any]) -> Tensor:
+    """What the output channels of a convolution read at each position, shape (groups, positions, inputs)."""
+    dims, groups = len(shape) - 2, given.get("groups", 1)
+    padding, moves = given.get("padding", 0), (given.get("stride", 1), given.get("dilation", 1))
+    stride, dilation = ([each] * dims if isinstance(each, int) else list(each) for each in moves)
+    if x.dim() == dims + 1:
+        x = x.unsqueeze(0)
+    sizes = list(shape[2:])
+    if isinstance(padding, str):
+        totals = [step * (size - 1) if padding == "same" else 0 for size, step in zip(sizes, dilation, strict=True)]
+        ends = [(total // 2, total - total // 2) for total in totals]
+    else:
+        ends = [(each, each) for each in ([padding] * dims if isinstance(padding, int) else padding)]
+    x = F.pad(x, [amount for pair in reversed(ends) for amount in pair])
+    for dim, (size, step, move) in enumerate(zip(sizes, dilation, stride, strict=True)):
+        # A window of each dimension at a time: its elements come last.
+        x = x.unfold(2 + dim, step * (size - 1) + 1, move)[..., ::step]
+    x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    # (samples, groups, channels, positions..., elements...) to (groups, samples and positions, channels and elements)
+    order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
+    x = x.permute(order)
+    return x.reshape(x.shape[0], x.shape[1 : 2 + dims].numel(), -1)

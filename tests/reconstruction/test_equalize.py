@@ -16,7 +16,9 @@ from lightning_calibtip import (
     run_stages,
 )
 from lightning_calibtip.export.integer import IntegerNetwork
+from lightning_calibtip.quantization.spec import BitWidths
 from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.equalizable import EqualizationOptions
 from lightning_calibtip.reconstruction.equalize import equalize
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
@@ -323,6 +325,67 @@ def test_another_calibration_and_a_reset_end_it():
     network.fit_ranges()
     # The weights were multiplied and divided again, which rounds.
     assert network.layers["2"].input_ratio is None and error(network, ROWS) == pytest.approx(plain, rel=1e-3)
+
+
+def test_normalizations_that_share_their_parameters_are_divided_each(tmp_path):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.n1, self.n2, self.a, self.b = nn.LayerNorm(8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.n2.weight, self.n2.bias = self.n1.weight, self.n1.bias
+            with torch.no_grad():
+                self.n1.weight.copy_(torch.logspace(-1, 1, 8))
+                for layer in (self.a, self.b):
+                    layer.weight.div_(self.n1.weight)
+
+        def forward(self, x):
+            return self.b(self.n2(torch.tanh(self.a(self.n1(x)))))
+
+    data = torch.randn(64, 8)
+    options = {"weight_bits": 8, "activation_bits": 6, "edge_bits": None, "target": "onnxruntime"}
+    module = QuantizationModule(Pair().eval(), **options)
+    run_stages(module, [Calibration(), Equalization(absorb="only")], [data])
+    assert sum(layer.input_ratio is not None for layer in module.network.layers.values()) == 2
+    export_onnx(module, tmp_path / "net.onnx", data, check=False)
+    (engine,) = outputs(tmp_path / "net.onnx", data)
+    with torch.no_grad():
+        wanted = module(data)
+    assert (engine - wanted).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+def test_other_bit_widths_end_it(caplog):
+    network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
+    equalize(network, calibration)
+    layer = network.layers["2"]
+    layer.switch(layer.config)
+    assert layer.input_ratio is None and torch.equal(layer.latent()[0], layer.float_weight)
+    equalize(network, calibration)
+    widths = [BitWidths(4, 4), BitWidths(8, 8)]
+    adaquant_candidates(network, calibration, AdaQuantOptions("parallel", "layer", iterations=1), widths)
+    assert "run Equalization after BitAllocation" in caplog.text
+    assert {layer.config.bit_widths for layer in network.layers.values()} == {BitWidths(4, 4)}
+
+
+def test_equalizing_a_shared_tensor_twice_keeps_what_its_layers_compute():
+    network, calibration = equalized_network(Shared(False).eval(), ROWS)
+    for _ in range(2):
+        equalize(network, calibration)
+        for name in ("left", "right"):
+            layer = network.layers[name]
+            assert torch.allclose(layer.latent()[0], layer.float_weight * layer.input_ratio, rtol=1e-4)
+
+
+def test_a_second_run_that_is_put_back_leaves_the_first(monkeypatch):
+    network, calibration = equalized_network(linear(), ROWS)
+    equalize(network, calibration)
+    absorbed = [planned.absorbs for planned in network.plan.modules]
+    assert any(absorbed)
+    monkeypatch.setattr(
+        "lightning_calibtip.reconstruction.equalize.measure_divergences", lambda *args: torch.tensor([1.0])
+    )
+    assert not equalize(network, calibration).kept
+    assert [planned.absorbs for planned in network.plan.modules] == absorbed
 
 
 def test_equalizing_twice_replaces_the_ratios():
