@@ -143,7 +143,12 @@ def test_nested_options_come_from_yaml_and_words_and_null_means_float(config, tm
     path.write_text(yaml.safe_dump(content))
     run(["quantize", f"--config={path}", "--allocation.compression=0.2", "--batch_norm_tuning.reference=training"])
     record = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert [stage["name"] for stage in record["stages"]] == ["Calibration", "BitAllocation", "BatchNormTuning"]
+    assert [stage["name"] for stage in record["stages"]] == [
+        "Calibration",
+        "BitAllocation",
+        "Equalization",
+        "BatchNormTuning",
+    ]
     assert {layer["activation_bits"] for layer in record["layers"]} == {None}
     assert {layer["weight_bits"] for layer in record["layers"]} <= {4, 8}
     assert record["stages"][1]["figures"]["compression"] <= 0.2
