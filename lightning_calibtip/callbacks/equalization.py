@@ -50,7 +50,7 @@ class Equalization(Stage):
 
     @override
     def check(self, scheme: QuantizationScheme) -> None:
-        """See ``Stage``: inputs that the target cannot quantize by channel are refused."""
+        """See ``Stage``: dividing inputs where the target would lose integer operations is refused."""
         check_absorb(self.options, scheme)
 
     @override

@@ -1,6 +1,7 @@
 """Which module can take in the ratios of an equalized tensor, so that no engine has to divide its channels."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -46,8 +47,9 @@ def find_absorbers(
         {'2 input': '0'}
     """
     found: dict[ObservedTensor, str] = {}
+    modules = dict(model.named_modules())
     for name, calls in structure.calls_of.items():
-        axis = _output_axis(name, model, layers)
+        axis = _output_axis(name, modules, layers)
         if axis is None or len(calls) != 1 or len(calls[0].writes) != 1:
             continue
         readers = _only_readers(structure, calls[0], layers, axis)
@@ -62,7 +64,7 @@ def find_absorbers(
     return found
 
 
-def _output_axis(name: str, model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> int | None:
+def _output_axis(name: str, modules: Mapping[str, Any], layers: Mapping[str, QuantizedLayer]) -> int | None:
     """Dimension of a module's output, counted from the last, whose channels it can scale; None if it cannot."""
     if name in layers:
         layer = layers[name]
@@ -75,12 +77,10 @@ def _output_axis(name: str, model: nn.Module, layers: Mapping[str, QuantizedLaye
             return None
         # A class of the user's may do more after its product.
         return layer.type.operands[0].channel_axis if type(layer.module).forward in _FORWARDS else None
-    if not name:
-        return None
-    module = model.get_submodule(name) if name in dict(model.named_modules()) else None
-    if type(module) in _NORMS and len(module.normalized_shape) == 1 and module.weight is not None:  # type: ignore
-        return -1
-    return None
+    # What only ran while the model was observed may be gone.
+    module: Any = modules.get(name)
+    is_norm = type(module) in _NORMS and len(module.normalized_shape) == 1 and module.weight is not None
+    return -1 if is_norm else None
 
 
 def _only_readers(
@@ -110,9 +110,9 @@ def _only_readers(
                     return []
                 if reader.name not in readers:
                     readers.append(reader.name)
-            elif operator.name in _HOMOGENEOUS or -axis > _MAXIMA.get(operator.name, -axis):
+            elif operator.name in _HOMOGENEOUS or (operator.name in _MAXIMA and -axis > _MAXIMA[operator.name]):
                 waiting += operator.writes[:1]
-            elif all(write == value for write in operator.writes):
+            elif operator.writes and all(write == value for write in operator.writes):
                 # The same view of the same values.
                 continue
             else:

@@ -21,7 +21,7 @@ def channel_count(module: nn.Module, layer_type: LayerType, weight: Tensor) -> i
     """
     axis = layer_type.input_axis
     assert axis is not None
-    return int(weight.shape[axis]) * (_groups(module) if axis != 0 else 1)
+    return int(weight.shape[axis]) * (groups_of(module) if axis != 0 else 1)
 
 
 def along_weight(factors: Tensor, module: nn.Module, layer_type: LayerType, weight: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def along_weight(factors: Tensor, module: nn.Module, layer_type: LayerType, weig
         tensor([[0., 1.],
                 [2., 3.]])
     """
-    axis, groups = layer_type.input_axis, _groups(module)
+    axis, groups = layer_type.input_axis, groups_of(module)
     if axis == 0 or groups == 1:
         return factors.view([-1 if dim == axis else 1 for dim in range(weight.dim())])
     # Each group of output channels has weights for input channels of its own.
@@ -64,10 +64,16 @@ def is_free(module: nn.Module, layer_type: LayerType, weight: Tensor) -> bool:
         >>> is_free(depthwise, layer_type_of(depthwise), depthwise.weight)
         True
     """
-    axis, groups = layer_type.input_axis, _groups(module)
+    axis, groups = layer_type.input_axis, groups_of(module)
     return bool(axis) and groups > 1 and weight.shape[axis or 0] == 1
 
 
-def _groups(module: nn.Module) -> int:
+def groups_of(module: nn.Module) -> int:
+    """Number of groups of a layer's channels, each of which its outputs read apart from the others.
+
+    Example:
+        >>> groups_of(nn.Conv1d(4, 2, 1, groups=2)), groups_of(nn.Linear(4, 2))
+        (2, 1)
+    """
     groups = getattr(module, "groups", 1)
     return groups if isinstance(groups, int) else 1

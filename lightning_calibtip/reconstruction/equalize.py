@@ -207,7 +207,8 @@ def _equalize(
     states = best_states = [layer.save() for layer in layers]
     chosen, before = 0.0, sum(reader.error() for reader in readers)
     best = before
-    for exponent in (1.0,) if free else options.exponents:
+    # An exponent of 0 is what there is already.
+    for exponent in (1.0,) if free else filter(None, options.exponents):
         ratio = spread.pow(exponent)
         # All readers end what there was before the first takes the new ratios, which they share.
         for layer in layers:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..network.channels import groups_of
 from ..network.layers import QuantizedLayer
 from ..quantization.feedback import round_with_feedback
 from ..quantization.quantizers import AffineQuantizer
@@ -42,7 +43,7 @@ class Feedback(Rounding):
         See ``register_rounding``.
     """
 
-    learns_weight = False
+    learns_scales = False
     start = FEEDBACK
 
     @classmethod
@@ -90,7 +91,7 @@ def round_unit(unit: Unit, batches: Callable[[], Iterable[MiniBatch]]) -> None:
         quantizer = layer.weight_quantizer
         if not isinstance(quantizer, AffineQuantizer):
             continue
-        groups = getattr(layer.module, "groups", 1)
+        groups = groups_of(layer.module)
         gram = _gram(unit, layer, batches())
         if gram is None:
             continue

@@ -168,7 +168,7 @@ def _rates(
     for quantizer in quantizers:
         sparse = quantizer is not layer.weight_quantizer
         rate_of["scale"] = options.input_range_rate if sparse else options.weight_range_rate
-        if not sparse and rounding is not None and not rounding.learns_weight:
+        if not sparse and rounding is not None and not rounding.learns_scales:
             continue
         moves = sparse or rounding is None or rounding.learns_zero_points
         rate_of["zero_point"] = options.zero_point_rate if moves else 0.0

@@ -71,8 +71,7 @@ def readers_of(
                 chosen = torch.randperm(len(found), generator=generator)[:most].to(found.device)
                 values[name].append(found[chosen])
         for part in judging.split(size):
-            calls = list(_calls(unit, layers, dataset.take(part)))
-            for name, call in calls:
+            for name, call in _calls(unit, layers, dataset.take(part)):
                 kept[name].append(call)
             held = sum(leaf.nbytes for leaf in tree_leaves(kept) if isinstance(leaf, Tensor))
             if held > _JUDGED_BYTES:

@@ -41,7 +41,7 @@ class Rounding:
 
     Attributes:
         learns_zero_points: Whether zero points of the weight may move meanwhile.
-        learns_weight: Whether the scales and zero points of the weight may move meanwhile.
+        learns_scales: Whether the scales and zero points of the weight may move meanwhile.
         start: How the weight is rounded before the first step, where that is decided by the method: ``"feedback"``;
             ``""`` leaves it to ``AdaQuantOptions.start``.
         learns_ratios: Whether the weight may be multiplied by ratios of the input's channels that learn meanwhile.
@@ -51,7 +51,7 @@ class Rounding:
     """
 
     learns_zero_points = True
-    learns_weight = True
+    learns_scales = True
     learns_ratios = False
     start = ""
 

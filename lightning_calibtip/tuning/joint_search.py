@@ -19,7 +19,7 @@ from ..network.network import QuantizedNetwork
 from ..network.trial import trial
 from ..quantization.observers import HistogramObserver
 from ..quantization.quantizers import AffineQuantizer
-from ..quantization.ranges import RangeOptions
+from ..quantization.ranges import RangeOptions, weight_range
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +159,10 @@ def _fit(network: QuantizedNetwork, p: float) -> None:
                         tensor.fit_range(spec)
             finally:
                 observer.method, observer.p = was
+    options = RangeOptions(weight_observer="lp", p=p)
     for layer in network.layers.values():
-        was_options = layer.range_options
-        layer.range_options = RangeOptions(observer="lp", weight_observer="lp", p=p)
-        layer.fit_weight_range()
-        layer.range_options = was_options
+        if (weights := layer.weight_quantizer) is not None:
+            weights.set_range(*weight_range(layer.latent()[0], weights.spec, options))
         make_room_for_bias(layer.config, layer.latent()[1], layer.input_quantizers, layer.weight_quantizer)
 
 
