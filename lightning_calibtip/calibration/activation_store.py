@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .placeholders import zeros
 from .storage import Buffer, FileBuffer, MemoryBuffer
 
 _UNITS = {
@@ -249,9 +251,9 @@ class TensorSeries:
             self._store.release(self._buffer)
         self._buffer = None
 
-    def zeros(self, position: int) -> Tensor:
-        """A tensor like the one at ``position``, of zeros."""
-        return torch.zeros(self.shapes[position], dtype=self._dtype, device=self._device)
+    def like(self, position: int, make: Callable[[torch.Size, torch.dtype, torch.device], Tensor] = zeros) -> Tensor:
+        """A tensor like the one at ``position``, of other values: of zeros, or whatever ``make`` makes."""
+        return make(self.shapes[position], self._dtype, self._device)
 
     def _is_the_first(self, tensor: Tensor) -> bool:
         return tensor.shape == self.shapes[0] and torch.equal(tensor.to(self._kept_dtype).to(self._dtype), self[0])

@@ -1,5 +1,6 @@
 """Distance of a quantized model's outputs from the float model's: the unlabelled loss of tuning and allocation."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -7,25 +8,85 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..network.network import QuantizedNetwork
-from .calibration_set import CalibrationSet, named_logits, output_logits
+from .calibration_set import CalibrationSet, named_logits
 
 # Prefixes of the names of outputs whose classes are the positions of the input.
 POSITION_LOGITS = ("start", "end")
 
+# Of a sample with more logits than this (a text, over a large vocabulary) only some positions are kept and compared.
+_MOST_LOGITS = 2**20
+
 
 @torch.no_grad()
-def float_logits(network: QuantizedNetwork, calibration: CalibrationSet) -> list[list[Tensor]]:
+def float_logits(
+    network: QuantizedNetwork, calibration: CalibrationSet, run: Callable[[int], Any] | None = None
+) -> list[list[Tensor]]:
     """Logits of the float model. See ``measure_divergences``.
+
+    Where a sample has more than a million logits, only as many of its positions are kept, at even distances.
 
     Args:
         network: Network with its float weights.
         calibration: Calibration set.
+        run: ``run(index)`` gives the output for a batch; that of the calibration set if None.
 
     Returns:
         For each batch, a list of its output tensors.
     """
+    run = run or calibration.run
     with network.quantized(False):
-        return [[logits.detach() for logits in output_logits(calibration.run(i))] for i in range(len(calibration))]
+        return [_kept(run(index), calibration.tokens(index)) for index in range(len(calibration))]
+
+
+def _kept(output: Any, tokens: Tensor | None) -> list[Tensor]:
+    """The logits of a batch, at some positions only where there are too many."""
+    kept = []
+    for _, logits in named_logits(output):
+        index = _positions(logits, tokens)
+        kept.append(logits.detach() if index is None else _at(logits.detach(), index))
+    return kept
+
+
+def _positions(logits: Tensor, tokens: Tensor | None) -> Tensor | None:
+    """Positions to compare, at even distances among those that count, shape (samples, n); None for all."""
+    if logits.dim() != 3 or logits[0].numel() <= _MOST_LOGITS or logits.shape[1] == 1:
+        return None
+    samples, positions, classes = logits.shape
+    counts = torch.ones(samples, positions, device=logits.device)
+    if tokens is not None and tokens.shape == counts.shape:
+        counts = tokens.to(counts)
+    # Those that count come first, in their order.
+    order = counts.argsort(dim=1, descending=True, stable=True)
+    share = torch.linspace(0, 1, max(1, _MOST_LOGITS // classes), device=logits.device)
+    ranks = share * (counts.sum(1, keepdim=True) - 1).clamp_min(0)
+    return order.gather(1, ranks.round().long())
+
+
+def _at(logits: Tensor, index: Tensor) -> Tensor:
+    return logits.gather(1, index.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+
+def compared(
+    output: Any, target: list[Tensor], tokens: Tensor | None = None
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """What is compared of the outputs of a batch: the name of each tensor, the logits, the float ones, and which tokens
+    count.
+
+    Args:
+        output: Output of the quantized model.
+        target: Float output tensors of the same batch, whole or as ``float_logits`` keeps them.
+        tokens: Which tokens count, bool, shape (samples, positions); all if None.
+
+    Example:
+        >>> [name for name, *_ in compared({"logits": torch.zeros(2, 3)}, [torch.zeros(2, 3)])]
+        ['logits']
+    """
+    for (name, logits), wanted in zip(named_logits(output), target, strict=True):
+        index = None if logits.shape == wanted.shape else _positions(logits, tokens)
+        if index is None:
+            yield name, logits, wanted, tokens
+        else:
+            yield name, _at(logits, index), wanted, None if tokens is None else tokens.gather(1, index)
 
 
 def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
@@ -54,8 +115,8 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
     """
     return sum(
         (
-            _divergences(logits.float(), wanted.float(), tokens, name.startswith(POSITION_LOGITS))
-            for (name, logits), wanted in zip(named_logits(output), target, strict=True)
+            _divergences(logits.float(), wanted.float(), counts, name.startswith(POSITION_LOGITS))
+            for name, logits, wanted, counts in compared(output, target, tokens)
         ),
         torch.zeros((), device=target[0].device),
     )
@@ -92,13 +153,19 @@ def kl_divergence(output: Any, target: list[Tensor], tokens: Tensor | None = Non
 
 
 @torch.no_grad()
-def measure_divergences(calibration: CalibrationSet, targets: list[list[Tensor]], indices: list[int]) -> Tensor:
+def measure_divergences(
+    calibration: CalibrationSet,
+    targets: list[list[Tensor]],
+    indices: Iterable[int],
+    run: Callable[[int], Any] | None = None,
+) -> Tensor:
     """Divergences of the model, as it is now, from its float outputs.
 
     Args:
         calibration: Calibration set, which runs the model.
         targets: Float output tensors of each batch, see ``float_logits``.
         indices: Batches to measure on.
+        run: See ``float_logits``.
 
     Returns:
         Divergence of each sample of these batches, shape (samples,).
@@ -109,6 +176,5 @@ def measure_divergences(calibration: CalibrationSet, targets: list[list[Tensor]]
         >>> measure_divergences(calibration, [[torch.tensor([[0.0, 1.0]])]], [0])
         tensor([0.])
     """
-    return torch.cat(
-        [sample_divergences(calibration.run(index), targets[index], calibration.tokens(index)) for index in indices]
-    )
+    run = run or calibration.run
+    return torch.cat([sample_divergences(run(index), targets[index], calibration.tokens(index)) for index in indices])

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..network.network import QuantizedNetwork
-from .calibration_set import CalibrationSet, batch_size, named_logits
+from .calibration_set import CalibrationSet, batch_size
 from .fingerprint import digest
-from .logits import POSITION_LOGITS, float_logits, sample_divergences
+from .logits import POSITION_LOGITS, compared, float_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
 METRICS = ("kl", "mse")
@@ -101,8 +101,7 @@ class Loss:
         tokens = self.calibration.tokens(index)
         if self.metric == "kl":
             return float(sample_divergences(output, self._targets[index], tokens).mean())
-        pairs = zip(named_logits(output), self._targets[index], strict=True)
-        return math.fsum(_relative_squared_error(name, logits, wanted, tokens) for (name, logits), wanted in pairs)
+        return math.fsum(_relative_squared_error(*parts) for parts in compared(output, self._targets[index], tokens))
 
 
 def _is_plain(constant: Any) -> bool:

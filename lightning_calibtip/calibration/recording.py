@@ -1,12 +1,15 @@
 """Recordings: what a module was given, or returned, at each of its calls, kept in an activation store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .activation_store import ActivationStore, TensorSeries
+from .placeholders import zeros
 
 
 class UnitCall(NamedTuple):
@@ -94,8 +97,17 @@ class Recording:
 
     def __getitem__(self, position: int) -> Any:
         """A fresh copy of a value, since the caller may change it in place; zeros for what was forgotten."""
+        return self.read(position, zeros)
+
+    def read(self, position: int, make: Callable[[torch.Size, torch.dtype, torch.device], Tensor]) -> Any:
+        """A fresh copy of a value; what ``make`` makes of a tensor's shape, type and device for what was forgotten.
+
+        Args:
+            position: Position of the value.
+            make: Makes a tensor.
+        """
         spec, leaves = self._values[position]
-        read = TensorSeries.zeros if self._forgotten else TensorSeries.__getitem__
+        read = partial(TensorSeries.like, make=make) if self._forgotten else TensorSeries.__getitem__
         return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else leaf for leaf in leaves], spec)
 
     @property

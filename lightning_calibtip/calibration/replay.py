@@ -2,12 +2,15 @@
 
 Finished modules answer with their stored outputs instead of computing, and each pass stops at the unit in work. Once
 all units inside a parent are finished, the parent itself is stored and its insides are no longer run; so are modules
-without units that come before. Of the stored outputs only those are kept that something still to come depends on.
+without units that come before. Of the stored outputs only those are kept that something still to come depends on;
+placeholders stand for the others.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +21,10 @@ from ..network.dataflow import is_closed, live_modules
 from ..network.structure import Structure
 from .activation_store import ActivationStore
 from .calibration_set import CalibrationSet
+from .placeholders import Placeholders, holds_placeholder, zeros
 from .recording import Recording, UnitCall, UnitRecord
+
+log = logging.getLogger(__name__)
 
 Observe = Callable[[int, UnitCall, Any], None]
 
@@ -69,6 +75,8 @@ class Replay:
     _stored: dict[str, Recording] = field(default_factory=dict)
     _finished: set[str] = field(default_factory=set)
     _closed: dict[str, bool] = field(default_factory=dict)
+    # None once the model has turned out to need values of what nothing depends on.
+    _placeholders: Placeholders | None = field(default_factory=Placeholders)
 
     def calls(self, unit: str) -> int:
         """How often the model calls the unit in one batch."""
@@ -93,11 +101,15 @@ class Replay:
         calls, batches = self.calls(unit), len(self.calibration)
         promoted = {name: Recording(self.store, batches) for name in self._to_store(unit)}
         for index in range(batches):
-            for call in self._capture_batch(index, unit, calls, promoted):
+            capture = partial(self._capture_batch, index, unit, calls, promoted)
+            for call in self._with_placeholders(capture):
                 yield index, call
         for name, outputs in promoted.items():
+            # Not those that a batch left out, or that nothing depends on.
             if len(outputs) == batches:
                 self._store(name, outputs)
+            else:
+                outputs.forget()
 
     def outputs(self, unit: str) -> Iterator[Any]:
         """The output of each call of a unit, one by one, of which none is kept.
@@ -173,9 +185,28 @@ class Replay:
 
         Everything finished answers with its stored outputs.
         """
-        with ExitStack() as stack:
-            self._answer(stack, index)
-            return self.calibration.run(index)
+
+        def run() -> Any:
+            with ExitStack() as stack:
+                self._answer(stack, index)
+                return self.calibration.run(index)
+
+        return self._with_placeholders(run)
+
+    def _with_placeholders(self, run: Callable[[], Any]) -> Any:
+        """What ``run`` returns with placeholders where nothing depends on the values; with zeros if the model needs
+        some values after all."""
+        if self._placeholders is not None:
+            try:
+                found = run()
+                if not holds_placeholder(found):
+                    return found
+                reason = "something to come reads them"
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            self._placeholders = None
+            log.debug("Replay goes on with zeros in the place of placeholders: %s.", reason)
+        return run()
 
     def forget(self) -> None:
         """Free everything that is stored, at the end of the replay."""
@@ -239,7 +270,8 @@ class Replay:
     def _answer(self, stack: ExitStack, index: int) -> None:
         """Within ``stack``, everything stored answers for batch ``index``."""
         for name, stored in self._stored.items():
-            stack.enter_context(_answering(self.model.get_submodule(name), stored, index))
+            make = zeros if self._placeholders is None else self._placeholders.like
+            stack.enter_context(_answering(self.model.get_submodule(name), partial(stored.read, index, make), index))
 
     def _to_store(self, unit: str) -> list[str]:
         """Modules that this pass runs before it reaches the unit and that can be stored as a whole (outermost only):
@@ -272,12 +304,16 @@ def _is_inside(name: str, parent: str) -> bool:
 
 
 def _keep_in(outputs: Recording) -> Callable[..., None]:
-    return lambda module, args, output: outputs.append(output)
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if not holds_placeholder(output):
+            outputs.append(output)
+
+    return keep
 
 
 @contextmanager
-def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[None]:
-    """Inside, calling ``module`` gives the output of batch ``index`` and computes nothing."""
+def _answering(module: nn.Module, stored: Callable[[], Any], index: int) -> Iterator[None]:
+    """Inside, calling ``module`` gives what is stored of its output for batch ``index``, and computes nothing."""
     had = module.__dict__.get("forward")
     answered = False
 
@@ -289,7 +325,7 @@ def _answering(module: nn.Module, outputs: Recording, index: int) -> Iterator[No
                 "it float with overrides={...: None}."
             )
         answered = True
-        return outputs[index]
+        return stored()
 
     module.forward = answer
     with ExitStack() as stack:

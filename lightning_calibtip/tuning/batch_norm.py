@@ -12,6 +12,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
+from ..calibration.recording import Recording
 from ..calibration.replay import Replay
 from ..network.folding import FoldedBatchNorm
 from ..network.layers import QuantizedLayer
@@ -125,25 +126,32 @@ def tune_batch_norm(
     order = [name for name in network.structure.calls_of if name in norms]
     if not order:
         return BatchNormTuningResult((), 0.0, 0.0, True)
-    logits, everything = float_logits(network, calibration), list(range(len(calibration)))
-    layers = [network.layers[name] for name in order]
-    with trial(layers, lambda: measure_divergences(calibration, logits, everything)) as attempt:
-        float_stream, quantized_stream = (
-            Replay(network.model, network.structure, calibration, order, store) for _ in range(2)
-        )
-        for position, layer in enumerate(layers):
+    structure, layers = network.structure, [network.layers[name] for name in order]
+    quantized_stream: Replay | None = None
+    with network.quantized(False):
+        stream = Replay(network.model, structure, calibration, order, store, to_end=True)
+        wanted = [_channel_statistics(_finishing(stream, layer)) for layer in layers]
+        logits = float_logits(network, calibration, stream.run)
+        stream.forget()
+
+    def divergences() -> Tensor:
+        # Once all layers are tuned, their stored outputs need not be computed again.
+        run = calibration.run if quantized_stream is None else quantized_stream.run
+        return measure_divergences(calibration, logits, range(len(calibration)), run)
+
+    with trial(layers, divergences) as attempt:
+        quantized_stream = Replay(network.model, structure, calibration, order, store, to_end=True)
+        for position, (layer, reference) in enumerate(zip(layers, wanted, strict=True)):
             progress(position, len(order), layer.name)
-            norm = network.model.get_submodule(norms[layer.name])
-            assert isinstance(norm, FoldedBatchNorm)
-            wanted = norm.bias, norm.deviation
-            if options.reference == "float":
-                with network.quantized(False):
-                    wanted = _channel_statistics(_finishing(float_stream, layer))
-            _refold(layer, _channel_statistics(quantized_stream.outputs(layer.name)), wanted)
-            for _ in _finishing(quantized_stream, layer):
-                pass
-        for stream in (float_stream, quantized_stream):
-            stream.forget()
+            if options.reference == "training":
+                norm = network.model.get_submodule(norms[layer.name])
+                assert isinstance(norm, FoldedBatchNorm)
+                reference = norm.bias, norm.deviation
+            inputs = quantized_stream.recording(layer.name)
+            _refold(layer, _channel_statistics(_keeping_inputs(quantized_stream, layer, inputs)), reference)
+            quantized_stream.finish(layer.name, quantized_stream.record_again(layer.name, inputs))
+            inputs.forget()
+    quantized_stream.forget()
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     if not attempt.kept:
         tried = float(attempt.tried.mean())
@@ -160,6 +168,13 @@ def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
     stream.finish(layer.name, recording)
 
 
+def _keeping_inputs(stream: Replay, layer: QuantizedLayer, inputs: Recording) -> Iterator[Tensor]:
+    """Outputs of a layer at all its calls, of which only the inputs are kept."""
+    for _, call in stream.capture(layer.name):
+        inputs.append(call)
+        yield layer.module(*call.args, **call.kwargs)
+
+
 def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel (dimension 1) over all samples and positions, merged batch by batch
     (Chan, Golub, LeVeque 1979)."""
@@ -167,10 +182,11 @@ def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for output in outputs:
         channels = output.detach().float().transpose(0, 1).flatten(1)
         added, total = channels.shape[1], count + channels.shape[1]
-        gap = channels.mean(1) - mean.to(channels.device)
-        squares = (
-            squares.to(gap.device) + channels.var(1, correction=0) * added + gap.square() * (count * added / total)
-        )
+        of_batch = channels.mean(1)
+        gap = of_batch - mean.to(channels.device)
+        # Several times as fast as torch.var, and as exact.
+        around = torch.linalg.vector_norm(channels - of_batch.unsqueeze(1), dim=1).square()
+        squares = squares.to(gap.device) + around + gap.square() * (count * added / total)
         mean, count = mean.to(gap.device) + gap * (added / total), total
     return mean, (squares / count).sqrt()
 

@@ -10,6 +10,12 @@ from tests.conftest import TinyResNet
 from tests.networks import calibration_set
 
 
+@pytest.fixture(autouse=True, params=[1, 10**9], ids=["placeholders", "zeros"])
+def smallest_placeholder(request, monkeypatch):
+    monkeypatch.setattr("lightning_calibtip.calibration.placeholders._SMALLEST_BYTES", request.param)
+    return request.param
+
+
 class UNet(nn.Module):
     """Skip connections across blocks; keyword and tuple arguments; in-place activations."""
 
@@ -203,3 +209,76 @@ def test_a_batch_that_does_not_reach_the_unit_is_an_error_that_names_it():
     structure = record(model, lambda: calibration.run(0))
     with pytest.raises(RuntimeError, match="b: calibration batch 1 called it 0 times, the first batch 1 times"):
         Replay(model, structure, calibration, ["b"]).record("b")
+
+
+class Branching(nn.Module):
+    """Looks at the values of what is finished, wherever they come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.looked = 0
+
+    def forward(self, x):
+        x = self.first(x)
+        if float(x.sum()) > 1e9:
+            return x
+        self.looked += 1
+        return self.last(self.middle(x).relu())
+
+
+def test_a_model_that_needs_values_gets_zeros_and_goes_on(smallest_placeholder, caplog):
+    torch.manual_seed(0)
+    model = Branching().eval()
+    calibration = calibration_set(model, torch.randn(3, 4), torch.randn(3, 4))
+    structure = record(model, lambda: calibration.run(0))
+    names = ["first", "middle", "last"]
+    wanted = everything_each_unit_saw(model, calibration, names)
+    replay = Replay(model, structure, calibration, names)
+    with caplog.at_level("DEBUG"):
+        seen = finish_all(replay, model, names)
+    for name in names:
+        for got, target in zip(seen[name], wanted[name], strict=True):
+            torch.testing.assert_close(got, target)
+    assert ("DataDependentOutputException" in caplog.text) == (smallest_placeholder == 1)
+
+
+class Wide(nn.Module):
+    """What lies between finished layers costs nothing any more."""
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.types = []
+
+        def forward(self, x):
+            self.types.append(type(x))
+            return torch.relu(x)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.between = self.Counting()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.between(layer(x))
+        return x
+
+
+def test_what_nothing_depends_on_is_computed_with_placeholders(smallest_placeholder):
+    torch.manual_seed(0)
+    model = Wide().eval()
+    calibration = calibration_set(model, torch.randn(3, 4))
+    structure = record(model, lambda: calibration.run(0))
+    names = [f"layers.{index}" for index in range(4)]
+    wanted = everything_each_unit_saw(model, calibration, names)
+    replay = Replay(model, structure, calibration, names)
+    model.between.types.clear()
+    seen = finish_all(replay, model, names)
+    for name in names:
+        torch.testing.assert_close(seen[name][0], wanted[name][0])
+    # One relu, two, and three before the second, third and fourth layer, of which only the last counts.
+    placeholders = [found is not torch.Tensor for found in model.between.types]
+    expected = [False, True, False, True, True, False] if smallest_placeholder == 1 else [False] * 6
+    assert placeholders == expected
