@@ -1,6 +1,6 @@
 """The state of a quantized layer: everything that quantizing, reconstructing or tuning it can change."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +28,17 @@ class LayerState:
     weight: Tensor
     bias: Tensor | None
     qparams: list[Tensor]
+
+    def towards(self, other: "LayerState", share: float) -> "LayerState":
+        """The state on the straight line to another one of the same format.
+
+        Args:
+            other: The other state.
+            share: Share of the way, 0 to 1.
+        """
+        bias = None if self.bias is None or other.bias is None else self.bias.lerp(other.bias, share)
+        qparams = [start.lerp(end, share) for start, end in zip(self.qparams, other.qparams, strict=True)]
+        return replace(self, weight=self.weight.lerp(other.weight, share), bias=bias, qparams=qparams)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain values, which ``torch.load(weights_only=True)`` reads."""

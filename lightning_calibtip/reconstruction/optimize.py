@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
 from ..network.layers import QuantizedLayer
+from ..network.states import LayerState
 from ..network.trainable import trainable
 from ..network.trial import Trial, trial
 from ..quantization.affine import SMALLEST_SCALE
@@ -27,6 +28,7 @@ from .feedback import FEEDBACK, round_unit
 from .learned_ratios import weights_following
 from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
+from .rates import learning_rates
 from .rounding import Rounding, RoundingPenalty, rounding_method
 from .unit_data import MiniBatch, UnitDataset
 from .units import Unit
@@ -38,6 +40,9 @@ _CHUNK = 32
 
 # Samples whose inputs decide how weights are rounded with feedback.
 _FEEDBACK_SAMPLES = 256
+
+# Shares of the way that the optimiser has gone, of which the best on held-out samples is kept.
+_SHARES = (1.0, 0.75, 0.5, 0.25)
 
 # The error is checked for NaN and infinity at every N-th step only, because each look waits for the device.
 _LOOK_EVERY = 25
@@ -133,52 +138,6 @@ def mean_error(unit: Unit, objectives: Sequence[Objective], batches: Iterable[Mi
     return error / power if power else error
 
 
-class _Rate(NamedTuple):
-    """Learning rate of a parameter, or of each of its elements; a ``sparse`` one is updated at some steps only."""
-
-    parameter: Tensor
-    value: float | Tensor
-    sparse: bool
-
-
-def _rates(
-    layer: QuantizedLayer,
-    rounding: Rounding | None,
-    quantizers: Sequence[Quantizer],
-    options: AdaQuantOptions,
-    output_error: float,
-    learns_ratios: bool,
-) -> list[_Rate]:
-    """What is learned of a layer, and how fast (see ``AdaQuantOptions.relative``).
-
-    Args:
-        layer: The layer.
-        rounding: Rounding of its weight, if this is its own and quantized.
-        quantizers: Quantizers of the layer that learn.
-        options: Learning rates.
-        output_error: Root mean square of its unit's output error, in the unit of the layer's output.
-        learns_ratios: Whether the weights that read the input follow its ratios.
-    """
-    rate_of = {"weight": options.weight_rate, "rounding": options.rounding_rate}
-    rates = []
-    if layer.bias is not None:
-        rates.append(_Rate(layer.bias, options.bias_rate * (output_error if options.relative else 1), False))
-    for parameter, step, role in rounding.trainables() if rounding else ():
-        rates.append(_Rate(parameter, rate_of[role] * (step if options.relative else 1), False))
-    for quantizer in quantizers:
-        sparse = quantizer is not layer.weight_quantizer
-        rate_of["scale"] = options.input_range_rate if sparse else options.weight_range_rate
-        if not sparse and rounding is not None and not rounding.learns_scales:
-            continue
-        moves = sparse or rounding is None or rounding.learns_zero_points
-        rate_of["zero_point"] = options.zero_point_rate if moves else 0.0
-        rate_of["ratio"] = options.ratio_rate if learns_ratios else 0.0
-        for learned in quantizer.trainables():
-            moved = learned.step if options.relative else 1
-            rates.append(_Rate(learned.parameter, rate_of[learned.role] * moved, sparse))
-    return [rate for rate in rates if bool(torch.as_tensor(rate.value).max() > 0)]
-
-
 def optimize_unit(
     unit: Unit,
     dataset: UnitDataset,
@@ -208,13 +167,37 @@ def optimize_unit(
     # With a single sample there is nothing to hold out: it serves for both.
     holdout, training = (order[:held], order[held:]) if dataset.count > 1 else (order, order)
     objective = make_objective(options.objective_in_use, unit.layers)
+    judge = partial(relative_error, unit, [objective], dataset, holdout)
     descent = _Descent(unit, dataset, options, objective, fixed, generator, progress)
-    with trial(unit.layers, lambda: relative_error(unit, [objective], dataset, holdout)) as attempt:
-        started = time.monotonic()
+    with trial(unit.layers, judge) as attempt:
+        started, first = time.monotonic(), [layer.save() for layer in unit.layers]
         if reason := descent.run(training, float(attempt.before)):
             attempt.fail(reason)
+        else:
+            _keep_best_share(unit, first, judge)
         seconds = time.monotonic() - started
     return _conclude(unit, attempt, reason, seconds)
+
+
+@torch.no_grad()
+def _keep_best_share(unit: Unit, first: Sequence[LayerState], judge: Callable[[], float]) -> None:
+    """Go back on the straight line from the first states to the present ones as far as lowers the held-out error: with
+    few samples or rough steps, less of the way generalises better."""
+    last = [layer.save() for layer in unit.layers]
+    errors = {}
+    for share in _SHARES:
+        _go(unit, first, last, share)
+        errors[share] = judge()
+    # Of equal ones (NaN is never less) the whole way.
+    _go(unit, first, last, min(_SHARES, key=lambda share: errors[share]))
+
+
+def _go(unit: Unit, first: Sequence[LayerState], last: Sequence[LayerState], share: float) -> None:
+    for layer, start, end in zip(unit.layers, first, last, strict=True):
+        layer.restore(end if share == 1 else start.towards(end, share))
+    for layer in unit.layers:
+        for quantizer in layer.quantizers:
+            quantizer.finalize_()
 
 
 def _conclude(unit: Unit, attempt: Trial, reason: str, seconds: float) -> UnitResult:
@@ -271,7 +254,7 @@ class _Descent:
             rates = [
                 rate
                 for layer in unit.layers
-                for rate in _rates(
+                for rate in learning_rates(
                     layer,
                     roundings.get(layer.name),
                     learned[layer.name],

@@ -28,6 +28,9 @@ _RATES = (
     "rounding_rate",
 )
 
+# Rates of what has to travel are those of a run of so many steps.
+_REFERENCE_STEPS = 500
+
 # The paper's published code: single layers, absolute rates, no decay.
 _PAPER = {
     "granularity": "layer",
@@ -66,7 +69,7 @@ class AdaQuantOptions:
             of your own (see ``register_rounding``).
         start: How weights are rounded before the first step: ``"nearest"``, or ``"feedback"``: one input dimension
             after the other, making up for the error of each in the next ones (GPTQ, Frantar et al. 2023).
-        iterations: Number of Adam steps for each unit, at least 1.
+        iterations: Number of Adam steps for each unit, at least 1. See ``relative``.
         batch_size: Number of samples in each step, at least 1.
         weight_rate: Learning rate of weights, where these move.
         bias_rate: Learning rate of biases.
@@ -84,7 +87,9 @@ class AdaQuantOptions:
             Wei et al. 2022); in sequential mode the same share of the unit's inputs is the float model's.
         relative: Whether rates are fractions of a quantization step, so that they fit any bit-width and any layer: for
             a weight, of its scale; for a scale, of the change that moves the end of the range by one step; for a bias,
-            of the root mean square of the output error. Otherwise they are absolute, as in the paper.
+            of the root mean square of the output error. Those of weights, biases, zero points and rounding are for 500
+            steps; a run of another length has them larger or smaller by the root of the ratio, so that a parameter that
+            wanders comes as far. Otherwise all rates are absolute, as in the paper.
         schedule: ``"cosine"`` lets the rates fall to zero along half a cosine, ``"constant"`` keeps them.
         holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is
             kept.
@@ -173,6 +178,16 @@ class AdaQuantOptions:
         if self.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * step / self.iterations))
+
+    @property
+    def stretch(self) -> float:
+        """Factor of the rates of weights, biases, zero points and rounding: with fewer steps each is larger.
+
+        Example:
+            >>> AdaQuantOptions(iterations=125).stretch, AdaQuantOptions.paper(iterations=125).stretch
+            (2.0, 1.0)
+        """
+        return math.sqrt(_REFERENCE_STEPS / self.iterations) if self.relative else 1.0
 
     def describe(self) -> dict[str, Any]:
         """Plain values that identify the options, the loss by its name."""

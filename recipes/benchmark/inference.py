@@ -79,8 +79,7 @@ def efficientnet_subject(data: Path, scheme: QuantizationScheme) -> Subject:
     images = ImageNetData(str(data), trained.preprocessing, batch_size=32)
     images.setup("fit")
     # As in few_images.yaml of its recipe.
-    rates = {"weight_rate": 2e-2, "bias_rate": 5e-2, "zero_point_rate": 1e-2}
-    options = PipelineOptions.of({"seed": 0, "adaquant": {"iterations": 120, "batch_size": 8, **rates}})
+    options = PipelineOptions.of({"seed": 0, "adaquant": {"iterations": 120, "batch_size": 8}})
     return Subject("efficientnet_lite0", "top1", trained, images, lambda b: {"x": b[0]}, None, (1, 32), options, scheme)
 
 

@@ -79,7 +79,12 @@ def test_the_papers_settings_of_adaquant_are_a_file_that_goes_with_others(tmp_pa
     _, options, others = read(resnet_imagenet, paper, few, "--adaquant.batch_size=2")
     assert (options.adaquant.granularity, options.adaquant.schedule) == ("layer", "constant")
     assert (options.adaquant.iterations, options.adaquant.batch_size) == (120, 2)
-    assert options.adaquant.weight_rate == 0.02 and others["calibration_samples"] == 100
+    assert others["calibration_samples"] == 100
+
+
+def test_no_file_but_the_papers_has_rates_of_its_own():
+    files = list(FOLDER.glob("*/*.yaml"))
+    assert len(files) > 10 and not [path.name for path in files if "rate" in path.read_text()]
 
 
 @pytest.mark.parametrize(
