@@ -1,4 +1,4 @@
-"""Measurements: ``python -m recipes.benchmark reconstruction|allocation|pipelines|inference --output runs/bench``."""
+"""Measurements: ``python -m recipes.benchmark accuracy|reconstruction|allocation|pipelines|inference``."""
 
 import os
 from collections.abc import Sequence
@@ -13,18 +13,64 @@ from lightning_calibtip.pipeline.presets import PipelineName
 from lightning_calibtip.report.record import write_record
 from recipes.output import set_up_logging
 
-from .accuracy import measure_accuracy, measure_price, measure_samples
+from .accuracy import BITS, KINDS, NETWORKS, accuracy_table, load_subject, measure_accuracy, parse_bits, summarize
 from .allocation import measure_correlation, measure_replay, measure_solver
-from .figure import benchmark_figure, inference_figure
+from .figure import accuracy_figure, benchmark_figure, inference_figure
 from .growth import measure_growth
 from .inference import SUBJECTS, measure_inference
 from .memory import measure_memory
 from .pipelines import bert, measure_pipelines, resnet20
+from .samples import measure_price, measure_samples
+from .stages import measure_stages
 from .step import measure_step
 
-PARTS = ("growth", "step", "memory", "accuracy", "samples", "price")
+PARTS = ("growth", "step", "stages", "memory", "samples", "price")
 ALLOCATION_PARTS = ("solver", "sensitivity", "correlation")
-_NEED_DATA = ("accuracy", "samples", "price", "correlation")
+_NEED_DATA = ("samples", "price", "correlation")
+
+
+def accuracy(
+    data: Path,
+    output: Path = Path("runs/bench"),
+    networks: str | None = None,
+    bits: str | None = None,
+    kinds: str | None = None,
+    seeds: int = 5,
+) -> None:
+    """Measure every kind of sequential reconstruction over several seeds, and print means and standard errors.
+
+    Writes accuracy.json and accuracy.png. Rows that the file holds already are kept: a run that was killed goes on.
+
+    Args:
+        data: Folder with the folders cifar10 (with resnet20.pt and resnet56.pt), imagenet and squad (with model/), as
+            the recipes take them.
+        output: Folder for the results.
+        networks: Networks to measure, separated by commas: resnet20, resnet56, efficientnet_lite0, bert; all if not
+            given.
+        bits: Bit-widths, separated by commas: W8A8,W4A8,W4A4,W3A4,W3A3,W2A4 if not given.
+        kinds: Kinds of reconstruction, separated by semicolons, as the table names them ("ranges;straight_through,
+            blocks, equalized"); all if not given.
+        seeds: Number of seeds.
+
+    Raises:
+        ValueError: If a network, a bit-width or a kind is unknown.
+    """
+    set_up_logging("ERROR")
+    widths = BITS if bits is None else tuple(bits.split(","))
+    for width in widths:
+        parse_bits(width)
+    by_name = {str(kind): kind for kind in KINDS}
+    names = tuple(by_name) if kinds is None else tuple(name.strip() for name in kinds.split(";"))
+    if unknown := [name for name in names if name not in by_name]:
+        raise ValueError(f"kinds must be of {'; '.join(by_name)}, got {'; '.join(unknown)!r}.")
+    rows: list[dict[str, Any]] = []
+    for network in _chosen_parts(networks, NETWORKS):
+        subject = load_subject(network, data)
+        rows = measure_accuracy(subject, widths, [by_name[name] for name in names], seeds, output / "accuracy.json")
+    lines = summarize(rows)
+    print(accuracy_table(lines))
+    accuracy_figure(lines).savefig(output / "accuracy.png", dpi=150)
+    print(f"written to {output}")
 
 
 def reconstruction(
@@ -35,13 +81,13 @@ def reconstruction(
     split: Literal["test", "train"] = "test",
     fine_tuning_rate: float = 1e-5,
 ) -> None:
-    """Measure AdaQuant's growth with depth, its step, its memory, its accuracy and its price.
+    """Measure AdaQuant's growth with depth, its step, the share of each stage, its memory and its price.
 
     Writes benchmark.json and benchmark.png. Parts that are not measured are empty in the file.
 
     Args:
         output: Folder for the results.
-        only: Parts to measure, separated by commas: growth, step, memory, accuracy, samples, price; all if not given.
+        only: Parts to measure, separated by commas: growth, step, stages, memory, samples, price; all if not given.
         data: The hub's cifar10 or a folder, as in recipes.resnet_cifar10; $CALIBTIP_TEST_DATA/cifar10 if not given and
             that variable is set.
         checkpoint: Trained ResNet-20; resnet20.pt in the data folder if not given.
@@ -60,13 +106,13 @@ def reconstruction(
             results[part] = measure_growth()
         elif part == "step":
             results[part] = measure_step()
+        elif part == "stages":
+            results[part] = measure_stages()
         elif part == "memory":
             results[part] = measure_memory()
         else:
             assert data is not None and checkpoint is not None
-            if part == "accuracy":
-                results[part] = measure_accuracy(checkpoint, data, split)
-            elif part == "samples":
+            if part == "samples":
                 results[part] = measure_samples(checkpoint, data, split, fine_tuning_rate)
             else:
                 results[part] = measure_price(checkpoint, data)
@@ -200,6 +246,12 @@ def _find_data(
 
 if __name__ == "__main__":
     auto_cli(
-        {"reconstruction": reconstruction, "allocation": allocation, "pipelines": pipelines, "inference": inference},
+        {
+            "accuracy": accuracy,
+            "reconstruction": reconstruction,
+            "allocation": allocation,
+            "pipelines": pipelines,
+            "inference": inference,
+        },
         as_positional=False,
     )

@@ -1,5 +1,6 @@
 """The benchmark as one figure."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 def benchmark_figure(results: dict[str, Any]) -> Figure:
     """A panel for each part that was measured."""
-    panels = {"growth": _growth, "step": _step, "memory": _memory, "accuracy": _accuracy, "samples": _samples}
+    panels = {"growth": _growth, "step": _step, "stages": _stages, "memory": _memory, "samples": _samples}
     drawn = [name for name in panels if results.get(name)]
     figure = Figure(figsize=(7, 4 * len(drawn)), layout="constrained")
     for name, axes in zip(drawn, figure.subplots(len(drawn), 1, squeeze=False)[:, 0], strict=True):
@@ -45,18 +46,33 @@ def _memory(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.legend()
 
 
-def _accuracy(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    bits = list(dict.fromkeys(row["bits"] for row in rows))
-    kinds = list(dict.fromkeys((row["rounding"], row["granularity"], row["mode"]) for row in rows))
-    width = 0.8 / len(kinds)
-    for number, kind in enumerate(kinds):
-        top1 = {row["bits"]: row["top1"] for row in rows if (row["rounding"], row["granularity"], row["mode"]) == kind}
-        places = [i + (number - (len(kinds) - 1) / 2) * width for i in range(len(bits))]
-        axes.bar(places, [100 * top1[name] for name in bits], width, label=", ".join(kind))
-    lowest = min(row["top1"] for row in rows)
-    axes.set_xticks(range(len(bits)), bits)
-    axes.set(title="ResNet-20 on CIFAR-10", ylabel="top-1 in %", ylim=(100 * lowest - 2, None))
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+def accuracy_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """The metric against the bit-widths, a panel for each network and a line for each kind of reconstruction, with
+    standard errors."""
+    networks = list(dict.fromkeys(line["network"] for line in lines))
+    figure = Figure(figsize=(8, 4 * len(networks)), layout="constrained")
+    for network, axes in zip(networks, figure.subplots(len(networks), 1, squeeze=False)[:, 0], strict=True):
+        of_network = [line for line in lines if line["network"] == network]
+        bits = list(dict.fromkeys(line["bits"] for line in of_network))
+        for kind in dict.fromkeys(line["kind"] for line in of_network):
+            chosen = [line for line in of_network if line["kind"] == kind]
+            places = [bits.index(line["bits"]) for line in chosen]
+            values = [100 * line["metric"] for line in chosen]
+            errors = [100 * (line["metric_error"] or 0) for line in chosen]
+            style = "o--" if "ranges" in kind else "o-"
+            axes.errorbar(places, values, errors, fmt=style, capsize=3, label=kind)
+        axes.set_xticks(range(len(bits)), bits)
+        axes.set(title=network, ylabel="metric in %")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    names = [row["stage"] for row in rows]
+    bars = axes.barh(names, [row["share"] for row in rows])
+    axes.bar_label(bars, fmt="%.2f")
+    axes.invert_yaxis()
+    axes.set(title="Seconds of a stage over those of AdaQuant, MobileNet-v2", xlabel="ratio", xlim=(0, None))
 
 
 def _samples(axes: Axes, rows: list[dict[str, Any]]) -> None:

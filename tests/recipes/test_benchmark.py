@@ -6,12 +6,17 @@ from functools import partial
 import pytest
 import torch
 
+from lightning_calibtip import AdaQuantOptions
 from recipes.benchmark import __main__ as benchmark
-from recipes.benchmark.accuracy import fine_tune, measure_samples
+from recipes.benchmark.accuracy import DEFAULT, KINDS, RANGES, AccuracySubject, measure_accuracy, summarize
 from recipes.benchmark.allocation import measure_correlation, measure_replay
-from recipes.benchmark.figure import benchmark_figure
+from recipes.benchmark.figure import accuracy_figure, benchmark_figure
 from recipes.benchmark.growth import count_passes
+from recipes.benchmark.samples import fine_tune, measure_samples
+from recipes.benchmark.stages import measure_stages
 from recipes.benchmark.step import SHAPES, measure_step
+from recipes.resnet_cifar10.data import CifarData
+from recipes.resnet_cifar10.model import CifarClassifier
 from tests.conftest import TinyClassifier
 from tests.networks import as_loader
 
@@ -24,10 +29,9 @@ RESULTS = {
     "memory": [
         {"samples": n, "captured_bytes": n * 10**6, "budget_bytes": 10**8, "peak_bytes": 10**8} for n in (256, 512)
     ],
-    "accuracy": [
-        {"bits": bits, "rounding": rounding, "granularity": "layer", "mode": "parallel", "top1": 0.8, "seconds": 1.0}
-        for bits in ("W4A4", "W3A3")
-        for rounding in ("straight_through", "learned")
+    "stages": [
+        {"stage": "Calibration", "seconds": 1.0, "share": 0.1},
+        {"stage": "AdaQuant", "seconds": 9.0, "share": 1},
     ],
     "samples": [
         {"method": method, "samples": n, "top1": 0.5} for n in (16, 64) for method in ("AdaQuant", "fine-tuning")
@@ -70,7 +74,7 @@ def test_a_part_writes_its_rows_and_leaves_the_others_empty(tmp_path, monkeypatc
     monkeypatch.setattr(benchmark, "measure_step", lambda: measure_step(steps=2, rounds=1))
     benchmark.reconstruction(tmp_path, only="step")
     results = json.loads((tmp_path / "benchmark.json").read_text())
-    assert list(results) == ["growth", "step", "memory", "accuracy", "samples", "price"]
+    assert list(results) == ["growth", "step", "stages", "memory", "samples", "price"]
     assert [row["shape"] for row in results["step"]] == list(SHAPES)
     assert all(row["ratio"] > 0 and row["float_seconds"] > 0 for row in results["step"])
     assert not any(results[part] for part in results if part != "step")
@@ -81,7 +85,7 @@ def test_bad_parts_and_missing_data_are_errors_before_anything_runs(tmp_path, mo
     monkeypatch.delenv("CALIBTIP_TEST_DATA", raising=False)
     with pytest.raises(ValueError, match=r"only must name parts of growth, step, .* got 'speed'"):
         benchmark.reconstruction(tmp_path, only="step,speed")
-    with pytest.raises(ValueError, match=r"accuracy, samples, price need --data and .* --only growth,step"):
+    with pytest.raises(ValueError, match=r"samples, price need --data and .* --only growth,step"):
         benchmark.reconstruction(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -94,14 +98,54 @@ def test_the_figure_has_a_panel_for_each_part():
 
 
 def test_samples_are_measured_for_both_methods(tiny_cifar, cifar_checkpoint, monkeypatch):
-    monkeypatch.setattr("recipes.benchmark.accuracy.SAMPLES", (16,))
-    monkeypatch.setattr("recipes.benchmark.accuracy._FINE_TUNING_STEPS", 2)
+    monkeypatch.setattr("recipes.benchmark.samples.SAMPLES", (16,))
+    monkeypatch.setattr("recipes.benchmark.samples._FINE_TUNING_STEPS", 2)
     from lightning_calibtip import AdaQuant
 
-    monkeypatch.setattr("recipes.benchmark.accuracy.AdaQuant", lambda: AdaQuant(iterations=2))
+    monkeypatch.setattr("recipes.benchmark.samples.AdaQuant", lambda: AdaQuant(iterations=2))
     rows = measure_samples(cifar_checkpoint, str(tiny_cifar), "test", 1e-3)
     assert [(row["method"], row["samples"]) for row in rows] == [("AdaQuant", 16), ("fine-tuning", 16)]
     assert all(0 <= row["top1"] <= 1 for row in rows)
+
+
+def test_accuracy_is_measured_over_seeds_and_goes_on_where_it_ended(tiny_cifar, cifar_checkpoint, tmp_path):
+    data = CifarData(str(tiny_cifar), 16)
+    data.setup()
+    held = [torch.randn(4, 3, 32, 32)]
+    options = AdaQuantOptions(iterations=2, batch_size=4)
+    trained = CifarClassifier("resnet20", cifar_checkpoint)
+    subject = AccuracySubject("resnet20", "top1", trained, data, held, options)
+    kinds = [RANGES, DEFAULT, DEFAULT._replace(rounding="feedback", granularity="layer", equalized=False)]
+    rows = measure_accuracy(subject, ["W4A4"], kinds[:2], 2, tmp_path / "accuracy.json")
+    assert [(row["kind"], row["seed"]) for row in rows] == [("ranges", 0), (str(DEFAULT), 0), (str(DEFAULT), 1)]
+    assert rows[1]["divergence"] != rows[2]["divergence"] and min(row["divergence"] for row in rows) > 0
+    assert rows[1]["seconds"].keys() == {"Calibration", "Equalization", "BatchNormTuning", "AdaQuant", "BiasTuning"}
+    assert not any(layer.is_parametrized for layer in trained.modules() if hasattr(layer, "is_parametrized"))
+    again = measure_accuracy(subject, ["W4A4"], kinds, 1, tmp_path / "accuracy.json")
+    assert again[:3] == rows and again[3]["kind"] == "feedback, layers"
+    lines = summarize(again)
+    assert [(line["kind"], line["seeds"]) for line in lines] == [
+        ("ranges", 1),
+        (str(DEFAULT), 2),
+        ("feedback, layers", 1),
+    ]
+    assert lines[0]["metric_error"] is None and lines[1]["divergence_error"] > 0
+    assert accuracy_figure(lines).axes[0].get_title() == "resnet20"
+
+
+def test_unknown_kinds_are_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"kinds must be of ranges; .*got 'rounds'"):
+        benchmark.accuracy(tmp_path, kinds="ranges;rounds")
+    with pytest.raises(ValueError, match="bits must be written like W4A8, got '4'"):
+        benchmark.accuracy(tmp_path, bits="W4A4,4")
+    assert len({str(kind) for kind in KINDS}) == len(KINDS) == 14
+
+
+def test_every_stage_has_its_share(tmp_path):
+    rows = measure_stages(samples=25, side=32, iterations=2)
+    assert rows[0]["stage"] == "Calibration" and rows[0]["over_float_passes"] > 1
+    (adaquant,) = (row for row in rows if row["stage"] == "AdaQuant")
+    assert adaquant["share"] == 1 and 0 < adaquant["outside_steps"] < 1
 
 
 def test_fine_tuning_learns_the_labels_of_its_images():
