@@ -2,7 +2,10 @@
 
 import logging
 import math
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..network.network import QuantizedNetwork
 from ..network.trainable import trainable
-from ..network.trial import trial
+from ..network.trial import falls_on_average, trial
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +84,9 @@ def tune_bias(
 ) -> BiasTuningResult:
     """Tune the biases (and scales, if asked) of the quantized layers in place; put them back where that does not help.
 
-    The result is kept if the divergence of the held-out samples falls by more than the standard error of that fall.
+    The result is kept if the divergence of the held-out samples falls by more than the standard error of that fall; if
+    it has not fallen at all after the first epoch, the others are left out.
+    Without biases (and scales) to tune nothing is measured.
 
     Args:
         network: Calibrated network.
@@ -114,27 +119,30 @@ def tune_bias(
         raise RuntimeError("Bias tuning starts from a quantized model: run Calibration first.")
     calibration.require()
     options = options or BiasTuningOptions()
+    if options.scale_rate == 0 and all(layer.bias is None for layer in network.layers.values()):
+        return BiasTuningResult(0.0, 0.0, False)
     targets = float_logits(network, calibration)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(calibration), generator=generator).tolist()
     held = min(math.ceil(options.holdout * len(order)), len(order) - 1)
     training = order[held:]
     judging = order[:held] or training
-    with trial(
-        network.layers.values(), lambda: measure_divergences(calibration, targets, judging), falls_beyond_chance
-    ) as attempt:
+    measure = partial(measure_divergences, calibration, targets, judging)
+    with trial(network.layers.values(), measure, falls_beyond_chance) as attempt:
         groups = _groups(network, calibration, options, training[0])
-        if groups:
-            _descend(network, calibration, options, targets, training, groups, generator, progress)
-        else:
+        steps = _descend(network, calibration, options, targets, training, groups, generator, progress)
+        with closing(steps):
+            for epoch in steps if groups else ():
+                # What has not begun to help by then will not help by more than chance.
+                if epoch == 1 and options.epochs > 1 and not falls_on_average(attempt.before, tried := measure()):
+                    attempt.fail(f"no fall after the first epoch ({attempt.before.mean():.4g} to {tried.mean():.4g})")
+                    break
+        if not groups:
             attempt.fail("no layer has a bias")
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     if groups and not attempt.kept:
-        log.warning(
-            "Bias tuning did not surely lower the held-out divergence (%.4g to %.4g): biases restored.",
-            before,
-            float(attempt.tried.mean()),
-        )
+        reason = attempt.note or f"{before:.4g} to {float(attempt.tried.mean()):.4g}"
+        log.warning("Bias tuning did not surely lower the held-out divergence: %s; biases restored.", reason)
     return BiasTuningResult(before, after, attempt.kept)
 
 
@@ -147,8 +155,8 @@ def _descend(
     groups: list[dict[str, object]],
     generator: torch.Generator,
     progress: ProgressCallback,
-) -> None:
-    """Take all steps of the optimiser."""
+) -> Generator[int, None, None]:
+    """Take all steps of the optimiser; gives the number of epochs done after each."""
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     quantizers = network.quantizers
@@ -169,6 +177,8 @@ def _descend(
             torch.clear_autocast_cache()
             for quantizer in quantizers:
                 quantizer.clamp_()
+            if (step + 1) % len(training) == 0:
+                yield (step + 1) // len(training)
     for quantizer in quantizers:
         quantizer.finalize_()
 

@@ -39,9 +39,13 @@ def test_scales_are_tuned_when_asked(calibrated):
 def test_autocast_sees_every_step_of_the_optimiser(images):
     """Autocast caches casts of parameters: without clearing, each step would compute with the first step's biases."""
     seen = []
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     calibration = calibration_set(model, images)
     network = calibrated_network(model, calibration)
+    # Far away, so that the first epoch helps.
+    with torch.no_grad():
+        network.layers["1"].bias[0] -= 9.0
 
     def note(layer, args, output):
         if output.requires_grad:
@@ -60,6 +64,19 @@ def test_a_worse_result_is_taken_back(calibrated, caplog):
     result = tune_bias(network, calibration, BiasTuningOptions(epochs=1, rate=1e4))
     assert not result.kept and "biases restored" in caplog.text
     assert all(torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
+
+
+def test_what_does_not_help_in_the_first_epoch_is_given_up(calibrated, caplog):
+    network, calibration = calibrated
+    before = {name: layer.save() for name, layer in network.layers.items()}
+    required = [parameter.requires_grad for parameter in network.model.parameters()]
+    steps = []
+    progress = lambda done, total, what: steps.append((done, total))  # noqa: E731
+    result = tune_bias(network, calibration, BiasTuningOptions(epochs=4, rate=1e4), progress)
+    (done, total) = steps[-1]
+    assert done * 4 == total and not result.kept and "no fall after the first epoch" in caplog.text
+    assert all(torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
+    assert [parameter.requires_grad for parameter in network.model.parameters()] == required
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(calibrated):
@@ -117,8 +134,12 @@ def test_each_scale_is_tuned_once_also_those_of_groups_and_of_a_shared_input(ima
 def test_layers_without_biases_or_scales_are_left_alone(images, caplog):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))
     calibration = calibration_set(model, images)
-    result = tune_bias(calibrated_network(model, calibration), calibration)
-    assert not result.kept and result.divergence_before == result.divergence_after and not caplog.text
+    network = calibrated_network(model, calibration)
+    runs = []
+    calibration.forward = lambda batch, index: runs.append(index) or model(batch)
+    result = tune_bias(network, calibration)
+    assert not result.kept and result.divergence_before == result.divergence_after == 0.0
+    assert not caplog.text and not runs
 
 
 def test_a_gain_within_its_standard_error_is_not_trusted():
