@@ -341,11 +341,14 @@ class QuantizedNetwork:
                     shows_float, enabled = was[name]
                     layer.show_float(shows_float)
                     layer.set_enabled(enabled)
+            torch.clear_autocast_cache()
 
     def _set_mode(self, quantized: bool) -> None:
         for layer in self.layers.values():
             layer.show_float(not quantized)
             layer.set_enabled(quantized)
+        # Autocast keeps casts of parameters, whose values have just changed.
+        torch.clear_autocast_cache()
 
     def set_calibrated(self, calibrated: bool) -> None:
         """Say whether the quantizers have ranges, as a checkpoint that was loaded says; they are at work from then

@@ -102,6 +102,8 @@ def trial(
 def _losses(judge: Judge | None) -> Tensor:
     if judge is None:
         return torch.empty(0)
+    # Autocast keeps casts of parameters, which may have changed since.
+    torch.clear_autocast_cache()
     return torch.as_tensor(judge(), dtype=torch.float32).detach().reshape(-1)
 
 

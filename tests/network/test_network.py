@@ -321,3 +321,19 @@ def test_bit_widths_outside_2_to_16_are_refused(name, bits):
 def test_malformed_overrides_are_refused(value):
     with pytest.raises(ValueError, match=r"overrides\['a'\]"):
         QuantizationScheme(overrides={"a": value})
+
+
+def test_autocast_sees_whether_the_model_is_quantized(images):
+    """Autocast caches casts of parameters, and the float model's bias is another."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    network = calibrated_network(model, calibration_set(model, images))
+    with torch.no_grad():
+        network.layers["1"].bias.add_(9.0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with network.quantized(False):
+            wanted = model(images)
+        found = model(images)
+        with network.quantized(False):
+            again = model(images)
+    assert float((found - wanted).mean()) == pytest.approx(9.0, abs=0.1) and torch.equal(again, wanted)
