@@ -1,7 +1,7 @@
 """Second-order rounding of the weights of a unit, from the products of what its layers read."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -114,10 +114,17 @@ def _gram(unit: Unit, layer: QuantizedLayer, batches: Iterable[MiniBatch]) -> Te
     """Sum of the products of what a layer's output channels read, shape (groups, inputs, inputs)."""
     products = _Products(layer)
     with products.watching():
-        for batch in batches:
+        for number, batch in enumerate(batches):
             products.counts = batch.importance
-            unit(batch.call)
+            # What follows a layer that runs once need not be computed.
+            products.stops = number > 0 and products.runs == 1
+            with suppress(_ReachedLayer):
+                unit(batch.call)
     return products.gram
+
+
+class _ReachedLayer(BaseException):
+    """Ends a pass; not an ``Exception``, so that no ``except`` clause of the user's model holds it back."""
 
 
 class _Products(TorchFunctionMode):
@@ -128,6 +135,8 @@ class _Products(TorchFunctionMode):
         self.layer = layer
         self.gram: Tensor | None = None
         self.counts: list[Tensor] | None = None
+        # How often the layer ran in the first batch, and whether later passes end behind it.
+        self.runs, self.stops = 0, False
         self._generator = torch.Generator().manual_seed(0)
         self._entered = 0
 
@@ -139,12 +148,15 @@ class _Products(TorchFunctionMode):
         def enter(*_: Any) -> None:
             self.__enter__()
             self._entered += 1
+            self.runs += not self.stops
 
         def leave(*_: Any) -> None:
             # It is called as well where another hook has raised before this one's turn.
             if self._entered:
                 self._entered -= 1
                 self.__exit__(None, None, None)
+                if self.stops:
+                    raise _ReachedLayer
 
         hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
         try:

@@ -205,3 +205,40 @@ def test_bad_options_are_errors():
     for options in ({"start": "feedback"}, {"rounding": "feedback"}):
         with pytest.raises(ValueError, match=r"^0: rounding with feedback needs an affine quantizer of the weight"):
             adaquant(network, calibration, AdaQuantOptions(**options))
+
+
+class Twice(nn.Module):
+    """A block whose first layer runs as often as asked, before a second one."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        try:
+            for _ in range(self.times):
+                x = self.first(x).relu()
+        except Exception:
+            raise AssertionError("the end of a pass is no error of the model's") from None
+        return self.second(x)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_pass_ends_behind_a_layer_that_runs_once(times):
+    torch.manual_seed(0)
+    model = nn.Sequential(Twice(times)).eval()
+    network = calibrated_network(model, calibration_set(model, ROWS), edge_bits=None)
+    (unit,) = find_units(network, "block", ["0"])
+    runs = []
+    model[0].second.register_forward_hook(lambda *_: runs.append(1))
+    batches = [MiniBatch(UnitCall((part,), {}), None, None, None) for part in ROWS.split(len(ROWS) // 4)]
+    read, sums = [], []
+    hook = model[0].first.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    with torch.no_grad():
+        gram = _gram(unit, network.layers["0.first"], batches)[0]
+    assert len(runs) == (1 if times == 1 else 4) and len(read) == 4 * times
+    hook.remove()
+    quantizer = network.layers["0.first"].input_quantizers[0]
+    sums = sum(quantizer(x).double().T @ quantizer(x).double() for x in read)
+    torch.testing.assert_close(gram, sums.detach())
