@@ -1,5 +1,7 @@
 """Calibration: choose the ranges of activations and weights from what one epoch shows."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +11,7 @@ from typing_extensions import override
 from ..module import QuantizationModule
 from ..quantization.ranges import RangeOptions
 from ..tuning.joint_search import search_jointly
+from ..tuning.measured import FILE_NAME
 from .options import merge_fields
 from .stage import Stage, StageResult
 
@@ -20,6 +23,8 @@ class Calibration(Stage):
 
     Args:
         options: How ranges are chosen; the defaults of ``RangeOptions`` if None.
+        state_folder: Folder for what the joint search has measured: a run that was killed and is repeated is resumed
+            from there. None to keep nothing. See ``AdaQuant``.
         **changes: Fields of ``RangeOptions`` that differ: ``observer``, ``weight_observer``, ``percentile``, ...
 
     Raises:
@@ -32,10 +37,21 @@ class Calibration(Stage):
         ('percentile', 'mse')
     """
 
-    def __init__(self, options: RangeOptions | None = None, **changes: Any) -> None:
+    def __init__(
+        self, options: RangeOptions | None = None, *, state_folder: str | Path | None = None, **changes: Any
+    ) -> None:
         super().__init__()
+        self.state_folder = None if state_folder is None else Path(state_folder)
         changes = merge_fields(self.name, RangeOptions, options, changes)
         self.options = RangeOptions(**changes)
+
+    @override
+    def clean_up(self) -> None:
+        """Remove what was kept in the state folder, and the folder if nothing else is in it."""
+        if self.state_folder is not None:
+            (self.state_folder / FILE_NAME).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.state_folder.rmdir()
 
     @override
     def on_train_batch_end(
@@ -55,7 +71,7 @@ class Calibration(Stage):
         module.network.fit_ranges()
         figures = {"layers": float(len(module.network.layers)), "samples": float(module.calibration.samples)}
         if self.options.search == "joint":
-            result = search_jointly(module.network, module.calibration, self.options, self.progress)
+            result = search_jointly(module.network, module.calibration, self.options, self.progress, self.state_folder)
             figures |= {
                 "p": result.p,
                 "divergence_before": result.divergence_before,

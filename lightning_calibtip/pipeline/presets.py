@@ -62,7 +62,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     storage, folder = options.storage, options.state_folder
     adaquant, preparation = (_seeded(of, options.seed) for of in (options.adaquant, options.preparation))
     allocation, candidates = options.allocation, options.allocation.candidates
-    stages: list[Stage] = [Calibration(options.calibration)]
+    stages: list[Stage] = [Calibration(options.calibration, state_folder=folder)]
     if pipeline == "mixed":
         if allocation.sensitivity is None:
             kept = None if folder is None else folder / "candidates"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
 from ..network.hooks import make_room_for_bias
@@ -20,6 +22,7 @@ from ..network.trial import trial
 from ..quantization.observers import HistogramObserver
 from ..quantization.quantizers import AffineQuantizer
 from ..quantization.ranges import RangeOptions, weight_range
+from .measured import FILE_NAME, MeasuredLosses
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ def search_jointly(
     calibration: CalibrationSet,
     options: RangeOptions,
     progress: ProgressCallback = no_progress,
+    state_folder: Path | None = None,
 ) -> JointSearchResult:
     """Choose the steps of all weights and activations together, by the divergence from the float logits.
 
@@ -70,6 +74,7 @@ def search_jointly(
         calibration: Calibration set, whose first samples are measured on.
         options: ``joint_samples``, ``joint_iterations`` and ``joint_evaluations``, see ``RangeOptions``.
         progress: Progress callback, over the evaluations.
+        state_folder: Folder for what was measured, from which a killed search is resumed; None to keep nothing.
 
     Returns:
         The exponent, the divergences, and the number of evaluations.
@@ -77,6 +82,7 @@ def search_jointly(
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
         TypeError: If the model's output holds no logits.
+        ValueError: If ``state_folder`` holds another search.
 
     Example:
         >>> from torch import nn
@@ -99,8 +105,13 @@ def search_jointly(
     calibration.require()
     calibration = calibration.first(options.joint_samples)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
-    search = _Search(lambda: measure_divergences(calibration, logits, everything), options.joint_evaluations, progress)
     layers = list(network.layers.values())
+    run = digest(
+        [network.fingerprint, digest_states(layer.save() for layer in layers), digest_data(calibration), options]
+    )
+    losses = MeasuredLosses(None if state_folder is None else state_folder / FILE_NAME, run)
+    measure = partial(losses.next, lambda: measure_divergences(calibration, logits, everything))
+    search = _Search(measure, options.joint_evaluations, progress)
     with trial(layers, search.samples) as attempt:
         before = search.least
         by_exponent = {p: search.measure(partial(_fit, network, p)) for p in EXPONENTS}
@@ -129,7 +140,7 @@ class _Search:
         return self.evaluations >= self.most - 1
 
     def samples(self) -> Tensor:
-        """Divergence of each sample."""
+        """Mean divergence, shape (1,)."""
         self.evaluations += 1
         found = self.divergences()
         self.least = min(self.least, float(found.mean()))

@@ -65,6 +65,46 @@ def test_the_stage_searches_and_says_what_it_found():
     assert not torch.equal(module.network.quantizers[0].scale, plain.network.quantizers[0].scale)
 
 
+def test_a_killed_search_goes_on_without_measuring_again(tmp_path):
+    options = RangeOptions(search="joint", joint_evaluations=60)
+    network, calibration = network_of(small())
+    wanted = search_jointly(network, calibration, options)
+    scales = [quantizer.scale.clone() for quantizer in network.quantizers]
+
+    def stop(done, most, what):
+        if done == 25:
+            raise KeyboardInterrupt
+
+    network, calibration = network_of(small())
+    with pytest.raises(KeyboardInterrupt):
+        search_jointly(network, calibration, options, stop, tmp_path / "state")
+    network, calibration = network_of(small())
+    runs, forward = [], calibration.forward
+    calibration.forward = lambda batch, index: runs.append(index) or forward(batch, index)
+    found = search_jointly(network, calibration, options, state_folder=tmp_path / "state")
+    assert found.evaluations == wanted.evaluations and found.p == wanted.p
+    assert found.divergence_after == pytest.approx(wanted.divergence_after)
+    assert all(torch.equal(a, b.scale) for a, b in zip(scales, network.quantizers, strict=True))
+    # Once more in float.
+    assert runs.count(0) == wanted.evaluations - 25 + 1
+    network, calibration = network_of(small(), weight_bits=4)
+    with pytest.raises(ValueError, match=r"joint_search\.json holds an unfinished joint search of another model"):
+        search_jointly(network, calibration, options, state_folder=tmp_path / "state")
+    (tmp_path / "state" / "joint_search.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"joint_search\.json is not the state of a joint search"):
+        search_jointly(network, calibration, options, state_folder=tmp_path / "state")
+
+
+def test_the_stage_keeps_its_measurements_until_the_run_is_complete(tmp_path):
+    module = QuantizationModule(small(), weight_bits=3, activation_bits=3, edge_bits=None)
+    stage = Calibration(search="joint", joint_evaluations=10, state_folder=tmp_path / "state")
+    kept = []
+    stage.progress = lambda *_: kept.append((tmp_path / "state" / "joint_search.json").exists())
+    run_stages(module, [stage], ROWS.split(32))
+    assert kept[-1]
+    assert not (tmp_path / "state").exists()
+
+
 @pytest.mark.parametrize("options, message", [
     ({"search": "both"}, "search must be one of each, joint, got 'both'"),
     ({"search": "joint", "observer": "minmax"}, "observer must be one of mse, lp, percentile, got 'minmax'"),
