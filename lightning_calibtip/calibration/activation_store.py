@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .placeholders import zeros
+from .placeholders import holds_placeholder, zeros
 from .storage import Buffer, FileBuffer, MemoryBuffer
 
 _UNITS = {
@@ -213,7 +213,13 @@ class TensorSeries:
 
     @torch.no_grad()
     def append(self, tensor: Tensor) -> None:
-        """Keep a copy of a tensor."""
+        """Keep a copy of a tensor.
+
+        Raises:
+            TypeError: If it is a placeholder, which has no values.
+        """
+        if holds_placeholder(tensor):
+            raise TypeError("A placeholder has no values to keep.")
         tensor = tensor.detach()
         if not self.shapes:
             self._dtype, self._device = tensor.dtype, tensor.device

@@ -23,7 +23,7 @@ def float_logits(
 ) -> list[list[Tensor]]:
     """Logits of the float model. See ``measure_divergences``.
 
-    Where a sample has more than a million logits, only as many of its positions are kept, at even distances.
+    Of a sample with more than a million logits only some positions are kept, at even distances.
 
     Args:
         network: Network with its float weights.
@@ -35,15 +35,15 @@ def float_logits(
     """
     run = run or calibration.run
     with network.quantized(False):
-        return [_kept(run(index), calibration.tokens(index)) for index in range(len(calibration))]
+        return [_selected(run(index), calibration.tokens(index)) for index in range(len(calibration))]
 
 
-def _kept(output: Any, tokens: Tensor | None) -> list[Tensor]:
+def _selected(output: Any, tokens: Tensor | None) -> list[Tensor]:
     """The logits of a batch, at some positions only where there are too many."""
     kept = []
     for _, logits in named_logits(output):
         index = _positions(logits, tokens)
-        kept.append(logits.detach() if index is None else _at(logits.detach(), index))
+        kept.append(logits.detach() if index is None else _gather(logits.detach(), index))
     return kept
 
 
@@ -62,11 +62,11 @@ def _positions(logits: Tensor, tokens: Tensor | None) -> Tensor | None:
     return order.gather(1, ranks.round().long())
 
 
-def _at(logits: Tensor, index: Tensor) -> Tensor:
+def _gather(logits: Tensor, index: Tensor) -> Tensor:
     return logits.gather(1, index.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
 
 
-def compared(
+def paired_logits(
     output: Any, target: list[Tensor], tokens: Tensor | None = None
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """What is compared of the outputs of a batch: the name of each tensor, the logits, the float ones, and which tokens
@@ -78,15 +78,18 @@ def compared(
         tokens: Which tokens count, bool, shape (samples, positions); all if None.
 
     Example:
-        >>> [name for name, *_ in compared({"logits": torch.zeros(2, 3)}, [torch.zeros(2, 3)])]
+        >>> [name for name, *_ in paired_logits({"logits": torch.zeros(2, 3)}, [torch.zeros(2, 3)])]
         ['logits']
     """
     for (name, logits), wanted in zip(named_logits(output), target, strict=True):
         index = None if logits.shape == wanted.shape else _positions(logits, tokens)
         if index is None:
             yield name, logits, wanted, tokens
-        else:
-            yield name, _at(logits, index), wanted, None if tokens is None else tokens.gather(1, index)
+            continue
+        counts = None
+        if tokens is not None and tokens.shape == logits.shape[:2]:
+            counts = tokens.gather(1, index)
+        yield name, _gather(logits, index), wanted, counts
 
 
 def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
@@ -116,7 +119,7 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
     return sum(
         (
             _divergences(logits.float(), wanted.float(), counts, name.startswith(POSITION_LOGITS))
-            for name, logits, wanted, counts in compared(output, target, tokens)
+            for name, logits, wanted, counts in paired_logits(output, target, tokens)
         ),
         torch.zeros((), device=target[0].device),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, batch_size
 from .fingerprint import digest
-from .logits import POSITION_LOGITS, compared, float_logits, sample_divergences
+from .logits import POSITION_LOGITS, float_logits, paired_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
 METRICS = ("kl", "mse")
@@ -101,7 +101,9 @@ class Loss:
         tokens = self.calibration.tokens(index)
         if self.metric == "kl":
             return float(sample_divergences(output, self._targets[index], tokens).mean())
-        return math.fsum(_relative_squared_error(*parts) for parts in compared(output, self._targets[index], tokens))
+        return math.fsum(
+            _relative_squared_error(*parts) for parts in paired_logits(output, self._targets[index], tokens)
+        )
 
 
 def _is_plain(constant: Any) -> bool:

@@ -110,6 +110,10 @@ class Recording:
         read = partial(TensorSeries.like, make=make) if self._forgotten else TensorSeries.__getitem__
         return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else leaf for leaf in leaves], spec)
 
+    def cut(self, length: int) -> None:
+        """Forget the values from ``length`` on."""
+        del self._values[length:]
+
     @property
     def nested_alike(self) -> bool:
         """Whether all values have the same nesting."""

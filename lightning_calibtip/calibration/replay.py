@@ -101,8 +101,8 @@ class Replay:
         calls, batches = self.calls(unit), len(self.calibration)
         promoted = {name: Recording(self.store, batches) for name in self._to_store(unit)}
         for index in range(batches):
-            capture = partial(self._capture_batch, index, unit, calls, promoted)
-            for call in self._with_placeholders(capture):
+            lengths = {name: len(outputs) for name, outputs in promoted.items()}
+            for call in self._with_placeholders(partial(self._capture_batch, index, unit, calls, promoted, lengths)):
                 yield index, call
         for name, outputs in promoted.items():
             # Not those that a batch left out, or that nothing depends on.
@@ -198,7 +198,8 @@ class Replay:
         some values after all."""
         if self._placeholders is not None:
             try:
-                found = run()
+                with self._placeholders.not_kept(self.model):
+                    found = run()
                 if not holds_placeholder(found):
                     return found
                 reason = "something to come reads them"
@@ -241,8 +242,13 @@ class Replay:
             self._stored.pop(inner).forget()
 
     @torch.no_grad()
-    def _capture_batch(self, index: int, unit: str, calls: int, promoted: dict[str, Recording]) -> list[UnitCall]:
+    def _capture_batch(
+        self, index: int, unit: str, calls: int, promoted: dict[str, Recording], lengths: dict[str, int]
+    ) -> list[UnitCall]:
         captured: list[UnitCall] = []
+        for name, outputs in promoted.items():
+            # Without what an attempt that failed has left.
+            outputs.cut(lengths[name])
 
         def stop(module: nn.Module, args: Any, kwargs: Any) -> None:
             copy = Tensor.clone if calls > 1 else Tensor.detach

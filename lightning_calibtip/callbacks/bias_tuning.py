@@ -1,5 +1,6 @@
 """BiasTuning: tune the biases of the quantized model to the float model's logits."""
 
+import math
 from typing import Any
 
 from typing_extensions import override
@@ -35,4 +36,6 @@ class BiasTuning(Stage):
     def run(self, module: QuantizationModule) -> StageResult:
         """Tune and keep the better state."""
         result = tune_bias(module.network, module.calibration, self.options, self.progress)
+        if math.isnan(result.divergence_before):
+            return StageResult({})
         return StageResult({"divergence_before": result.divergence_before, "divergence_after": result.divergence_after})

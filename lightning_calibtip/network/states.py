@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..quantization.spec import LayerConfig
@@ -29,16 +30,16 @@ class LayerState:
     bias: Tensor | None
     qparams: list[Tensor]
 
-    def towards(self, other: "LayerState", share: float) -> "LayerState":
-        """The state on the straight line to another one of the same format.
+    def lerp(self, other: "LayerState", weight: float) -> "LayerState":
+        """Linear interpolation to another state of the same format; what is no floating-point number is the other's.
 
         Args:
             other: The other state.
-            share: Share of the way, 0 to 1.
+            weight: 0 for this state, 1 for the other one.
         """
-        bias = None if self.bias is None or other.bias is None else self.bias.lerp(other.bias, share)
-        qparams = [start.lerp(end, share) for start, end in zip(self.qparams, other.qparams, strict=True)]
-        return replace(self, weight=self.weight.lerp(other.weight, share), bias=bias, qparams=qparams)
+        bias = None if self.bias is None or other.bias is None else _lerp(self.bias, other.bias, weight)
+        qparams = [_lerp(start, end, weight) for start, end in zip(self.qparams, other.qparams, strict=True)]
+        return replace(self, weight=_lerp(self.weight, other.weight, weight), bias=bias, qparams=qparams)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors and plain values, which ``torch.load(weights_only=True)`` reads."""
@@ -56,3 +57,10 @@ class LayerState:
         errors = None if values["errors"] is None else (values["errors"][0], values["errors"][1])
         config = LayerConfig.from_dict(values["config"])
         return cls(config, errors, values["weight"], values["bias"], list(values["qparams"]))
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    if not start.is_floating_point():
+        return end
+    # Between equal infinities there is no number.
+    return torch.where(start == end, end, start.lerp(end, weight))

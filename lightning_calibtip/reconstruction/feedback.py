@@ -155,10 +155,17 @@ class _Products(TorchFunctionMode):
             if self._entered:
                 self._entered -= 1
                 self.__exit__(None, None, None)
-                if self.stops:
-                    raise _ReachedLayer
 
-        hooks = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        def stop(*_: Any) -> None:
+            if self.stops:
+                raise _ReachedLayer
+
+        hooks = [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+            # Not called after an error, which must not be taken for the end of a pass.
+            module.register_forward_hook(stop),
+        ]
         try:
             yield
         finally:

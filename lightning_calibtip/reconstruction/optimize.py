@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -41,8 +42,8 @@ _CHUNK = 32
 # Samples whose inputs decide how weights are rounded with feedback.
 _FEEDBACK_SAMPLES = 256
 
-# Shares of the way that the optimiser has gone, of which the best on held-out samples is kept.
-_SHARES = (1.0, 0.75, 0.5, 0.25)
+# Of the interpolations between the states before and after the optimiser's steps, where 1 is after, the best is kept.
+_INTERPOLATIONS = (1.0, 0.75, 0.5, 0.25)
 
 # The error is checked for NaN and infinity at every N-th step only, because each look waits for the device.
 _LOOK_EVERY = 25
@@ -174,30 +175,33 @@ def optimize_unit(
         if reason := descent.run(training, float(attempt.before)):
             attempt.fail(reason)
         else:
-            _keep_best_share(unit, first, judge)
+            _interpolate(unit, first, judge)
         seconds = time.monotonic() - started
     return _conclude(unit, attempt, reason, seconds)
 
 
 @torch.no_grad()
-def _keep_best_share(unit: Unit, first: Sequence[LayerState], judge: Callable[[], float]) -> None:
-    """Go back on the straight line from the first states to the present ones as far as lowers the held-out error: with
-    few samples or rough steps, less of the way generalises better."""
+def _interpolate(unit: Unit, first: Sequence[LayerState], judge: Callable[[], float]) -> None:
+    """Leave a unit at the interpolation between its first and its present states that has the least held-out error:
+    with few samples or rough steps, less of the way generalises better."""
     last = [layer.save() for layer in unit.layers]
-    errors = {}
-    for share in _SHARES:
-        _go(unit, first, last, share)
-        errors[share] = judge()
-    # Of equal ones (NaN is never less) the whole way.
-    _go(unit, first, last, min(_SHARES, key=lambda share: errors[share]))
+
+    def error(weight: float) -> float:
+        _restore(unit, first, last, weight)
+        found = judge()
+        return found if math.isfinite(found) else math.inf
+
+    # Of equal ones the whole way.
+    _restore(unit, first, last, min(_INTERPOLATIONS, key=error))
 
 
-def _go(unit: Unit, first: Sequence[LayerState], last: Sequence[LayerState], share: float) -> None:
+def _restore(unit: Unit, first: Sequence[LayerState], last: Sequence[LayerState], weight: float) -> None:
     for layer, start, end in zip(unit.layers, first, last, strict=True):
-        layer.restore(end if share == 1 else start.towards(end, share))
-    for layer in unit.layers:
+        layer.restore(end if weight == 1 else start.lerp(end, weight))
         for quantizer in layer.quantizers:
             quantizer.finalize_()
+    # Autocast keeps casts of parameters, which have just changed.
+    torch.clear_autocast_cache()
 
 
 def _conclude(unit: Unit, attempt: Trial, reason: str, seconds: float) -> UnitResult:

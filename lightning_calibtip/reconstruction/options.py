@@ -88,8 +88,8 @@ class AdaQuantOptions:
         relative: Whether rates are fractions of a quantization step, so that they fit any bit-width and any layer: for
             a weight, of its scale; for a scale, of the change that moves the end of the range by one step; for a bias,
             of the root mean square of the output error. Those of weights, biases, zero points and rounding are for 500
-            steps; a run of another length has them larger or smaller by the root of the ratio, so that a parameter that
-            wanders comes as far. Otherwise all rates are absolute, as in the paper.
+            steps; a run of another length has them larger or smaller by the root of the ratio, so that a random walk
+            covers the same distance. Otherwise all rates are absolute, as in the paper.
         schedule: ``"cosine"`` lets the rates fall to zero along half a cosine, ``"constant"`` keeps them.
         holdout: Share of the samples, above 0 and below 1, that is not optimised on and decides whether the result is
             kept.
@@ -180,11 +180,11 @@ class AdaQuantOptions:
         return 0.5 * (1 + math.cos(math.pi * step / self.iterations))
 
     @property
-    def stretch(self) -> float:
+    def rate_scale(self) -> float:
         """Factor of the rates of weights, biases, zero points and rounding: with fewer steps each is larger.
 
         Example:
-            >>> AdaQuantOptions(iterations=125).stretch, AdaQuantOptions.paper(iterations=125).stretch
+            >>> AdaQuantOptions(iterations=125).rate_scale, AdaQuantOptions.paper(iterations=125).rate_scale
             (2.0, 1.0)
         """
         return math.sqrt(_REFERENCE_STEPS / self.iterations) if self.relative else 1.0

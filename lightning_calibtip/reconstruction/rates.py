@@ -38,12 +38,12 @@ def learning_rates(
         output_error: Root mean square of its unit's output error, in the unit of the layer's output.
         learns_ratios: Whether the weights that read the input follow its ratios.
     """
-    stretch = options.stretch
-    rate_of = {"weight": stretch * options.weight_rate, "rounding": stretch * options.rounding_rate}
+    rate_scale = options.rate_scale
+    rate_of = {"weight": rate_scale * options.weight_rate, "rounding": rate_scale * options.rounding_rate}
     rates = []
     if layer.bias is not None:
         scale = output_error if options.relative else 1
-        rates.append(Rate(layer.bias, stretch * options.bias_rate * scale, False))
+        rates.append(Rate(layer.bias, rate_scale * options.bias_rate * scale, False))
     for parameter, step, role in rounding.trainables() if rounding else ():
         rates.append(Rate(parameter, rate_of[role] * (step if options.relative else 1), False))
     for quantizer in quantizers:
@@ -52,7 +52,7 @@ def learning_rates(
         if not sparse and rounding is not None and not rounding.learns_scales:
             continue
         moves = sparse or rounding is None or rounding.learns_zero_points
-        rate_of["zero_point"] = stretch * options.zero_point_rate if moves else 0.0
+        rate_of["zero_point"] = rate_scale * options.zero_point_rate if moves else 0.0
         rate_of["ratio"] = options.ratio_rate if learns_ratios else 0.0
         for learned in quantizer.trainables():
             moved = learned.step if options.relative else 1

@@ -1,9 +1,9 @@
 """BatchNorm re-tuning (Hubara et al. 2021): give folded channels their mean and deviation back."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import Recording
-from ..calibration.replay import Replay
+from ..calibration.replay import CalledAgainError, Replay
 from ..network.folding import FoldedBatchNorm
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
@@ -128,25 +128,25 @@ def tune_batch_norm(
         return BatchNormTuningResult((), 0.0, 0.0, True)
     structure, layers = network.structure, [network.layers[name] for name in order]
     quantized_stream: Replay | None = None
-    with network.quantized(False):
-        stream = Replay(network.model, structure, calibration, order, store, to_end=True)
-        wanted = [_channel_statistics(_finishing(stream, layer)) for layer in layers]
-        logits = float_logits(network, calibration, stream.run)
-        stream.forget()
+    if options.reference == "training":
+        norms_of = [network.model.get_submodule(norms[name]) for name in order]
+        wanted = [(norm.bias, norm.deviation) for norm in norms_of if isinstance(norm, FoldedBatchNorm)]
+        logits = float_logits(network, calibration)
+    else:
+        with network.quantized(False):
+            stream = Replay(network.model, structure, calibration, order, store, to_end=True)
+            wanted = [_channel_statistics(_finishing(stream, layer)) for layer in layers]
+            logits = float_logits(network, calibration, _going_on(stream))
+            stream.forget()
 
     def divergences() -> Tensor:
-        # Once all layers are tuned, their stored outputs need not be computed again.
-        run = calibration.run if quantized_stream is None else quantized_stream.run
+        run = calibration.run if quantized_stream is None else _going_on(quantized_stream)
         return measure_divergences(calibration, logits, range(len(calibration)), run)
 
     with trial(layers, divergences) as attempt:
         quantized_stream = Replay(network.model, structure, calibration, order, store, to_end=True)
         for position, (layer, reference) in enumerate(zip(layers, wanted, strict=True)):
             progress(position, len(order), layer.name)
-            if options.reference == "training":
-                norm = network.model.get_submodule(norms[layer.name])
-                assert isinstance(norm, FoldedBatchNorm)
-                reference = norm.bias, norm.deviation
             inputs = quantized_stream.recording(layer.name)
             _refold(layer, _channel_statistics(_keeping_inputs(quantized_stream, layer, inputs)), reference)
             quantized_stream.finish(layer.name, quantized_stream.record_again(layer.name, inputs))
@@ -157,6 +157,19 @@ def tune_batch_norm(
         tried = float(attempt.tried.mean())
         log.warning("BatchNorm tuning did not lower the divergence (%.4g to %.4g): restored.", before, tried)
     return BatchNormTuningResult(tuple(order), before, after, attempt.kept)
+
+
+def _going_on(stream: Replay) -> Callable[[int], Any]:
+    """How a batch goes through the model once all layers are finished: their stored outputs need not be computed again,
+    unless they are stored with less precision or cannot answer for a batch."""
+
+    def run(index: int) -> Any:
+        try:
+            return stream.run(index)
+        except CalledAgainError:
+            return stream.calibration.run(index)
+
+    return run if stream.store.precision is None else stream.calibration.run
 
 
 def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:

@@ -63,7 +63,8 @@ class BiasTuningResult:
     """Outcome of bias tuning.
 
     Args:
-        divergence_before: KL divergence from the float model on held-out batches before, in nats a sample.
+        divergence_before: KL divergence from the float model on held-out batches before, in nats a sample; NaN where
+            there was nothing to tune.
         divergence_after: The same of the state that was kept.
         kept: Whether the tuned state was kept.
 
@@ -120,7 +121,7 @@ def tune_bias(
     calibration.require()
     options = options or BiasTuningOptions()
     if options.scale_rate == 0 and all(layer.bias is None for layer in network.layers.values()):
-        return BiasTuningResult(0.0, 0.0, False)
+        return BiasTuningResult(math.nan, math.nan, False)
     targets = float_logits(network, calibration)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(calibration), generator=generator).tolist()
@@ -128,6 +129,7 @@ def tune_bias(
     training = order[held:]
     judging = order[:held] or training
     measure = partial(measure_divergences, calibration, targets, judging)
+    given_up: Tensor | None = None
     with trial(network.layers.values(), measure, falls_beyond_chance) as attempt:
         groups = _groups(network, calibration, options, training[0])
         steps = _descend(network, calibration, options, targets, training, groups, generator, progress)
@@ -135,14 +137,21 @@ def tune_bias(
             for epoch in steps if groups else ():
                 # What has not begun to help by then will not help by more than chance.
                 if epoch == 1 and options.epochs > 1 and not falls_on_average(attempt.before, tried := measure()):
-                    attempt.fail(f"no fall after the first epoch ({attempt.before.mean():.4g} to {tried.mean():.4g})")
+                    given_up = tried
+                    attempt.fail("no fall in the first epoch")
                     break
         if not groups:
             attempt.fail("no layer has a bias")
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     if groups and not attempt.kept:
-        reason = attempt.note or f"{before:.4g} to {float(attempt.tried.mean()):.4g}"
-        log.warning("Bias tuning did not surely lower the held-out divergence: %s; biases restored.", reason)
+        tried = attempt.tried if given_up is None else given_up
+        when = "" if given_up is None else " in the first epoch"
+        log.warning(
+            "Bias tuning did not surely lower the held-out divergence%s (%.4g to %.4g): biases restored.",
+            when,
+            before,
+            float(tried.mean()),
+        )
     return BiasTuningResult(before, after, attempt.kept)
 
 
@@ -156,7 +165,7 @@ def _descend(
     generator: torch.Generator,
     progress: ProgressCallback,
 ) -> Generator[int, None, None]:
-    """Take all steps of the optimiser; gives the number of epochs done after each."""
+    """Take all steps of the optimiser; yields the number of epochs done after each epoch."""
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     quantizers = network.quantizers

@@ -106,10 +106,11 @@ def search_jointly(
     calibration = calibration.first(options.joint_samples)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     layers = list(network.layers.values())
-    run = digest(
-        [network.fingerprint, digest_states(layer.save() for layer in layers), digest_data(calibration), options]
-    )
-    losses = MeasuredLosses(None if state_folder is None else state_folder / FILE_NAME, run)
+    losses = MeasuredLosses(None, "")
+    if state_folder is not None:
+        states = digest_states(layer.save() for layer in layers)
+        run = digest([network.fingerprint, states, digest_data(calibration), options])
+        losses = MeasuredLosses(state_folder / FILE_NAME, run)
     measure = partial(losses.next, lambda: measure_divergences(calibration, logits, everything))
     search = _Search(measure, options.joint_evaluations, progress)
     with trial(layers, search.samples) as attempt:

@@ -1,4 +1,4 @@
-"""Losses that a search has measured, in a file: a search that was killed goes through them again without measuring."""
+"""Losses that a search has measured, kept in a file, from which a search that was killed is replayed."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class MeasuredLosses:
         run: Digest of what the losses depend on.
 
     Raises:
-        ValueError: If the file is of another search, or is none of ours.
+        ValueError: If the file is of another search, or is not such a file.
 
     Example:
         >>> from tempfile import TemporaryDirectory

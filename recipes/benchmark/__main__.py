@@ -64,7 +64,7 @@ def accuracy(
     if unknown := [name for name in names if name not in by_name]:
         raise ValueError(f"kinds must be of {'; '.join(by_name)}, got {'; '.join(unknown)!r}.")
     rows: list[dict[str, Any]] = []
-    for network in _chosen_parts(networks, NETWORKS):
+    for network in _chosen_parts(networks, NETWORKS, "networks"):
         subject = load_subject(network, data)
         rows = measure_accuracy(subject, widths, [by_name[name] for name in names], seeds, output / "accuracy.json")
     lines = summarize(rows)
@@ -221,10 +221,10 @@ def inference(
     print(f"written to {output}")
 
 
-def _chosen_parts(only: str | None, parts: Sequence[str]) -> Sequence[str]:
+def _chosen_parts(only: str | None, parts: Sequence[str], option: str = "only") -> Sequence[str]:
     chosen = parts if only is None else tuple(only.split(","))
     if unknown := [part for part in chosen if part not in parts]:
-        raise ValueError(f"only must name parts of {', '.join(parts)}, got {', '.join(unknown)!r}.")
+        raise ValueError(f"{option} must name parts of {', '.join(parts)}, got {', '.join(unknown)!r}.")
     return chosen
 
 

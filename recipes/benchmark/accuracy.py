@@ -118,9 +118,10 @@ def load_subject(name: str, folder: Path) -> AccuracySubject:
         data.setup()
     held_apart, seen = [], 0
     for batch in rest.val_dataloader():
-        if seen < _HELD_APART:
-            held_apart.append(batch)
-            seen += len(batch[0])
+        held_apart.append(batch)
+        seen += len(batch[0])
+        if seen >= _HELD_APART:
+            break
     return AccuracySubject(name, "top1", CifarClassifier(name, folder / "cifar10" / f"{name}.pt"), cifar, held_apart)
 
 
@@ -132,14 +133,14 @@ def measure_accuracy(
     Args:
         subject: The network.
         bits: Bit-widths of weights and activations, ``"W4A4"``.
-        kinds: Kinds of reconstruction; what has no seed is measured once.
+        kinds: Kinds of reconstruction; ranges, which depend on no seed, are measured once.
         seeds: Number of seeds, from 0 on.
         path: JSON file that gets each row as it is measured; rows that it holds already are not measured again.
     """
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for width, kind, seed in itertools.product(bits, kinds, range(seeds)):
         place = {"network": subject.name, "bits": width, "kind": str(kind), "seed": seed}
-        if (kind.rounding == "none" and seed) or any(place.items() <= row.items() for row in rows):
+        if (kind == RANGES and seed) or any(place.items() <= row.items() for row in rows):
             continue
         rows.append({**place, **_measure(subject, width, kind, seed)})
         print(f"accuracy: {rows[-1]}", flush=True)

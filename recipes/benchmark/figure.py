@@ -69,7 +69,7 @@ def accuracy_figure(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _stages(axes: Axes, rows: list[dict[str, Any]]) -> None:
     names = [row["stage"] for row in rows]
-    bars = axes.barh(names, [row["share"] for row in rows])
+    bars = axes.barh(names, [row["over_adaquant"] for row in rows])
     axes.bar_label(bars, fmt="%.2f")
     axes.invert_yaxis()
     axes.set(title="Seconds of a stage over those of AdaQuant, MobileNet-v2", xlabel="ratio", xlim=(0, None))

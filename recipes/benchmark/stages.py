@@ -40,7 +40,7 @@ def measure_stages(samples: int = SAMPLES, side: int = SIDE, iterations: int = 1
     (adaquant,) = (stage for stage in stages if stage.name == "AdaQuant")
     rows = []
     for stage in stages:
-        row = {"stage": stage.name, "seconds": stage.seconds, "share": stage.seconds / adaquant.seconds}
+        row = {"stage": stage.name, "seconds": stage.seconds, "over_adaquant": stage.seconds / adaquant.seconds}
         if stage.name == "Calibration":
             row["over_float_passes"] = stage.seconds / float_seconds
         if stage is adaquant:

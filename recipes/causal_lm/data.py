@@ -41,9 +41,13 @@ class TextData(pl.LightningDataModule):
         batch_size: int = 4,
     ) -> None:
         super().__init__()
-        numbers = {"calibration_samples": (calibration_samples, 1), "window": (window, 2)}
-        for name, (value, least) in {**numbers, "evaluation_windows": (evaluation_windows or 1, 1)}.items():
-            if value < least:
+        for name, value, least in (
+            ("calibration_samples", calibration_samples, 1),
+            ("window", window, 2),
+            ("evaluation_windows", evaluation_windows, 1),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
         self.tokenizer, self.train, self.validation = tokenizer, train, validation
         self.calibration_samples, self.window, self.evaluation_windows = calibration_samples, window, evaluation_windows

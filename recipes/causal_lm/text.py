@@ -9,12 +9,12 @@ SEPARATOR = "\n\n"
 
 
 def read_text(source: str, split: str) -> str:
-    """Read all paragraphs of a file, or of a split of a dataset on the hub, with an empty line between two.
+    """Read a file, or a split of a dataset on the hub; between paragraphs is an empty line.
 
     Args:
         source: Path of a text file in UTF-8; of a SQuAD v1.1 JSON file, whose contexts are taken, each once; or a name
-            that ``datasets.load_dataset`` knows, with its configuration after a colon:
-            ``"Salesforce/wikitext:wikitext-2-raw-v1"``.
+            that ``datasets.load_dataset`` knows, with its configuration after a colon
+            (``"Salesforce/wikitext:wikitext-2-raw-v1"``), whose column ``text`` is taken.
         split: ``"train"`` or ``"validation"``; of the hub's dataset only, since a file is one split.
 
     Raises:
@@ -30,8 +30,8 @@ def read_text(source: str, split: str) -> str:
         )
     else:
         found = _from_hub(source, split)
-    text = SEPARATOR.join(dict.fromkeys(paragraph.strip() for paragraph in found if paragraph.strip()))
-    if not text:
+    text = SEPARATOR.join(found)
+    if not text.strip():
         raise ValueError(f"{source} holds no text.")
     return text
 
@@ -46,9 +46,8 @@ def _content(path: Path) -> str:
 
 def _from_json(path: Path) -> Iterator[str]:
     try:
-        for article in json.loads(_content(path))["data"]:
-            for paragraph in article["paragraphs"]:
-                yield str(paragraph["context"])
+        articles = json.loads(_content(path))["data"]
+        yield from dict.fromkeys(str(each["context"]) for article in articles for each in article["paragraphs"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not SQuAD v1.1 ({type(error).__name__}: {error}): data, paragraphs and context were expected."

@@ -46,3 +46,17 @@ def test_losses_of_the_positions_that_are_kept(monkeypatch):
     assert Loss(network, calibration, "mse")(lambda index: shifted) > 0.1
     # Whole targets are compared as a whole.
     assert not torch.allclose(sample_divergences(shifted, [whole.detach()], tokens), found)
+
+
+def test_a_mask_of_other_positions_than_the_logits_is_left_out(monkeypatch):
+    """As of a decoder's logits beside the mask of the encoder's tokens."""
+    monkeypatch.setattr(logits_file, "_MOST_LOGITS", 20)
+    network, calibration = _text_network()
+    (targets,) = float_logits(network, calibration)
+    whole = network.model(calibration.batches[0]["x"])
+    shifted = whole + torch.randn(whole.shape)
+    for positions in (4, 30):
+        mask = torch.zeros(2, positions, dtype=torch.bool)
+        mask[:, :2] = True
+        found = sample_divergences(shifted, targets, mask)
+        assert found.shape == (2,) and (found > 0.01).all()

@@ -3,6 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_calibtip.calibration.activation_store import ActivationStore
+from lightning_calibtip.calibration.placeholders import Placeholders, holds_placeholder
+from lightning_calibtip.calibration.recording import Recording
 from lightning_calibtip.calibration.replay import Replay
 from lightning_calibtip.network.layer_types import layer_type_of
 from lightning_calibtip.network.observe import record
@@ -282,3 +285,89 @@ def test_what_nothing_depends_on_is_computed_with_placeholders(smallest_placehol
     placeholders = [found is not torch.Tensor for found in model.between.types]
     expected = [False, True, False, True, True, False] if smallest_placeholder == 1 else [False] * 6
     assert placeholders == expected
+
+
+class Caching(nn.Module):
+    """Keeps a tensor made for the last shape, and its last output in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.mask = None
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if self.mask is None or self.mask.shape != x.shape:
+                self.mask = x.new_ones(x.shape)
+            self.last = x
+            x = (x * self.mask).relu()
+        return x
+
+
+def test_a_model_that_keeps_tensors_gets_zeros_and_keeps_no_placeholder(smallest_placeholder, caplog):
+    torch.manual_seed(0)
+    model = Caching().eval()
+    calibration = calibration_set(model, *(torch.randn(samples, 4) for samples in (3, 2, 3)))
+    # When the structure is observed, the mask is there already: nothing says that it comes from the first layer.
+    calibration.run(0)
+    structure = record(model, lambda: calibration.run(0))
+    names = [f"layers.{index}" for index in range(3)]
+    wanted = everything_each_unit_saw(model, calibration, names)
+    calibration.run(1)
+    with caplog.at_level("DEBUG"):
+        seen = finish_all(Replay(model, structure, calibration, names), model, names)
+    for name in names:
+        for got, target in zip(seen[name], wanted[name], strict=True):
+            torch.testing.assert_close(got, target)
+    assert ("Caching keeps mask" in caplog.text) == (smallest_placeholder == 1)
+    assert not holds_placeholder([model.mask, model.last])
+
+
+def test_a_pass_that_is_repeated_stores_the_outputs_of_parents_once(smallest_placeholder):
+    """The model branches on a value only in its second batch, behind a parent that is stored meanwhile."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.parent, self.second, self.last = (
+                nn.Linear(4, 4),
+                Parent(),
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+            )
+
+        def forward(self, x):
+            shape = x.shape[0]
+            x = self.first(x)
+            y = self.parent(x)
+            if shape == 2 and float(x.sum()) > 1e9:
+                return x
+            return self.last(self.second(y).relu())
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    calibration = calibration_set(model, *(torch.randn(samples, 4) for samples in (3, 2, 3)))
+    structure = record(model, lambda: calibration.run(0))
+    names = ["first", "parent.inner", "second", "last"]
+    wanted = everything_each_unit_saw(model, calibration, names)
+    seen = finish_all(Replay(model, structure, calibration, names), model, names)
+    for name in names:
+        for got, target in zip(seen[name], wanted[name], strict=True):
+            torch.testing.assert_close(got, target)
+
+
+def test_placeholders_are_not_recorded(monkeypatch):
+    monkeypatch.setattr("lightning_calibtip.calibration.placeholders._SMALLEST_BYTES", 1)
+    made = Placeholders().like(torch.Size([10**6, 2]), torch.float32, torch.device("cpu"))
+    with pytest.raises(TypeError, match="A placeholder has no values"):
+        Recording(ActivationStore(), 1).append(made)

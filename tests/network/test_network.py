@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations
 from lightning_calibtip.network.layer_types import Operand, layer_type_of, register_layer
 from lightning_calibtip.network.network import QuantizedNetwork
 from lightning_calibtip.network.scheme import QuantizationScheme
-from lightning_calibtip.quantization.spec import BitWidths
+from lightning_calibtip.network.states import LayerState
+from lightning_calibtip.quantization.spec import BitWidths, LayerConfig
 from tests.networks import calibrated_network, calibration_set
 
 
@@ -337,3 +338,13 @@ def test_autocast_sees_whether_the_model_is_quantized(images):
         with network.quantized(False):
             again = model(images)
     assert float((found - wanted).mean()) == pytest.approx(9.0, abs=0.1) and torch.equal(again, wanted)
+
+
+def test_states_are_interpolated_where_they_are_real_numbers():
+    inf = float("inf")
+    config = LayerConfig()
+    first = LayerState(config, None, torch.zeros(2), None, [torch.tensor([inf, 0.0]), torch.tensor([1, 2])])
+    last = LayerState(config, None, torch.ones(2), torch.ones(1), [torch.tensor([inf, 4.0]), torch.tensor([3, 2])])
+    found = first.lerp(last, 0.25)
+    assert found.bias is None and found.weight.tolist() == [0.25, 0.25]
+    assert found.qparams[0].tolist() == [inf, 1.0] and found.qparams[1].tolist() == [3, 2]

@@ -30,8 +30,8 @@ RESULTS = {
         {"samples": n, "captured_bytes": n * 10**6, "budget_bytes": 10**8, "peak_bytes": 10**8} for n in (256, 512)
     ],
     "stages": [
-        {"stage": "Calibration", "seconds": 1.0, "share": 0.1},
-        {"stage": "AdaQuant", "seconds": 9.0, "share": 1},
+        {"stage": "Calibration", "seconds": 1.0, "over_adaquant": 0.1},
+        {"stage": "AdaQuant", "seconds": 9.0, "over_adaquant": 1},
     ],
     "samples": [
         {"method": method, "samples": n, "top1": 0.5} for n in (16, 64) for method in ("AdaQuant", "fine-tuning")
@@ -136,6 +136,8 @@ def test_accuracy_is_measured_over_seeds_and_goes_on_where_it_ended(tiny_cifar, 
 def test_unknown_kinds_are_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"kinds must be of ranges; .*got 'rounds'"):
         benchmark.accuracy(tmp_path, kinds="ranges;rounds")
+    with pytest.raises(ValueError, match=r"networks must name parts of resnet20, .* got 'resnet21'"):
+        benchmark.accuracy(tmp_path, networks="resnet21")
     with pytest.raises(ValueError, match="bits must be written like W4A8, got '4'"):
         benchmark.accuracy(tmp_path, bits="W4A4,4")
     assert len({str(kind) for kind in KINDS}) == len(KINDS) == 14
@@ -145,7 +147,7 @@ def test_every_stage_has_its_share(tmp_path):
     rows = measure_stages(samples=25, side=32, iterations=2)
     assert rows[0]["stage"] == "Calibration" and rows[0]["over_float_passes"] > 1
     (adaquant,) = (row for row in rows if row["stage"] == "AdaQuant")
-    assert adaquant["share"] == 1 and 0 < adaquant["outside_steps"] < 1
+    assert 0 < adaquant["outside_steps"] < 1
 
 
 def test_fine_tuning_learns_the_labels_of_its_images():

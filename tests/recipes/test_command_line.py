@@ -84,7 +84,7 @@ def test_the_papers_settings_of_adaquant_are_a_file_that_goes_with_others(tmp_pa
 
 def test_no_file_but_the_papers_has_rates_of_its_own():
     files = list(FOLDER.glob("*/*.yaml"))
-    assert len(files) > 10 and not [path.name for path in files if "rate" in path.read_text()]
+    assert len(files) > 10 and not [path.name for path in files if "_rate" in path.read_text()]
 
 
 @pytest.mark.parametrize(

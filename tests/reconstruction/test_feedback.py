@@ -233,7 +233,7 @@ def test_a_pass_ends_behind_a_layer_that_runs_once(times):
     runs = []
     model[0].second.register_forward_hook(lambda *_: runs.append(1))
     batches = [MiniBatch(UnitCall((part,), {}), None, None, None) for part in ROWS.split(len(ROWS) // 4)]
-    read, sums = [], []
+    read = []
     hook = model[0].first.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
         gram = _gram(unit, network.layers["0.first"], batches)[0]
@@ -242,3 +242,14 @@ def test_a_pass_ends_behind_a_layer_that_runs_once(times):
     quantizer = network.layers["0.first"].input_quantizers[0]
     sums = sum(quantizer(x).double().T @ quantizer(x).double() for x in read)
     torch.testing.assert_close(gram, sums.detach())
+
+
+def test_an_error_of_the_model_is_no_end_of_a_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(Twice(1)).eval()
+    network = calibrated_network(model, calibration_set(model, ROWS), edge_bits=None)
+    (unit,) = find_units(network, "block", ["0"])
+    parts = [*ROWS.split(len(ROWS) // 4)[:2], torch.ones(3, 5)]
+    batches = [MiniBatch(UnitCall((part,), {}), None, None, None) for part in parts]
+    with torch.no_grad(), pytest.raises(AssertionError, match="no error of the model's"):
+        _gram(unit, network.layers["0.first"], batches)

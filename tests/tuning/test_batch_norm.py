@@ -151,3 +151,22 @@ def test_model_without_batch_norm_is_left_as_it_is(images):
 def test_unknown_reference_is_refused():
     with pytest.raises(ValueError, match="reference must be one of float, training, got 'batch'"):
         BatchNormTuningOptions("batch")
+
+
+def test_a_batch_that_calls_a_layer_more_often_is_run_as_a_whole(images):
+    class Repeating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.Linear(64, 4)
+
+        def forward(self, x):
+            for _ in range(1 if len(x) == 16 else 2):
+                x = self.norm(self.conv(x))
+            return self.head(x.flatten(1))
+
+    torch.manual_seed(0)
+    model = Repeating().eval()
+    calibration = calibration_set(model, images[:16], images[16:24])
+    network = calibrated_network(model, calibration, weight_bits=2, activation_bits=3, edge_bits=None)
+    result = tune_batch_norm(network, calibration)
+    assert result.layers == ("conv",) and result.divergence_after <= result.divergence_before

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -74,7 +76,7 @@ def test_what_does_not_help_in_the_first_epoch_is_given_up(calibrated, caplog):
     progress = lambda done, total, what: steps.append((done, total))  # noqa: E731
     result = tune_bias(network, calibration, BiasTuningOptions(epochs=4, rate=1e4), progress)
     (done, total) = steps[-1]
-    assert done * 4 == total and not result.kept and "no fall after the first epoch" in caplog.text
+    assert done * 4 == total and not result.kept and "in the first epoch" in caplog.text
     assert all(torch.equal(layer.bias, before[name].bias) for name, layer in network.layers.items())
     assert [parameter.requires_grad for parameter in network.model.parameters()] == required
 
@@ -138,7 +140,7 @@ def test_layers_without_biases_or_scales_are_left_alone(images, caplog):
     runs = []
     calibration.forward = lambda batch, index: runs.append(index) or model(batch)
     result = tune_bias(network, calibration)
-    assert not result.kept and result.divergence_before == result.divergence_after == 0.0
+    assert not result.kept and math.isnan(result.divergence_before) and math.isnan(result.divergence_after)
     assert not caplog.text and not runs
 
 

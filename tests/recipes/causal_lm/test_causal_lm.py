@@ -46,7 +46,7 @@ def file(tmp_path):
 def test_contexts_and_texts_are_read_once_each(file, tmp_path):
     assert read_text(file, "train") == f"{RIVER}\n\n{BREAD}"
     (tmp_path / "text.txt").write_text("\ufeffOne.\n\nTwo.\n", encoding="utf-8")
-    assert read_text(str(tmp_path / "text.txt"), "train") == "One.\n\nTwo."
+    assert read_text(str(tmp_path / "text.txt"), "train") == "One.\n\nTwo.\n"
 
 
 def test_a_dataset_of_the_hub_is_named_with_its_configuration(monkeypatch):
@@ -54,10 +54,10 @@ def test_a_dataset_of_the_hub_is_named_with_its_configuration(monkeypatch):
 
     def load_dataset(name, configuration, split):
         asked.append((name, configuration, split))
-        return datasets.Dataset.from_dict({"text" if name == "wiki" else "words": ["a", "", " b ", "a"]})
+        return datasets.Dataset.from_dict({"text" if name == "wiki" else "words": ["a", "b", "a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert read_text("wiki:raw-v1", "validation") == "a\n\nb"
+    assert read_text("wiki:raw-v1", "validation") == "a\n\nb\n\na"
     assert asked == [("wiki", "raw-v1", "validation")]
     with pytest.raises(ValueError, match="other has no column text, only words"):
         read_text("other", "train")
@@ -92,8 +92,9 @@ def test_windows_lie_one_behind_the_other(tiny_llama, file):
         TextData(tokenizer, file, file, 99, window=8).setup()
     with pytest.raises(ValueError, match=r"no window of 8 tokens to evaluate on in .* beyond the calibration windows"):
         TextData(tokenizer, file, file, len(ids) // 8, window=8, split="train").setup()
-    with pytest.raises(ValueError, match="window must be at least 2, got 1"):
-        TextData(tokenizer, file, file, window=1)
+    for name, value, least in (("window", 1, 2), ("evaluation_windows", 0, 1), ("batch_size", 0, 1)):
+        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+            TextData(tokenizer, file, file, **{name: value})
 
 
 def test_perplexity_is_that_of_transformers(tiny_llama, file, make_trainer):
