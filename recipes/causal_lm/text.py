@@ -47,7 +47,7 @@ def _content(path: Path) -> str:
 def _from_json(path: Path) -> Iterator[str]:
     try:
         articles = json.loads(_content(path))["data"]
-        yield from dict.fromkeys(str(each["context"]) for article in articles for each in article["paragraphs"])
+        yield from dict.fromkeys(str(each["context"]).strip() for article in articles for each in article["paragraphs"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not SQuAD v1.1 ({type(error).__name__}: {error}): data, paragraphs and context were expected."
