@@ -12,12 +12,12 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
-from ..calibration.recording import Recording
 from ..calibration.replay import CalledAgainError, Replay
 from ..network.folding import FoldedBatchNorm
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..network.trial import trial
+from ..quantization.affine import along
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +147,21 @@ def tune_batch_norm(
         quantized_stream = Replay(network.model, structure, calibration, order, store, to_end=True)
         for position, (layer, reference) in enumerate(zip(layers, wanted, strict=True)):
             progress(position, len(order), layer.name)
-            inputs = quantized_stream.recording(layer.name)
-            _refold(layer, _channel_statistics(_keeping_inputs(quantized_stream, layer, inputs)), reference)
-            quantized_stream.finish(layer.name, quantized_stream.record_again(layer.name, inputs))
-            inputs.forget()
+            rounds = layer.output_quantizer is not None
+            record = quantized_stream.record(layer.name, keep_inputs=rounds)
+            assert record.outputs is not None
+            stretch, shift = _refold(layer, _channel_statistics(record.outputs), reference)
+            if record.inputs is not None:
+                outputs = quantized_stream.record_again(layer.name, record.inputs)
+                record.inputs.forget()
+            else:
+                # The integers stay as they are, so that the outputs need not be computed again.
+                outputs = quantized_stream.recording(layer.name)
+                for output in record.outputs:
+                    refolded = output * along(stretch, output.dim(), 1) + along(shift, output.dim(), 1)
+                    outputs.append(refolded.to(output.dtype))
+            record.outputs.forget()
+            quantized_stream.finish(layer.name, outputs)
     quantized_stream.forget()
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     if not attempt.kept:
@@ -181,13 +192,6 @@ def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
     stream.finish(layer.name, recording)
 
 
-def _keeping_inputs(stream: Replay, layer: QuantizedLayer, inputs: Recording) -> Iterator[Tensor]:
-    """Outputs of a layer at all its calls, of which only the inputs are kept."""
-    for _, call in stream.capture(layer.name):
-        inputs.append(call)
-        yield layer.module(*call.args, **call.kwargs)
-
-
 def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel (dimension 1) over all samples and positions, merged batch by batch
     (Chan, Golub, LeVeque 1979)."""
@@ -204,8 +208,11 @@ def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (squares / count).sqrt()
 
 
-def _refold(layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:
-    """Bring a layer's output from its present mean and deviation of each channel to the wanted ones."""
+def _refold(
+    layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Bring a layer's output from its present mean and deviation of each channel to the wanted ones; returns what each
+    channel of the output is multiplied by, and what is added to it."""
     mean, deviation = present
     wanted_mean, wanted_deviation = wanted
     alive = (wanted_deviation > 0) & (deviation > 0)
@@ -218,3 +225,4 @@ def _refold(layer: QuantizedLayer, present: tuple[Tensor, Tensor], wanted: tuple
         stretch = torch.ones_like(mean)
     assert layer.bias is not None
     layer.bias.copy_(wanted_mean + (layer.bias - mean) * stretch)
+    return stretch, wanted_mean - mean * stretch
