@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from tests.networks import calibrated_network, calibration_set
+
 
 def uneven(*layers) -> nn.Sequential:
     """A network whose inner channels differ in range by a factor of 300, which the layer after them makes up for."""
@@ -38,3 +40,17 @@ def convolutional():
 
 IMAGES = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(1))
 ROWS = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
+
+
+def uneven_network(model, data, **scheme):
+    calibration = calibration_set(model, data)
+    network = calibrated_network(model, calibration, **{"weight_bits": 8, "edge_bits": None, **scheme})
+    return network, calibration
+
+
+def error(network, data):
+    with torch.no_grad():
+        quantized = network.model(data)
+        with network.quantized(False):
+            wanted = network.model(data)
+    return float((quantized - wanted).square().mean() / wanted.square().mean())

@@ -314,6 +314,7 @@ class QuantizedLayer:
         self.fit_weight_range()
         for tensor, spec in zip(self.tensors, self.config.inputs, strict=True):
             tensor.require_observed()
+            tensor.may_learn_ratios = False
             if spec is not None:
                 tensor.fit_range(spec)
         if self.config.output is not None:

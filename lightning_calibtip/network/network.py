@@ -155,7 +155,7 @@ class QuantizedNetwork:
             layer.variants.clear()
             layer.errors = None
             for tensor in (*layer.tensors, layer.output_tensor):
-                tensor.observer = None
+                tensor.observer, tensor.may_learn_ratios = None, False
             assert planned.config is not None
             layer.install(planned.config)
         self._plan = decided
@@ -304,6 +304,8 @@ class QuantizedNetwork:
         self._require_float_weights()
         for layer in self.layers.values():
             layer.reset()
+        for tensor in self.tensors:
+            tensor.may_learn_ratios = False
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:

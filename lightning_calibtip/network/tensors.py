@@ -26,6 +26,7 @@ class ObservedTensor:
         readers: Names of the layers that read it (of an output, the layer that writes it).
         observer: What calibration has attached; None before.
         quantizers: Its quantizers by format.
+        may_learn_ratios: Whether reconstruction may give its channels ratios; equalization decides.
 
     Example:
         >>> tensor = ObservedTensor("fc input", readers=["fc", "gate"])
@@ -39,6 +40,7 @@ class ObservedTensor:
     readers: list[str] = field(default_factory=list)
     observer: Observer | None = None
     quantizers: dict[TensorSpec, Quantizer] = field(default_factory=dict)
+    may_learn_ratios: bool = False
     _seen: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property

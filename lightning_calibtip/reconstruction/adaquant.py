@@ -201,6 +201,7 @@ def open_finished(
     described = {
         **options.describe(),
         "storage": store.precision,
+        "inputs that may learn ratios": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
         "precision": autocast,
         "float model": network.fingerprint,
         **settings,

@@ -1,7 +1,7 @@
 """AdaQuant at several bit-widths: a reconstructed state of each layer for every candidate of bit allocation."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..calibration.activation_store import ActivationStore
@@ -79,6 +79,8 @@ def adaquant_candidates(
     store = store or ActivationStore()
     network.warn_of_equalization()
     former = {name: network.layers[name].config for name in network.searchable_layers}
+    # Ratios do not belong to the formats that are to be compared.
+    options = replace(options, ratio_rate=0.0)
     work = _Work(network, options, list(dict.fromkeys(candidates)), progress)
     units = prepare_units(network, calibration, options)
     if state_folder is not None:

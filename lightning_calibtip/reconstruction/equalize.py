@@ -95,7 +95,8 @@ def equalize(
     et al. 2023). In float nothing changes. Inputs whose layers are depthwise are free: the scales of the weight's
     channels take the ratios in. Each input keeps its ratios only where the outputs of its layers come closer to the
     float ones, and the whole only if the model, with weights that are not rounded, comes closer to the float logits:
-    what rounding weights to nearest adds at random is for reconstruction to mend.
+    what rounding weights to nearest adds at random is for reconstruction to mend. Ratios go on learning in
+    reconstruction; inputs that have none begin there with ratios of 1.
 
     Args:
         network: Calibrated network.
@@ -174,8 +175,9 @@ def equalize(
     if not attempt.kept:
         log.warning("Equalization did not lower the divergence of the inputs' rounding: restored.")
         found = [replace(one, exponent=0.0, error_after=one.error_before) for one in found]
-    else:
-        network.set_absorbers(absorbers)
+    network.set_absorbers(absorbers)
+    for tensor, _ in groups:
+        tensor.may_learn_ratios = True
     return EqualizationResult(tuple(found), float(attempt.before.mean()), float(attempt.after.mean()), attempt.kept)
 
 

@@ -1,7 +1,9 @@
 """Ratios of equalized channels that go on learning while a unit is reconstructed."""
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,40 @@ from torch import Tensor, nn
 
 from ..network.channels import along_weight
 from ..network.layers import QuantizedLayer
+from ..network.tensors import ObservedTensor
+from ..quantization.quantizers import AffineQuantizer, Quantizer
+from .equalizable import input_format
+
+
+@torch.no_grad()
+def give_ratios(layers: Sequence[QuantizedLayer], fixed: AbstractSet[Quantizer]) -> None:
+    """Give ratios of 1 to the inputs that equalization has left without, where all layers that read them can follow:
+    nothing changes until these learn.
+
+    Args:
+        layers: Layers of a unit whose weights can follow ratios.
+        fixed: Quantizers that must not change.
+    """
+    names = {layer.name for layer in layers}
+    readers: dict[ObservedTensor, list[QuantizedLayer]] = {}
+    for layer in layers:
+        readers.setdefault(layer.tensors[0], []).append(layer)
+    for tensor, reading in readers.items():
+        formats = {input_format(layer) for layer in reading}
+        if not tensor.may_learn_ratios or not names.issuperset(tensor.readers) or len(formats) != 1 or None in formats:
+            continue
+        ((spec, channels),) = (each for each in formats if each is not None)
+        present = tensor.quantizers[spec]
+        if spec.equalized is not None or present in fixed:
+            continue
+        for layer in reading:
+            layer.install(replace(layer.config, inputs=(replace(spec, equalized=channels),)))
+        equalized = tensor.quantizers[replace(spec, equalized=channels)]
+        assert isinstance(present, AffineQuantizer) and isinstance(equalized, AffineQuantizer)
+        assert equalized.ratio is not None
+        equalized.scale.copy_(present.scale)
+        equalized.zero_point.copy_(present.zero_point)
+        equalized.ratio.fill_(1.0)
 
 
 @contextmanager

@@ -22,15 +22,15 @@ from ..network.states import LayerState
 from ..network.trainable import trainable
 from ..network.trial import Trial, trial
 from ..quantization.affine import SMALLEST_SCALE
-from ..quantization.quantizers import AffineQuantizer, Quantizer
+from ..quantization.quantizers import SMALLEST_RATIO, AffineQuantizer, Quantizer
 from .adam import Adam
 from .dropping import Dropping, dropping
 from .feedback import FEEDBACK, round_unit
-from .learned_ratios import weights_following
+from .learned_ratios import give_ratios, weights_following
 from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
 from .rates import learning_rates
-from .rounding import Rounding, RoundingPenalty, rounding_method
+from .rounding import RoundingPenalty, rounding_method
 from .unit_data import MiniBatch, UnitDataset
 from .units import Unit
 
@@ -171,13 +171,21 @@ def optimize_unit(
     judge = partial(relative_error, unit, [objective], dataset, holdout)
     descent = _Descent(unit, dataset, options, objective, fixed, generator, progress)
     with trial(unit.layers, judge) as attempt:
-        started, first = time.monotonic(), [layer.save() for layer in unit.layers]
+        started = time.monotonic()
+        if options.ratio_rate > 0:
+            give_ratios([layer for layer in unit.layers if _follows_ratios(layer, options)], fixed)
+        first = [layer.save() for layer in unit.layers]
         if reason := descent.run(training, float(attempt.before)):
             attempt.fail(reason)
         else:
             _interpolate(unit, first, judge)
         seconds = time.monotonic() - started
     return _conclude(unit, attempt, reason, seconds)
+
+
+def _follows_ratios(layer: QuantizedLayer, options: AdaQuantOptions) -> bool:
+    """Whether the layer's weight may be multiplied by ratios of the input's channels while these learn."""
+    return layer.weight_quantizer is None or rounding_method(options.rounding).learns_ratios
 
 
 @torch.no_grad()
@@ -253,7 +261,7 @@ class _Descent:
             roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
             for rounding in roundings.values():
                 stack.enter_context(rounding.acting())
-            following = self._following(roundings, learned)
+            following = self._following(learned)
             stack.enter_context(weights_following(following))
             rates = [
                 rate
@@ -304,15 +312,12 @@ class _Descent:
         parts = training[:_FEEDBACK_SAMPLES].split(1 if self.dataset.whole else self.options.batch_size)
         return (self.dataset.take(part) for part in parts)
 
-    def _following(
-        self, roundings: Mapping[str, Rounding], learned: Mapping[str, Sequence[Quantizer]]
-    ) -> list[QuantizedLayer]:
+    def _following(self, learned: Mapping[str, Sequence[Quantizer]]) -> list[QuantizedLayer]:
         """Layers whose weights follow the ratios of their inputs: where these learn, and every reader can follow."""
         names = {layer.name for layer in self.unit.layers}
         found = []
         for layer in self.unit.layers:
-            rounding = roundings.get(layer.name)
-            if layer.input_ratio is None or (rounding is not None and not rounding.learns_ratios):
+            if layer.input_ratio is None or not _follows_ratios(layer, self.options):
                 continue
             (tensor,), (quantizer,) = layer.tensors, layer.input_quantizers
             if names.issuperset(tensor.readers) and any(quantizer in own for own in learned.values()):
@@ -348,15 +353,15 @@ def clamping(quantizers: Sequence[Quantizer]) -> Callable[[], None]:
     affine = [
         quantizer
         for quantizer in quantizers
-        if isinstance(quantizer, AffineQuantizer)
-        and type(quantizer).clamp_ is AffineQuantizer.clamp_
-        and quantizer.ratio is None
+        if isinstance(quantizer, AffineQuantizer) and type(quantizer).clamp_ is AffineQuantizer.clamp_
     ]
     scales, others = [quantizer.scale for quantizer in affine], [q for q in quantizers if q not in affine]
+    ratios = [quantizer.ratio for quantizer in affine if quantizer.ratio is not None]
 
     def clamp() -> None:
-        if scales:
-            torch._foreach_clamp_min_(scales, SMALLEST_SCALE)
+        for parameters, smallest in ((scales, SMALLEST_SCALE), (ratios, SMALLEST_RATIO)):
+            if parameters:
+                torch._foreach_clamp_min_(parameters, smallest)
         for quantizer in others:
             quantizer.clamp_()
 

@@ -12,32 +12,16 @@ from lightning_calibtip import (
     run_stages,
 )
 from lightning_calibtip.quantization.spec import BitWidths
-from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
 from lightning_calibtip.reconstruction.equalizable import EqualizationOptions
 from lightning_calibtip.reconstruction.equalize import equalize
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
-from tests.networks import calibrated_network, calibration_set
-from tests.uneven import IMAGES, ROWS, convolutional, linear
-
-
-def equalized_network(model, data, **scheme):
-    calibration = calibration_set(model, data)
-    network = calibrated_network(model, calibration, **{"weight_bits": 8, "edge_bits": None, **scheme})
-    return network, calibration
-
-
-def error(network, data):
-    with torch.no_grad():
-        quantized = network.model(data)
-        with network.quantized(False):
-            wanted = network.model(data)
-    return float((quantized - wanted).square().mean() / wanted.square().mean())
+from tests.uneven import IMAGES, ROWS, convolutional, error, linear, uneven_network
 
 
 @pytest.mark.parametrize("make, data", [(linear, ROWS), (convolutional, IMAGES)])
 def test_channels_of_different_range_share_a_scale_fairly(make, data):
-    network, calibration = equalized_network(make(), data)
+    network, calibration = uneven_network(make(), data)
     with torch.no_grad(), network.quantized(False):
         exact = network.model(data)
     before = error(network, data)
@@ -55,7 +39,7 @@ def test_channels_of_different_range_share_a_scale_fairly(make, data):
 
 
 def test_an_input_is_divided_and_its_weights_are_multiplied():
-    network, calibration = equalized_network(linear(), ROWS)
+    network, calibration = uneven_network(linear(), ROWS)
     equalize(network, calibration, EqualizationOptions(exponents=[1.0]))
     layer = network.layers["2"]
     (quantizer,) = layer.input_quantizers
@@ -71,7 +55,7 @@ def test_an_input_is_divided_and_its_weights_are_multiplied():
 
 
 def test_depthwise_convolutions_pay_nothing():
-    network, calibration = equalized_network(convolutional(), IMAGES, weight_bits=4)
+    network, calibration = uneven_network(convolutional(), IMAGES, weight_bits=4)
     depthwise = network.layers["2"]
     before = depthwise.integer_weight()
     result = equalize(network, calibration)
@@ -89,18 +73,18 @@ def test_depthwise_convolutions_pay_nothing():
     ({}, {"0 input", "2 input", "4 input", "6 input"}),
 ])  # fmt: skip
 def test_which_inputs_may_be_equalized(options, names):
-    network, calibration = equalized_network(convolutional(), IMAGES)
+    network, calibration = uneven_network(convolutional(), IMAGES)
     result = equalize(network, calibration, EqualizationOptions(**options))
     assert {found.name for found in result.inputs} == names
     assert {found.name: found.absorbed_by for found in result.inputs}["2 input"] == "0"
 
 
 def test_engines_get_what_costs_them_nothing():
-    network, calibration = equalized_network(convolutional(), IMAGES, target="onnxruntime")
+    network, calibration = uneven_network(convolutional(), IMAGES, target="onnxruntime")
     assert {found.name for found in equalize(network, calibration).inputs} == {"2 input"}
-    network, calibration = equalized_network(linear(nn.GELU), ROWS, target="onnxruntime")
+    network, calibration = uneven_network(linear(nn.GELU), ROWS, target="onnxruntime")
     assert {found.name for found in equalize(network, calibration).inputs} == {"0 input", "2 input", "4 input"}
-    network, calibration = equalized_network(linear(nn.GELU), ROWS, target="tensorrt", activation_bits=8)
+    network, calibration = uneven_network(linear(nn.GELU), ROWS, target="tensorrt", activation_bits=8)
     assert equalize(network, calibration).inputs == ()
 
 
@@ -125,7 +109,7 @@ class Shared(nn.Module):
 
 
 def test_layers_that_read_one_tensor_share_its_ratios():
-    network, calibration = equalized_network(Shared(False).eval(), ROWS)
+    network, calibration = uneven_network(Shared(False).eval(), ROWS)
     result = equalize(network, calibration)
     left, right = network.layers["left"], network.layers["right"]
     assert left.input_ratio is right.input_ratio is not None
@@ -135,7 +119,7 @@ def test_layers_that_read_one_tensor_share_its_ratios():
 
 
 def test_a_tensor_that_something_else_reads_is_not_divided_by_its_writer():
-    network, calibration = equalized_network(Shared(True).eval(), ROWS)
+    network, calibration = uneven_network(Shared(True).eval(), ROWS)
     assert {found.absorbed_by for found in equalize(network, calibration).inputs} == {""}
 
 
@@ -164,34 +148,8 @@ def test_ratios_come_back_with_checkpoints_and_packed_files(tmp_path, make_train
             assert torch.equal(loaded(ROWS), wanted)
 
 
-def test_reconstruction_goes_on_learning_the_ratios():
-    rows = torch.randn(512, 6, generator=torch.Generator().manual_seed(2))
-    errors = {}
-    for ratio_rate in (0.0, 0.05):
-        network, calibration = equalized_network(linear(), rows, weight_bits=3)
-        equalize(network, calibration)
-        first = network.layers["2"].input_ratio.detach().clone()
-        results = adaquant(network, calibration, AdaQuantOptions(iterations=150, ratio_rate=ratio_rate))
-        assert results[-1].kept and results[-1].error_after < results[-1].error_before
-        assert torch.equal(network.layers["2"].input_ratio, first) == (ratio_rate == 0)
-        errors[ratio_rate] = error(network, rows)
-    assert errors[0.05] < errors[0.0]
-    # What the weights took in while it learned is in them for good.
-    places = [layer.module.parametrizations["weight"] for layer in network.layers.values()]
-    assert all(place[0] is layer.weight_quantizer for place, layer in zip(places, network.layers.values(), strict=True))
-
-
-def test_ratios_that_do_not_learn_stay():
-    for options in ({"ratio_rate": 0.0}, {"rounding": "learned"}):
-        network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
-        equalize(network, calibration)
-        first = network.layers["2"].input_ratio.detach().clone()
-        adaquant(network, calibration, AdaQuantOptions(iterations=10, **options))
-        assert torch.equal(network.layers["2"].input_ratio, first)
-
-
 def test_another_calibration_and_a_reset_end_it():
-    network, calibration = equalized_network(linear(), ROWS)
+    network, calibration = uneven_network(linear(), ROWS)
     plain = error(network, ROWS)
     equalize(network, calibration)
     network.reset_to_float()
@@ -203,7 +161,7 @@ def test_another_calibration_and_a_reset_end_it():
 
 
 def test_other_bit_widths_end_it(caplog):
-    network, calibration = equalized_network(linear(), ROWS, weight_bits=4)
+    network, calibration = uneven_network(linear(), ROWS, weight_bits=4)
     equalize(network, calibration)
     layer = network.layers["2"]
     layer.switch(layer.config)
@@ -216,7 +174,7 @@ def test_other_bit_widths_end_it(caplog):
 
 
 def test_equalizing_a_shared_tensor_twice_keeps_what_its_layers_compute():
-    network, calibration = equalized_network(Shared(False).eval(), ROWS)
+    network, calibration = uneven_network(Shared(False).eval(), ROWS)
     for _ in range(2):
         equalize(network, calibration)
         for name in ("left", "right"):
@@ -225,7 +183,7 @@ def test_equalizing_a_shared_tensor_twice_keeps_what_its_layers_compute():
 
 
 def test_a_second_run_that_is_put_back_leaves_the_first(monkeypatch):
-    network, calibration = equalized_network(linear(), ROWS)
+    network, calibration = uneven_network(linear(), ROWS)
     equalize(network, calibration)
     absorbed = [planned.absorbs for planned in network.plan.modules]
     assert any(absorbed)
@@ -237,7 +195,7 @@ def test_a_second_run_that_is_put_back_leaves_the_first(monkeypatch):
 
 
 def test_equalizing_twice_replaces_the_ratios():
-    network, calibration = equalized_network(linear(), ROWS)
+    network, calibration = uneven_network(linear(), ROWS)
     equalize(network, calibration, EqualizationOptions(exponents=[0.5]))
     half = network.layers["2"].input_ratio.detach().clone()
     equalize(network, calibration, EqualizationOptions(exponents=[1.0]))
@@ -247,7 +205,7 @@ def test_equalizing_twice_replaces_the_ratios():
 
 
 def test_it_is_put_back_where_the_model_does_not_come_closer(monkeypatch):
-    network, calibration = equalized_network(linear(), ROWS)
+    network, calibration = uneven_network(linear(), ROWS)
     with torch.no_grad():
         before = network.model(ROWS)
     monkeypatch.setattr(
