@@ -55,7 +55,7 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
         else:
             del state_dict[f"{_weight_place(layer, prefix)}original"]
             spec = layer.weight_quantizer.spec
-            packed = pack_integers(layer.integer_weight(), spec.bits, spec.qmin)
+            packed = pack_integers(layer.weight_quantizer.encode(weight), spec.bits, spec.qmin)
             weights[name] = {"packed": packed, "shape": list(weight.shape)}
     for place, _ in _shared_quantizers(network, prefix):
         for key in _keys_below(state_dict, place):
@@ -208,7 +208,7 @@ def digest_of(
         digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if isinstance(tensor, Tensor) and tensor.numel():
             flat = tensor.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

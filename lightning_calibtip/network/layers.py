@@ -396,4 +396,4 @@ class QuantizedLayer:
     def integer_weight(self) -> Tensor:
         """Weight, which must be the layer's own and quantized, as the integers (int32) that a checkpoint holds."""
         assert self.weight_quantizer is not None
-        return self.weight_quantizer.encode(self.latent()[0])
+        return self.weight_quantizer.encode(self.latent()[0]).to(torch.int32)

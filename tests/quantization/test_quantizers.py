@@ -10,7 +10,7 @@ from lightning_calibtip.quantization.quantizers import (
     make_quantizer,
     register_quantizer,
 )
-from lightning_calibtip.quantization.spec import PerChannel, PerGroup, PerTensor, PerToken, TensorSpec
+from lightning_calibtip.quantization.spec import Channels, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec
 
 CPU = torch.device("cpu")
 
@@ -43,8 +43,24 @@ def test_decode_of_encode_is_what_passes_when_enabled(spec):
     assert quantizer(x) is x
     quantizer.enabled = True
     integers = quantizer.encode(x)
-    assert integers.dtype == torch.int32 and spec.qmin <= int(integers.min()) and int(integers.max()) <= spec.qmax
+    assert not integers.is_floating_point() and spec.qmin <= int(integers.min()) and int(integers.max()) <= spec.qmax
     assert torch.equal(quantizer(x), quantizer.decode(integers)) and quantizer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("spec", [
+    TensorSpec(4, granularity=PerChannel(0)), TensorSpec(4, True, PerChannel(1)), TensorSpec(8),
+    TensorSpec(3, True, PerGroup(7)), TensorSpec(4, equalized=Channels(-1, 4)), TensorSpec(4, equalized=Channels(-3, 5)),
+])  # fmt: skip
+def test_large_tensors_are_encoded_and_decoded_in_parts_alike(spec, monkeypatch):
+    x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    quantizer = fitted(spec, x)
+    if spec.equalized:
+        with torch.no_grad():
+            quantizer.ratio.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
+    integers = quantizer.encode(x)
+    values = quantizer.decode(integers)
+    monkeypatch.setattr("lightning_calibtip.quantization.quantizers._PART", 24)
+    assert torch.equal(quantizer.encode(x), integers) and torch.equal(quantizer.decode(integers), values)
 
 
 def test_a_group_is_quantized_by_its_own_scale():
