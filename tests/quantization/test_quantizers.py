@@ -22,8 +22,8 @@ def _seed():
 
 def fitted(spec, x):
     quantizer = make_quantizer("x", spec, x.shape, CPU)
-    rows, _ = quantizer._rows(x)
-    rows = rows.reshape(1, -1) if quantizer.rows == 1 else rows.movedim(0, 0).flatten(1)
+    rows, axis = quantizer._rows(x)
+    rows = rows.reshape(1, -1) if quantizer.rows == 1 else rows.movedim(axis, 0).flatten(1)
     quantizer.set_range(rows.amin(1), rows.amax(1))
     return quantizer
 
@@ -49,7 +49,8 @@ def test_decode_of_encode_is_what_passes_when_enabled(spec):
 
 @pytest.mark.parametrize("spec", [
     TensorSpec(4, granularity=PerChannel(0)), TensorSpec(4, True, PerChannel(1)), TensorSpec(8),
-    TensorSpec(3, True, PerGroup(7)), TensorSpec(4, equalized=Channels(-1, 4)), TensorSpec(4, equalized=Channels(-3, 5)),
+    TensorSpec(3, True, PerGroup(7)), TensorSpec(4, equalized=Channels(-1, 4)),
+    TensorSpec(4, equalized=Channels(-3, 5)),
 ])  # fmt: skip
 def test_large_tensors_are_encoded_and_decoded_in_parts_alike(spec, monkeypatch):
     x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
