@@ -96,11 +96,12 @@ class QuantizationTrainer(pl.Trainer):
             self._stage_options(),
             {**configuration, "calibration_samples": calibration_samples},
         )
-        run.save(output / "quantized.ckpt")
+        run.save(output / "quantized.ckpt", clean_up=False)
         run.export_for_target(output)
         record = run.record("quantize", type(model).__name__, run.metric_or_first(metric), options.seed)
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
+        run.clean_up()
         wrapped.print_summary()
         print("\n".join(map(str, ["", record_table(record), "", *run.exports, f"written to {output}"])))
         return run

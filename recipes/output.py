@@ -32,9 +32,10 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
         output: Folder for the results.
         logger: Logger from ``make_logger``.
     """
-    run.save(output / "quantized.ckpt")
+    run.save(output / "quantized.ckpt", clean_up=False)
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")
+    run.clean_up()
     run.module.print_summary()
     print()
     print(record_table(record))

@@ -33,3 +33,12 @@ def kill_at_call(monkeypatch, owner, name, count) -> None:
         return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, counting)
+
+
+def pid_of_a_process_that_has_ended() -> int:
+    """Number of a process of this machine that does not run any longer."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from ..files.atomic import replacing
 from ..quantization.spec import BitWidths
 
 # Version 1 had no bit-width None.
@@ -64,9 +65,8 @@ class SensitivityTable:
         return 0.0 if bits == self.conditions.base else self.losses[layer][bits] - self.base_loss
 
     def write(self, path: str | Path) -> None:
-        """Write all of it, as ``SensitivityFile`` does line by line."""
-        Path(path).unlink(missing_ok=True)
-        with SensitivityFile(path, self.conditions) as file:
+        """Write all of it, as ``SensitivityFile`` does line by line, but completely or not at all."""
+        with replacing(path) as unfinished, SensitivityFile(unfinished, self.conditions) as file:
             file.add_base(self.base_loss)
             for layer, of_layer in self.losses.items():
                 for bits, loss in of_layer.items():

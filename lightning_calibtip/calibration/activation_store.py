@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..files.scratch import Scratch
 from .placeholders import holds_placeholder, zeros
 from .storage import Buffer, FileBuffer, MemoryBuffer
 
@@ -104,7 +104,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
     ) -> None:
         self.budget, self.precision, self.folder = budget, precision, folder
         self.most_held = 0
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Scratch | None = None
         self._files = 0
         self._sizes: dict[Buffer, int] = {}
 
@@ -118,7 +118,7 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
         for buffer in list(self._sizes):
             self.release(buffer)
         if self._scratch is not None:
-            self._scratch.cleanup()
+            self._scratch.close()
             self._scratch = None
 
     def series(self, length: int, channels_last: bool = False) -> "TensorSeries":
@@ -155,19 +155,17 @@ class ActivationStore(AbstractContextManager["ActivationStore"]):
 
     def _new_file(self, size: int) -> Path:
         if self._scratch is None:
-            if self.folder is not None:
-                Path(self.folder).mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self.folder)
+            self._scratch = Scratch(self.folder)
         unwritten = sum(size - buffer.written for buffer, size in self._sizes.items() if isinstance(buffer, FileBuffer))
-        free = shutil.disk_usage(self._scratch.name).free - unwritten
+        free = shutil.disk_usage(self._scratch.path).free - unwritten
         if size > _MOST_OF_FREE_SPACE * free:
             raise OSError(
-                f"Captured activations need {size:,} bytes in {self._scratch.name}, which has {free:,} free: raise "
+                f"Captured activations need {size:,} bytes in {self._scratch.path}, which has {free:,} free: raise "
                 'activation_budget, use precision="bfloat16" or fewer calibration samples, or name another '
                 "scratch_folder."
             )
         self._files += 1
-        return Path(self._scratch.name) / f"{self._files}.bin"
+        return self._scratch.path / f"{self._files}.bin"
 
 
 class TensorSeries:

@@ -9,13 +9,14 @@ from typing_extensions import override
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.options import StorageOptions
+from ..files.state_folder import remove_state
 from ..module import QuantizationModule
 from ..quantization.spec import BitWidths, parse_bit_widths
 from ..reconstruction.adaquant import adaquant
 from ..reconstruction.candidates import adaquant_candidates, check_candidates
 from ..reconstruction.optimize import UnitResult
 from ..reconstruction.options import AdaQuantOptions
-from ..reconstruction.resume import remove_finished
+from ..reconstruction.resume import FILES
 from ..report.reconstruction import reconstruction_item
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult
@@ -83,8 +84,7 @@ class AdaQuant(Stage):
     @override
     def clean_up(self) -> None:
         """Remove the finished units from the state folder, and the folder if nothing else is in it."""
-        if self.state_folder is not None:
-            remove_finished(self.state_folder)
+        remove_state(self.state_folder, FILES)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

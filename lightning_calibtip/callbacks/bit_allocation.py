@@ -1,7 +1,6 @@
 """BitAllocation: give each layer its own bit-widths under a budget."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,15 @@ from ..allocation.allocate import allocate
 from ..allocation.options import AllocationOptions
 from ..allocation.outcome import Allocation
 from ..calibration.options import StorageOptions
+from ..files.state_folder import holding, remove_state
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
 from ..report.allocation import allocation_items
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult
+
+# Name of the table of measurements in a state folder.
+_TABLE = "sensitivity.csv"
 
 
 class BitAllocation(Stage):
@@ -54,7 +57,7 @@ class BitAllocation(Stage):
         self.options = AllocationOptions(**changes)
         self.storage = storage_options(self.name, storage)
         keeps = state_folder is not None and self.options.table is None
-        self.state = Path(state_folder) / "sensitivity.csv" if keeps and state_folder is not None else None
+        self.state_folder = Path(state_folder) if keeps and state_folder is not None else None
         self.allocation: Allocation | None = None
 
     @override
@@ -71,17 +74,16 @@ class BitAllocation(Stage):
     @override
     def clean_up(self) -> None:
         """Remove what was kept in the state folder, and the folder if nothing else is in it."""
-        if self.state is not None:
-            self.state.unlink(missing_ok=True)
-            with suppress(OSError):
-                self.state.parent.rmdir()
+        remove_state(self.state_folder, [_TABLE])
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:
         """Measure, solve, check and apply."""
         options, network = self.options, module.network
-        table = self.state if options.table is None else Path(options.table)
-        with self.storage.open() as store:
+        table = None if options.table is None else Path(options.table)
+        if self.state_folder is not None:
+            table = self.state_folder / _TABLE
+        with holding(self.state_folder), self.storage.open() as store:
             self.allocation = allocate(network, module.calibration, options, store, self.evaluate, self.progress, table)
         if options.reset_to_float:
             network.reset_to_float()

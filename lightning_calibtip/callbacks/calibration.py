@@ -1,6 +1,5 @@
 """Calibration: choose the ranges of activations and weights from what one epoch shows."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
+from ..files.state_folder import remove_state
 from ..module import QuantizationModule
 from ..quantization.ranges import RangeOptions
 from ..tuning.joint_search import search_jointly
@@ -48,10 +48,7 @@ class Calibration(Stage):
     @override
     def clean_up(self) -> None:
         """Remove what was kept in the state folder, and the folder if nothing else is in it."""
-        if self.state_folder is not None:
-            (self.state_folder / FILE_NAME).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.state_folder.rmdir()
+        remove_state(self.state_folder, [FILE_NAME])
 
     @override
     def on_train_batch_end(

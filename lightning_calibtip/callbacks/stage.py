@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -63,7 +64,8 @@ class Stage(pl.Callback, ABC):
     calibration data. ``result`` holds what the last run has found, which loggers get too, and ``seconds`` the time that
     it took. ``run`` may report to ``progress``, which the Trainer's progress bar shows; where the output goes to a
     file, there is one line at the end. ``evaluate``, a function without arguments that gives metrics of the model as it
-    is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation.
+    is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation. A stage
+    that can be resumed keeps what it has done in ``state_folder``, in which one process works at a time.
 
     Example:
         >>> class CountSamples(Stage):
@@ -73,6 +75,8 @@ class Stage(pl.Callback, ABC):
         >>> stage.name, stage.result.figures
         ('CountSamples', {})
     """
+
+    state_folder: Path | None = None
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -107,7 +111,7 @@ class Stage(pl.Callback, ABC):
         """
 
     def clean_up(self) -> None:
-        """Remove what the stage has kept on disk for a run that breaks off; called when the whole run is over."""
+        """Remove what the stage has kept on disk for a run that breaks off; called when the run's result is written."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.operations import routed_by_hooks
 from ..network.targets import Target, find_target

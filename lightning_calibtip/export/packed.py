@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.checkpoint import digest_of, pack_network, unpack_network
 from ..network.folding import FoldedBatchNorm

@@ -139,7 +139,7 @@ def _read_config(
             f"The checkpoint's quantization config has version {version!r}, this release reads versions 2 and "
             f"{CONFIG_VERSION}; load it with the release that wrote it."
         )
-    if packed.get("digest") != digest_of(config, packed["weights"], state_dict, prefix):
+    if not is_intact(packed, state_dict, prefix):
         raise ValueError(
             "The checkpoint is damaged or was changed: its digest does not fit its plan, weights and scales. Write it "
             "anew from the quantized model, or take another copy of it."
@@ -210,6 +210,16 @@ def digest_of(
             flat = tensor.detach().cpu().contiguous().view(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_intact(packed: Mapping[str, Any], state_dict: Mapping[str, Tensor], prefix: str = "model.") -> bool:
+    """Whether what ``pack_network`` has made, and the state dict, still fit its digest.
+
+    Example:
+        >>> is_intact({"config": {}, "weights": {}, "digest": "0"}, {})
+        False
+    """
+    return bool(packed.get("digest") == digest_of(packed["config"], packed["weights"], state_dict, prefix))
 
 
 def is_quantized(path: str | Path) -> bool:

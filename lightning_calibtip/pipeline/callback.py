@@ -152,7 +152,7 @@ class CalibTIP(pl.Callback):
         checkpoints = trainer.checkpoint_callback
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
-        self.result.save(self.checkpoint_path)
+        self.result.save(self.checkpoint_path, clean_up=False)
         if self.export is not None:
             stem = "model" if self.filename == _FILENAME else self.filename
             self.result.export_after(self.checkpoint_path.with_name(f"{stem}.onnx"))
@@ -161,3 +161,4 @@ class CalibTIP(pl.Callback):
         record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed)
         self.result.write_report(self.report_folder, record)
         self.result.log(trainer.loggers, self.checkpoint_path, "calibtip/", trainer.global_step)
+        self.result.clean_up()

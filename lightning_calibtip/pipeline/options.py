@@ -35,7 +35,8 @@ class PipelineOptions:
         bias_tuning: Options of bias tuning.
         storage: Where captured activations are kept, in every stage that captures some.
         state_folder: Folder of its own for finished units and measurements: a run that was killed and is repeated is
-            resumed from there. None to keep nothing.
+            resumed from there. ``QuantizationRun.save`` removes them once the checkpoint is written. None to keep
+            nothing.
         seed: Random seed of every stage; None leaves each stage the seed of its own options.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from ..callbacks.stage import Stage
 from ..export.onnx_file import export_onnx
 from ..export.report import ExportReport, export_item
 from ..module import QuantizationModule
@@ -18,6 +19,7 @@ from ..report.layers import layers_item
 from ..report.loggers import log_checkpoint, log_items
 from ..report.page import Section, write_page
 from ..report.record import StageRecord, remove_previous_items, run_record, write_record
+from .checkpoint_io import AtomicCheckpointIO
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class QuantizationRun:
         calibration_samples: Number of samples that were used.
         configuration: Settings of the run by name, for the report.
         example: A calibration batch, which exports are checked on; None if there was none.
+        ran: The stages themselves, which may still keep on disk what a run that breaks off is resumed from.
         exports: Reports of what was exported so far.
 
     Example:
@@ -68,6 +71,7 @@ class QuantizationRun:
     calibration_samples: int
     configuration: Mapping[str, Any] = field(default_factory=dict)
     example: Any = None
+    ran: Sequence[Stage] = ()
     exports: list[ExportReport] = field(default_factory=list)
 
     @property
@@ -155,18 +159,34 @@ class QuantizationRun:
                 error,
             )
 
-    def save(self, path: str | Path) -> None:
-        """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    def save(self, path: str | Path, clean_up: bool = True) -> None:
+        """Write the quantized checkpoint, for ``QuantizationModule.load_from_checkpoint(path, model=...)``, completely
+        or not at all, and read it back.
+
+        Args:
+            path: File to write.
+            clean_up: Whether what the stages have kept to be resumed from is removed then, see ``clean_up``.
+
+        Raises:
+            OSError: If it cannot be written, or reads differently.
+        """
         trainer = pl.Trainer(
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            plugins=[AtomicCheckpointIO()],
         )
         trainer.strategy.connect(self.module)
         trainer.save_checkpoint(path, weights_only=True)
+        if clean_up:
+            self.clean_up()
+
+    def clean_up(self) -> None:
+        """Remove what the stages have kept in their state folder; from then on the run cannot be resumed."""
+        for stage in self.ran:
+            stage.clean_up()
 
     def write_report(self, folder: str | Path, record: Mapping[str, Any]) -> None:
         """Write ``result.json``, ``report.html``, and each report item as CSV and, with matplotlib, as PNG.

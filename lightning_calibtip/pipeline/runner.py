@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..calibration.calibration_set import FirstSamples, batch_size
 from ..callbacks.stage import Stage
+from ..files.state_folder import holding
 from ..module import QuantizationModule
 from .options import PipelineOptions
 from .presets import make_stages
@@ -52,6 +54,10 @@ def run_stages(
         trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, callbacks, ...). Its
             loggers get the metrics after each stage, under ``<stage>/<metric>``.
         configuration: Settings to be kept with the run; its loggers get them as hyperparameters.
+
+    Raises:
+        ValueError: If a stage's options do not go with the module's scheme, or its state folder holds something else.
+        RuntimeError: If another process is at work in a stage's state folder.
 
     Example:
         >>> import torch
@@ -99,7 +105,11 @@ def run_stages(
     for stage in stages:
         stage.check(module.network.scheme)
     done: list[StageOutcome] = []
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        # Two runs in one folder must part before the first has worked for hours.
+        for stage in stages:
+            stack.enter_context(holding(stage.state_folder))
+        stack.enter_context(warnings.catch_warnings())
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         float_metrics = evaluate("float", 0)
@@ -112,11 +122,10 @@ def run_stages(
             name = f"{stage.name} {before + 1}" if before else stage.name
             metrics = evaluate(name, step)
             done.append(StageOutcome(name, stage.seconds, metrics, stage.result.figures, stage.result.items))
-    for stage in stages:
-        stage.clean_up()
     samples = sum(batch_size(batch) for batch in batches)
     example = next(iter(batches), None)
-    return QuantizationRun(module, float_metrics, done, samples, dict(configuration or module.hparams), example)
+    configuration = dict(configuration or module.hparams)
+    return QuantizationRun(module, float_metrics, done, samples, configuration, example, tuple(stages))
 
 
 # What the Trainer says of every calibration, where it is meant to be so.

@@ -12,6 +12,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import Replay
+from ..files.state_folder import holding
 from ..network.network import QuantizedNetwork
 from ..quantization.quantizers import Quantizer
 from .feedback import FEEDBACK, check_feedback
@@ -54,7 +55,8 @@ def adaquant(
     Raises:
         RuntimeError: If the model is not calibrated, or there is no calibration batch.
         ValueError: If a name in ``blocks`` is unknown, the rounding method cannot round a layer's weight, or
-            ``state_folder`` holds another run.
+            ``state_folder`` holds another run, or something else.
+        RuntimeError: If another process is at work in ``state_folder``.
         OSError: If activations are to go to a disk that has no room for them.
 
     Example:
@@ -74,7 +76,20 @@ def adaquant(
         >>> [result.name for result in results], all(r.error_after <= r.error_before for r in results)
         (['0', '2'], True)
     """
-    options, store = options or AdaQuantOptions(), store or ActivationStore()
+    with holding(state_folder):
+        return _adaquant(
+            network, calibration, options or AdaQuantOptions(), store or ActivationStore(), state_folder, progress
+        )
+
+
+def _adaquant(
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    options: AdaQuantOptions,
+    store: ActivationStore,
+    state_folder: Path | None,
+    progress: ProgressCallback,
+) -> list[UnitResult]:
     units = [unit for unit in prepare_units(network, calibration, options) if unit.is_quantized]
     finished = None
     if state_folder is not None:

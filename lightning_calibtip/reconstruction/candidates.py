@@ -7,6 +7,7 @@ from pathlib import Path
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
+from ..files.state_folder import holding
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..quantization.quantizers import Quantizer
@@ -76,7 +77,21 @@ def adaquant_candidates(
         See ``adaquant``, which differs in the arguments only.
     """
     check_candidates(options, candidates)
-    store = store or ActivationStore()
+    with holding(state_folder):
+        return _adaquant_candidates(
+            network, calibration, options, candidates, store or ActivationStore(), state_folder, progress
+        )
+
+
+def _adaquant_candidates(
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    options: AdaQuantOptions,
+    candidates: Sequence[BitWidths],
+    store: ActivationStore,
+    state_folder: Path | None,
+    progress: ProgressCallback,
+) -> dict[BitWidths, list[UnitResult]]:
     network.warn_of_equalization()
     former = {name: network.layers[name].config for name in network.searchable_layers}
     # Ratios do not belong to the formats that are to be compared.

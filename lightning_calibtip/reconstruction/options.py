@@ -117,7 +117,7 @@ class AdaQuantOptions:
     weight_range_rate: float = 5e-2
     input_range_rate: float = 5e-2
     zero_point_rate: float = 4e-3
-    ratio_rate: float = 5e-2
+    ratio_rate: float = 2e-2
     rounding_rate: float = 2e-2
     rounding_strength: float = 1.0
     input_range_interval: int = 4

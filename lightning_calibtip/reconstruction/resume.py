@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.files import write_atomically
 from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..files.atomic import write_atomically
 from ..network.layers import QuantizedLayer
 from ..network.states import LayerState
 from .optimize import UnitResult
@@ -22,6 +21,9 @@ from .units import Unit
 FORMAT_VERSION = 2
 
 _VERSION_KEY = "format version"
+
+# Names of the files, with wildcards.
+FILES = ("run.json", "[0-9][0-9][0-9][0-9].pt", "[0-9][0-9][0-9][0-9]-*.pt")
 
 
 class FinishedUnits:
@@ -48,10 +50,6 @@ class FinishedUnits:
         self.folder.mkdir(parents=True, exist_ok=True)
         description = self.folder / "run.json"
         if not description.exists():
-            # Earlier releases kept a folder for each candidate; a mixed pipeline keeps one for all of them.
-            versions = (json.loads(path.read_text()).get(_VERSION_KEY) for path in self.folder.glob("*/run.json"))
-            if any(version != FORMAT_VERSION for version in versions):
-                self._refuse_format()
             write_atomically(description, json.dumps({_VERSION_KEY: FORMAT_VERSION, **run}, indent=2).encode())
         begun = json.loads(description.read_text())
         if begun.get(_VERSION_KEY) != FORMAT_VERSION:
@@ -100,26 +98,6 @@ class FinishedUnits:
         raise ValueError(
             f"{self.folder} was written by {what}: finish it with that release, or remove the folder to begin anew."
         )
-
-
-def remove_finished(folder: Path) -> None:
-    """Remove the files that ``FinishedUnits`` has written, and the folder if nothing else is in it.
-
-    Args:
-        folder: Folder of the reconstruction, which need not exist.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as parent:
-        ...     _ = FinishedUnits(Path(parent) / "state", {})
-        ...     remove_finished(Path(parent) / "state")
-        ...     list(Path(parent).iterdir())
-        []
-    """
-    for path in [*folder.glob("run.json"), *folder.glob("[0-9][0-9][0-9][0-9]*.pt")]:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def describe_run(

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 from .table import text_table
 
 log = logging.getLogger(__name__)
@@ -19,6 +19,11 @@ _DPI = 130
 
 # Endings of the files that an item writes.
 SUFFIXES = (".csv", ".png")
+
+
+def _inert(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,14 @@ class ReportItem:
 
     def save(self, folder: Path) -> None:
         """Write ``<name>.csv`` and, with matplotlib, ``<name>.png`` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
+        table = folder / f"{self.name}.csv"
         if self.write is not None:
-            self.write(folder / f"{self.name}.csv")
+            self.write(table)
         else:
-            with (folder / f"{self.name}.csv").open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([self.columns, *self.rows])
+            content = io.StringIO(newline="")
+            rows = [[_inert(cell) for cell in row] for row in (self.columns, *self.rows)]
+            csv.writer(content, lineterminator="\n").writerows(rows)
+            write_atomically(table, content.getvalue().encode())
         if self.png is not None:
             write_atomically(folder / f"{self.name}.png", self.png)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 from .item import ReportItem
 
 # What is shown for a missing value; the page's script knows it too.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 from ..network.network import QuantizedNetwork
 from .item import SUFFIXES
 from .size import model_size

@@ -16,6 +16,7 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
+from ..files.state_folder import holding
 from ..network.hooks import make_room_for_bias
 from ..network.network import QuantizedNetwork
 from ..network.trial import trial
@@ -82,7 +83,7 @@ def search_jointly(
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
         TypeError: If the model's output holds no logits.
-        ValueError: If ``state_folder`` holds another search.
+        ValueError: If ``state_folder`` holds another search, or something else.
 
     Example:
         >>> from torch import nn
@@ -103,7 +104,17 @@ def search_jointly(
     if not network.calibrated:
         raise RuntimeError("The joint search starts from calibrated ranges: run Calibration first.")
     calibration.require()
-    calibration = calibration.first(options.joint_samples)
+    with holding(state_folder):
+        return _search_jointly(network, calibration.first(options.joint_samples), options, progress, state_folder)
+
+
+def _search_jointly(
+    network: QuantizedNetwork,
+    calibration: CalibrationSet,
+    options: RangeOptions,
+    progress: ProgressCallback,
+    state_folder: Path | None,
+) -> JointSearchResult:
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     layers = list(network.layers.values())
     losses = MeasuredLosses(None, "")

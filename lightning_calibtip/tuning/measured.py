@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibration.files import write_atomically
+from ..files.atomic import write_atomically
 
 FILE_NAME = "joint_search.json"
 

@@ -160,7 +160,9 @@ def test_mixed_reuses_a_table_without_preparing_candidates(tiny_classifier, load
 def test_a_table_of_the_user_s_stays_and_a_state_folder_goes(tiny_classifier, loader, tmp_path):
     options = {"allocation": {"compression": 0.2, "output_folder": tmp_path / "shown"}}
     options["state_folder"] = tmp_path / "state"
-    quantize(tiny_classifier, loader, pipeline="light", options=options)
+    run = quantize(tiny_classifier, loader, pipeline="light", options=options)
+    assert (tmp_path / "state" / "sensitivity.csv").exists()
+    run.save(tmp_path / "quantized.ckpt")
     assert not (tmp_path / "state").exists() and (tmp_path / "shown" / "allocation.png").exists()
     options["allocation"] = {"compression": 0.2, "table": tmp_path / "mine" / "table.csv"}
     quantize(tiny_classifier, loader, pipeline="light", options=options)
@@ -228,12 +230,9 @@ def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
         == stages["BatchNormTuning"].storage
         == StorageOptions("3kB", "float32", tmp_path / "scratch")
     )
-    seen = []
-    stages["AdaQuant"].clean_up, clean_up = (
-        lambda: seen.extend((tmp_path / "state").rglob("*.pt")),
-        stages["AdaQuant"].clean_up,
-    )
-    run_stages(QuantizationModule(tiny_classifier), list(stages.values()), loader)
-    assert seen
-    clean_up()
+    run = run_stages(QuantizationModule(tiny_classifier), list(stages.values()), loader)
+    assert list((tmp_path / "state").rglob("*.pt"))
+    run.save(tmp_path / "first.ckpt", clean_up=False)
+    assert list((tmp_path / "state").rglob("*.pt"))
+    run.clean_up()
     assert not (tmp_path / "state").exists()
