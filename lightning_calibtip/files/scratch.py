@@ -15,7 +15,7 @@ from .owner import Owner
 _PREFIX = "calibtip-activations-"
 _LOCK = "in_use.lock"
 
-# A folder that is younger than this many seconds may be about to be locked by its owner.
+# A folder that is younger than this many seconds may be about to be locked by an owner on another machine.
 _YOUNG = 60.0
 
 
@@ -69,13 +69,15 @@ def _remove(path: Path, lock: FileLock, owner: int | None = None) -> None:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Remove scratch folders whose lock nobody holds any longer."""
+    """Remove scratch folders whose owners have ended, or whose lock nobody holds any longer."""
     for path in folder.glob(f"{_PREFIX}*"):
         # Another user's are none of ours, nor is what a link points to.
         with suppress(OSError):
             if path.is_symlink() or not path.is_dir() or not _is_mine(path):
                 continue
-            if not (path / _LOCK).exists() and time.time() - path.stat().st_mtime < _YOUNG:
+            owner = Owner.parse(path.name.removeprefix(_PREFIX).rpartition("-")[0])
+            is_gone = owner is not None and owner.is_gone()
+            if not (path / _LOCK).exists() and time.time() - path.stat().st_mtime < _YOUNG and not is_gone:
                 continue
             lock = FileLock(path / _LOCK, timeout=0)
             try:
