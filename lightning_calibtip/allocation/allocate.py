@@ -82,21 +82,9 @@ def allocate(
         raise RuntimeError("Bit allocation measures the quantized model: run Calibration first.")
     calibration.require()
     network.warn_of_equalization()
-    if not network.searchable_layers:
-        raise ValueError("No layer's bit-widths are free to be chosen: overrides and edge_bits pin them all.")
     options = options or AllocationOptions()
-    candidates, constraints, sweep = options.bit_widths(network.scheme), options.constraints, options.sweep
-    if set(constraints.limits) == {"compression"} and all(candidate.weight is None for candidate in candidates):
-        raise ValueError(
-            "No candidate quantizes weights (weight_bits=None), so there is nothing that compression could limit: give "
-            "a budget of bit_operations or activation_bytes."
-        )
-    problem = Problem(network, calibration, candidates, constraints)
-    budgets = [{**constraints.limits, "compression": value} for value in sweep.compression]
-    budgets = budgets or [dict(constraints.limits)]
-    for limits in budgets:
-        # What cannot be solved must show before hours of measuring.
-        problem.solve({name: limit for name, limit in limits.items() if name != "loss"}, "compression")
+    problem, budgets = state_problem(network, calibration, options)
+    candidates, constraints, sweep = problem.candidates, options.constraints, options.sweep
     keep_states(network)
     with trial([network.layers[name] for name in network.searchable_layers]):
         measurement = options.sensitivity_options(table_path)
@@ -115,6 +103,40 @@ def allocate(
         chosen = sweep.pick(curve) if sweep.compression else curve[0]
         model.apply(chosen.bits)
     return Allocation(chosen, curve, uniform, table)
+
+
+def state_problem(
+    network: QuantizedNetwork, calibration: CalibrationSet, options: AllocationOptions
+) -> tuple[Problem, list[dict[str, float]]]:
+    """The problem, and the limits of each of its solutions, once it is certain that there is one: what cannot be solved
+    must show before hours of work.
+
+    Args:
+        network: Network that has been prepared; it need not be calibrated.
+        calibration: Calibration set with at least one batch.
+        options: See ``allocate``.
+
+    Raises:
+        ValueError: If no layer is free, or the constraints do not fit the model; see ``allocate``.
+        InfeasibleBudgetError: If no choice keeps the budgets of costs.
+
+    Example:
+        See ``allocate``.
+    """
+    if not network.searchable_layers:
+        raise ValueError("No layer's bit-widths are free to be chosen: overrides and edge_bits pin them all.")
+    candidates, constraints, sweep = options.bit_widths(network.scheme), options.constraints, options.sweep
+    if set(constraints.limits) == {"compression"} and all(candidate.weight is None for candidate in candidates):
+        raise ValueError(
+            "No candidate quantizes weights (weight_bits=None), so there is nothing that compression could limit: give "
+            "a budget of bit_operations or activation_bytes."
+        )
+    problem = Problem(network, calibration, candidates, constraints)
+    budgets = [{**constraints.limits, "compression": value} for value in sweep.compression]
+    budgets = budgets or [dict(constraints.limits)]
+    for limits in budgets:
+        problem.solve({name: limit for name, limit in limits.items() if name != "loss"}, "compression")
+    return problem, budgets
 
 
 def _sensitivities(

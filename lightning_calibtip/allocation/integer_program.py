@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import Any, Generic, TypeVar
 
 import pulp
@@ -241,9 +242,15 @@ def _check_reachable(slots: Sequence[_Slot[Candidate]], budgets: Sequence[Budget
         if budget.limit < least - _ROUNDING * abs(least):
             greatest = sum(max(values[column] for values in slot.options.values()) for slot in slots)
             raise InfeasibleBudgetError(
-                f"{budget.name}={budget.limit:.6g} is out of reach: with these candidates it can be {least:.6g} to "
-                f"{greatest:.6g}. Raise it, or add a cheaper candidate."
+                f"{budget.name}={budget.limit:.6g} is out of reach: with these candidates it can be {_enough(least)} "
+                f"to {_enough(greatest)}. Raise it, or add a cheaper candidate."
             )
+
+
+def _enough(limit: float) -> str:
+    """A limit in six digits, rounded up: given as a budget it can be kept."""
+    exact = Decimal(limit)
+    return f"{float(exact.quantize(Decimal((0, (1,), exact.adjusted() - 5)), ROUND_CEILING)):.6g}"
 
 
 def _affordable(slots: Sequence[_Slot[Candidate]], limits: Sequence[float]) -> list[_Slot[Candidate]]:
@@ -359,7 +366,7 @@ def _explain(
         if picked is not None:
             least = sum(slot.options[candidate][0] for slot, candidate in zip(turned, picked, strict=True))
             greatest = sum(max(values[column] for values in slot.options.values()) for slot in slots)
-            reachable.append(f"{budget.name} from {least:.6g}, if the others are kept, to {greatest:.6g}")
+            reachable.append(f"{budget.name} from {_enough(least)}, if the others are kept, to {_enough(greatest)}")
     wanted = ", ".join(f"{budget.name}={budget.limit:.6g}" for budget in budgets)
     detail = "; ".join(reachable) or "no budget can be kept together with the others"
     return f"No choice of candidates keeps all budgets ({wanted}). Reachable: {detail}."

@@ -6,7 +6,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from ..allocation.allocate import allocate
+from ..allocation.allocate import allocate, state_problem
 from ..allocation.options import AllocationOptions
 from ..allocation.outcome import Allocation
 from ..calibration.options import StorageOptions
@@ -70,6 +70,16 @@ class BitAllocation(Stage):
         for candidate in self.options.bit_widths(scheme):
             if scheme.engine is not None:
                 scheme.engine.check_bits(candidate.weight, candidate.activation, f"candidates: {candidate.label}")
+
+    @override
+    def check_plan(self, module: QuantizationModule) -> None:
+        """See ``Stage``.
+
+        Raises:
+            InfeasibleBudgetError: If no choice keeps the budgets of costs.
+            ValueError: If no layer is free to be chosen for, or the constraints do not fit the model.
+        """
+        state_problem(module.network, module.calibration, self.options)
 
     @override
     def clean_up(self) -> None:

@@ -55,6 +55,7 @@ class Calibration(Stage):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Called after each calibration batch: let the observers see it."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         assert isinstance(pl_module, QuantizationModule)
         if batch_idx == 0:
             pl_module.network.attach_observers(self.options)

@@ -110,6 +110,13 @@ class Stage(pl.Callback, ABC):
             ValueError: If they do not; the message names the option.
         """
 
+    def check_plan(self, module: QuantizationModule) -> None:
+        """Refuse, as soon as the first batch has shown which layers there are, what cannot be done with them.
+
+        Raises:
+            ValueError: If there is something; the message says what.
+        """
+
     def clean_up(self) -> None:
         """Remove what the stage has kept on disk for a run that breaks off; called when the run's result is written."""
 
@@ -129,6 +136,15 @@ class Stage(pl.Callback, ABC):
             raise MisconfigurationException(
                 f"{self.name} runs on one process, got {trainer.world_size}: quantize with Trainer(devices=1)."
             )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Called after each calibration batch; after the first one the layers are known."""
+        assert isinstance(pl_module, QuantizationModule)
+        if batch_idx == 0:
+            self.check_plan(pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples, batch_size
 from ..callbacks.stage import Stage
@@ -117,7 +118,8 @@ def run_stages(
             stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
             if stage.evaluate is None and validation is not None:
                 stage.evaluate = evaluate_meanwhile
-            _quiet_trainer(stage_options, [*callbacks, stage]).fit(module, batches)
+            checks = [_PlanChecks(stages)] if step == 1 else []
+            _quiet_trainer(stage_options, [*callbacks, *checks, stage]).fit(module, batches)
             before = sum(other.name == stage.name for other in stages[: step - 1])
             name = f"{stage.name} {before + 1}" if before else stage.name
             metrics = evaluate(name, step)
@@ -126,6 +128,22 @@ def run_stages(
     example = next(iter(batches), None)
     configuration = dict(configuration or module.hparams)
     return QuantizationRun(module, float_metrics, done, samples, configuration, example, tuple(stages))
+
+
+class _PlanChecks(pl.Callback):
+    """Lets stages to come see, after the first batch of the first one, what they will work on."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after each calibration batch."""
+        assert isinstance(pl_module, QuantizationModule)
+        for stage in self.stages if batch_idx == 0 else ():
+            stage.check_plan(pl_module)
 
 
 # What the Trainer says of every calibration, where it is meant to be so.

@@ -1,6 +1,7 @@
 import itertools
 import math
 import random
+import re
 
 import pulp
 import pytest
@@ -215,3 +216,11 @@ def test_time_limit_gives_the_best_so_far_or_says_that_there_is_none(monkeypatch
     monkeypatch.setattr(pulp.LpProblem, "solve", stopped(pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound))
     with pytest.raises(RuntimeError, match=r"found no choice .* within time_limit=5"):
         choose_candidates(LOSSES, [budget], solver=Solver(time_limit=5))
+
+
+def test_the_limit_that_a_message_names_can_be_kept():
+    sizes = {"a": {4: 0.1221590000001, 8: 1.0}}
+    with pytest.raises(InfeasibleBudgetError, match=r"it can be 0\.12216 to 1\. Raise it") as caught:
+        choose_candidates(sizes, [Budget("compression", sizes, 0.1)])
+    named = float(re.search(r"can be (\S+) to", str(caught.value))[1])
+    assert choose_candidates(sizes, [Budget("compression", sizes, named)]).candidates == {"a": 4}

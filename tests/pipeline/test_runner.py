@@ -236,3 +236,18 @@ def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
     assert list((tmp_path / "state").rglob("*.pt"))
     run.clean_up()
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("pipeline", ["advanced", "mixed", "light"])
+@pytest.mark.parametrize("options, scheme, message", [
+    ({"compression": 0.01}, {}, "compression=0.01 is out of reach: with these candidates it can be"),
+    ({"compression": 0.2}, {"overrides": {"*": 8}}, "No layer's bit-widths are free to be chosen"),
+])  # fmt: skip
+def test_an_allocation_that_cannot_be_solved_is_refused_before_anything_is_reconstructed(
+    tiny_classifier, loader, monkeypatch, pipeline, options, scheme, message
+):
+    monkeypatch.setattr(
+        "lightning_calibtip.callbacks.calibration.Calibration.run", lambda *args: pytest.fail("too late")
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize(tiny_classifier, loader, pipeline=pipeline, options={"allocation": options}, **scheme)
