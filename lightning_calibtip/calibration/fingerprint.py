@@ -1,36 +1,49 @@
 """Digests of tensors, by which a run recognises whether what it finds on disk is its own."""
 
-import hashlib
+import logging
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, uint8
 from torch.utils._pytree import tree_leaves
 
 from ..network.states import LayerState
+from ..quantization.digest import UnrecognizableError, digest
 from .calibration_set import CalibrationSet, plain
 
+log = logging.getLogger(__name__)
 
-def digest(values: Iterable[Any]) -> str:
-    """SHA-256 of tensors (type, shape and content) and of any other values by their ``repr``.
+__all__ = ["describe_function", "digest", "digest_data", "digest_states"]
+
+
+def describe_function(function: Any) -> str:
+    """Name of a function and the first digits of its digest.
+
+    Of one that cannot be recognised in another process, the digits are random, and the reason follows.
 
     Args:
-        values: Tensors and other values, in a fixed order.
+        function: Function, partial, module, or any other callable object.
 
     Example:
-        >>> import torch
-        >>> digest([torch.ones(2), "W4A8"]) == digest([torch.ones(2), "W4A4"])
-        False
+        >>> describe_function(abs)[:13]
+        'builtins.abs#'
+        >>> describe_function(lambda x, source=(n for n in "ab"): x)  # doctest: +ELLIPSIS
+        '...<lambda>#... (a generator cannot be recognised in another process)'
     """
-    found = hashlib.sha256()
-    for value in values:
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().view(-1)
-            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(flat.view(uint8).numpy().data if flat.numel() else b"")
-        else:
-            found.update(repr(value).encode())
-    return found.hexdigest()
+    inner = getattr(function, "func", function)
+    named = inner if hasattr(inner, "__qualname__") else type(inner)
+    name = f"{getattr(named, '__module__', '') or ''}.{named.__qualname__}"
+    return f"{name}#{_recognised([function], name)}"
+
+
+def _recognised(values: Iterable[Any], what: str) -> str:
+    """First digits of a digest; random ones and a reason, and a warning, where there is none."""
+    try:
+        return digest(values)[:12]
+    except (UnrecognizableError, RecursionError) as error:
+        reason = str(error) if isinstance(error, UnrecognizableError) else "it is nested too deeply"
+        log.warning("%s: a run that depends on it cannot be resumed: %s.", what, reason)
+        return f"{secrets.token_hex(6)} ({reason})"
 
 
 def digest_states(states: Iterable[LayerState]) -> str:
@@ -43,9 +56,9 @@ def digest_states(states: Iterable[LayerState]) -> str:
 
 
 def digest_data(calibration: CalibrationSet) -> str:
-    """Digest of all calibration batches. See ``digest``.
+    """First digits of the digest of all calibration batches. See ``digest`` and ``describe_function``.
 
     Args:
         calibration: Calibration set.
     """
-    return digest(tree_leaves([plain(batch) for batch in calibration.batches]))
+    return _recognised(tree_leaves([plain(batch) for batch in calibration.batches]), "The calibration data")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, batch_size
-from .fingerprint import digest
+from .fingerprint import describe_function
 from .logits import POSITION_LOGITS, float_logits, paired_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
@@ -63,6 +63,7 @@ class Loss:
         samples: int | None = None,
     ) -> None:
         check_metric(metric)
+        self._described = metric if isinstance(metric, str) else describe_function(metric)
         calibration.require()
         self.metric, self.calibration = metric, CalibrationSet(calibration.forward, calibration.token_mask)
         for batch in calibration.batches:
@@ -72,15 +73,8 @@ class Loss:
 
     @property
     def name(self) -> str:
-        """Name of the metric; for a function, with a digest of its code, so that lambdas differ."""
-        if isinstance(self.metric, str):
-            return self.metric
-        function = getattr(self.metric, "func", self.metric)
-        code = getattr(function, "__code__", None)
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        if code is None:
-            return name
-        return f"{name}#{digest([code.co_code, code.co_names, *map(str, filter(_is_plain, code.co_consts))])[:8]}"
+        """Name of the metric; for a function, with a digest, so that lambdas differ."""
+        return self.metric if isinstance(self.metric, str) else self._described
 
     @torch.no_grad()
     def __call__(self, run: Callable[[int], Any] | None = None) -> float:
@@ -104,11 +98,6 @@ class Loss:
         return math.fsum(
             _relative_squared_error(*parts) for parts in paired_logits(output, self._targets[index], tokens)
         )
-
-
-def _is_plain(constant: Any) -> bool:
-    """Whether a constant of a function's code reads the same in every process."""
-    return isinstance(constant, int | float | complex | str | bytes | None)
 
 
 def _relative_squared_error(name: str, output: Tensor, target: Tensor, tokens: Tensor | None) -> float:

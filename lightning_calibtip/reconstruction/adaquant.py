@@ -10,6 +10,7 @@ import torch
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.fingerprint import describe_function
 from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import Replay
 from ..files.state_folder import holding
@@ -215,6 +216,7 @@ def open_finished(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     described = {
         **options.describe(),
+        "loss": None if options.loss is None else describe_function(options.loss),
         "storage": store.precision,
         "inputs that may learn ratios": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
         "precision": autocast,

@@ -193,5 +193,5 @@ class AdaQuantOptions:
         """Plain values that identify the options, the loss by its name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         function = getattr(self.loss, "func", self.loss)
-        name = getattr(function, "__qualname__", type(function).__qualname__)
-        return {**values, "loss": None if function is None else f"{function.__module__}.{name}"}
+        named: Any = function if hasattr(function, "__qualname__") else type(function)
+        return {**values, "loss": None if function is None else f"{named.__module__}.{named.__qualname__}"}

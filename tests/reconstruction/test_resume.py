@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import os
 from dataclasses import replace
@@ -141,6 +142,30 @@ def test_a_run_with_another_loss_storage_or_precision_is_refused(start, tmp_path
     network, calibration = start()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="with another precision:"):
         adaquant(network, calibration, options, state_folder=tmp_path)
+
+
+def closing_over(value):
+    return lambda output, batch: (output * float(torch.tensor(1.0) if callable(value) else 1.0)).square().sum()
+
+
+def test_a_loss_is_told_by_what_it_closes_over_and_refused_where_it_cannot_be(start, tmp_path, caplog):
+    options = replace(BY_LAYERS, granularity="block", iterations=1)
+    adaquant(*start(), replace(options, loss=closing_over(1)), state_folder=tmp_path / "first")
+    adaquant(*start(), replace(options, loss=closing_over(1)), state_folder=tmp_path / "first")
+    with pytest.raises(ValueError, match="with another loss:"):
+        adaquant(*start(), replace(options, loss=closing_over(2)), state_folder=tmp_path / "first")
+    unknown = replace(options, loss=closing_over(iter([1])))
+    adaquant(*start(), unknown, state_folder=tmp_path / "second")
+    assert "a run that depends on it cannot be resumed: a list_iterator cannot be recognised" in caplog.text
+    with pytest.raises(ValueError, match="with another loss:"):
+        adaquant(*start(), unknown, state_folder=tmp_path / "second")
+    for loss in (functools.partial(closing_over(1)), Loss()):
+        adaquant(*start(), replace(options, loss=loss), state_folder=tmp_path / type(loss).__name__)
+
+
+class Loss(torch.nn.Module):
+    def forward(self, output, batch):
+        return output.square().sum()
 
 
 @pytest.mark.parametrize("version, what", [(1, "an earlier release"), (99, r"a later release \(format version 99\)")])
