@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .calibration.calibration_set import CalibrationSet, attention_mask
+from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
 from .network.attention import transformers_models
 from .network.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
 from .network.network import QuantizedNetwork
@@ -99,6 +99,7 @@ class QuantizationModule(pl.LightningModule):
         self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
+        self._logits_error: TypeError | None = None
         self.automatic_optimization = False
         self._validation_step = validation_step
         if isinstance(self.model, pl.LightningModule):
@@ -211,7 +212,21 @@ class QuantizationModule(pl.LightningModule):
         self.calibration.append(batch, self.inputs_of(batch) if is_default else batch)
         if self.network.structure is None:
             with torch.no_grad():
-                self.network.prepare(lambda: self.calibration.run(0))
+                self.network.prepare(self._run_first_batch)
+
+    def _run_first_batch(self) -> Any:
+        output = self.calibration.run(0)
+        try:
+            named_logits(output)
+            self._logits_error = None
+        except TypeError as error:
+            self._logits_error = error
+        return output
+
+    def require_logits(self) -> None:
+        """Raise ``TypeError`` if the model's output for the first batch had no logits, which some stages compare."""
+        if self._logits_error is not None:
+            raise self._logits_error
 
     @override
     def on_fit_end(self) -> None:

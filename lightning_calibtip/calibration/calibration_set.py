@@ -1,6 +1,7 @@
 """The calibration set: a few hundred samples, as batches, with the way a batch goes through the model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -59,9 +60,13 @@ class CalibrationSet:
             inputs: Part of the batch that the model sees, which must be finite; the whole batch if None.
 
         Raises:
-            ValueError: If a tensor of the inputs has a NaN or infinity; the message says which batch and which part of
-                it.
+            ValueError: If it holds no samples, or a tensor of the inputs has a NaN or infinity; the message says which
+                batch and which part of it.
         """
+        if batch_size(batch) == 0:
+            raise ValueError(
+                f"Calibration batch {len(self.batches)} holds no samples: leave empty batches out of the dataloader."
+            )
         leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs))
         for path, leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
@@ -131,16 +136,16 @@ def plain(batch: Any) -> Any:
 
 
 def named_logits(output: Any) -> list[tuple[str, Tensor]]:
-    """The floating-point tensors of a model's output, with their names where it is a mapping.
+    """The floating-point tensors of a model's output, with their names where it has some.
 
-    From a mapping (such as a transformers output) the loss, a cache, and what was computed on the way (hidden states,
-    attention, the encoder's output) are left out.
+    From a mapping (such as a transformers output) or a dataclass the loss, a cache, and what was computed on the way
+    (hidden states, attention, the encoder's output) are left out.
 
     Args:
         output: Output of the model.
 
     Returns:
-        Pairs of name and tensor; the name is ``""`` where the output is no mapping.
+        Pairs of name and tensor; the name is ``""`` where the output is neither.
 
     Raises:
         TypeError: If there is no such tensor.
@@ -149,7 +154,10 @@ def named_logits(output: Any) -> list[tuple[str, Tensor]]:
         >>> [name for name, _ in named_logits({"loss": torch.zeros(1), "logits": torch.zeros(2, 3)})]
         ['logits']
     """
+    kind = type(output).__name__
     items: list[tuple[str, Any]] = [("", output)]
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        output = {declared.name: getattr(output, declared.name) for declared in fields(output)}
     if isinstance(output, Mapping):
         items = [
             (str(key), value)
@@ -162,7 +170,7 @@ def named_logits(output: Any) -> list[tuple[str, Tensor]]:
     ]
     if not logits:
         raise TypeError(
-            f"The model's output ({type(output).__name__}) holds no floating-point tensor to compare; let "
+            f"The model's output ({kind}) holds no floating-point tensor to compare; let "
             "calibration_step() return the model's logits."
         )
     return logits

@@ -30,6 +30,8 @@ class BatchNormTuning(Stage):
         'training'
     """
 
+    compares_logits = True
+
     def __init__(
         self,
         options: BatchNormTuningOptions | None = None,

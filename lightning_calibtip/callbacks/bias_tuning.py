@@ -27,6 +27,8 @@ class BiasTuning(Stage):
         2
     """
 
+    compares_logits = True
+
     def __init__(self, options: BiasTuningOptions | None = None, **changes: Any) -> None:
         super().__init__()
         changes = merge_fields(self.name, BiasTuningOptions, options, changes)

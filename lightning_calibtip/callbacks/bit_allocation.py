@@ -78,7 +78,10 @@ class BitAllocation(Stage):
         Raises:
             InfeasibleBudgetError: If no choice keeps the budgets of costs.
             ValueError: If no layer is free to be chosen for, or the constraints do not fit the model.
+            TypeError: If the metric compares logits and the model's output has none.
         """
+        if not callable(self.options.metric):
+            module.require_logits()
         state_problem(module.network, module.calibration, self.options)
 
     @override

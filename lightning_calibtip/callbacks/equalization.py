@@ -36,6 +36,8 @@ class Equalization(Stage):
         'only'
     """
 
+    compares_logits = True
+
     def __init__(
         self,
         options: EqualizationOptions | None = None,

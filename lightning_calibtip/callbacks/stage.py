@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from ..calibration.finite import require_finite_outputs
 from ..calibration.progress import ProgressCallback, no_progress
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
@@ -65,7 +66,8 @@ class Stage(pl.Callback, ABC):
     it took. ``run`` may report to ``progress``, which the Trainer's progress bar shows; where the output goes to a
     file, there is one line at the end. ``evaluate``, a function without arguments that gives metrics of the model as it
     is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation. A stage
-    that can be resumed keeps what it has done in ``state_folder``, in which one process works at a time.
+    that can be resumed keeps what it has done in ``state_folder``, in which one process works at a time; one that
+    compares the model's logits with the float ones says so by ``compares_logits``.
 
     Example:
         >>> class CountSamples(Stage):
@@ -77,6 +79,7 @@ class Stage(pl.Callback, ABC):
     """
 
     state_folder: Path | None = None
+    compares_logits = False
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -115,7 +118,10 @@ class Stage(pl.Callback, ABC):
 
         Raises:
             ValueError: If there is something; the message says what.
+            TypeError: If the stage compares logits and the model's output has none.
         """
+        if self.compares_logits:
+            module.require_logits()
 
     def clean_up(self) -> None:
         """Remove what the stage has kept on disk for a run that breaks off; called when the run's result is written."""
@@ -156,6 +162,8 @@ class Stage(pl.Callback, ABC):
         started = time.monotonic()
         with trainer.precision_plugin.forward_context(), stage_progress(trainer, self.name) as self.progress:
             result = self.run(pl_module)
+            if pl_module.network.calibrated:
+                require_finite_outputs(pl_module.network, pl_module.calibration)
         self.progress = no_progress
         if not isinstance(result, StageResult):
             raise TypeError(f"{self.name}.run must return a StageResult(figures, items), got {type(result).__name__}.")

@@ -1,8 +1,9 @@
 """The registry of quantizable layer types, and what has to be known of each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -151,6 +152,29 @@ def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
         ['0', '2']
     """
     return {name: module for name, module in model.named_modules() if layer_type_of(module) is not None}
+
+
+def require_full_precision(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse weights of 16 bits: scales, gradients and small changes of the weights would be lost in them.
+
+    Args:
+        layers: Layers by name.
+
+    Raises:
+        ValueError: If a parameter is float16 or bfloat16; the message names its layer.
+
+    Example:
+        >>> require_full_precision({"fc": nn.Linear(2, 2)})
+    """
+    for name, module in layers.items():
+        for what, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype in (torch.float16, torch.bfloat16):
+                kind = str(parameter.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{name}: its {what} is {kind}, in which scales and small changes would be lost: quantize "
+                    "model.float(); calibration may run in 16 bits all the same, under "
+                    'Trainer(precision="bf16-mixed").'
+                )
 
 
 def names_operations(pattern: str) -> bool:

@@ -16,7 +16,7 @@ from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths, LayerConfig
 from .apply import apply
 from .attention import PRODUCTS, possible_products, route_attention
-from .layer_types import layer_type_of, names_operations, quantizable_layers
+from .layer_types import layer_type_of, names_operations, quantizable_layers, require_full_precision
 from .layers import QuantizedLayer
 from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
@@ -72,7 +72,8 @@ class QuantizedNetwork:
         self.fingerprint = _fingerprint(model)
         split_multihead_attention(model)
         route_attention(model)
-        candidates = list(quantizable_layers(model))
+        candidates = quantizable_layers(model)
+        require_full_precision(candidates)
         if not candidates:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         check_overrides(model, scheme)

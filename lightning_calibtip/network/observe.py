@@ -5,7 +5,7 @@ them, with the identity and the version of each tensor.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,15 +41,26 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
         >>> observe(net, lambda: net(torch.ones(1, 1, 4, 4))).folds
         (Fold(layer='0', normalization='1'),)
     """
-    if route_attention(model):
-        # The products of attention appear when it first runs.
-        with torch.no_grad():
-            run()
-    if between_layers:
-        route_operations(model, find_operations(model, run))
-    structure = record(model, run)
-    structure.folds, structure.unfolded_norms = prove_folds(model, structure, run)
+    with _full_precision():
+        if route_attention(model):
+            # The products of attention appear when it first runs.
+            with torch.no_grad():
+                run()
+        if between_layers:
+            route_operations(model, find_operations(model, run))
+        structure = record(model, run)
+        structure.folds, structure.unfolded_norms = prove_folds(model, structure, run)
     return structure
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Inside, autocast is off: what rounding to 16 bits changes is no difference between two ways to compute."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def record(model: nn.Module, run: Callable[[], Any]) -> Structure:
