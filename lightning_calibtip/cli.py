@@ -17,6 +17,7 @@ from .callbacks.progress import progress_options
 from .callbacks.stage import Stage
 from .export.onnx_file import export_onnx, require_packages
 from .export.report import ExportReport
+from .files.damage import describe_error
 from .module import QuantizationModule
 from .network.checkpoint import is_quantized
 from .network.scheme import QuantizationScheme
@@ -241,6 +242,8 @@ def load_weights(model: pl.LightningModule, path: str | Path) -> None:
         raise ValueError(f"{path} is quantized already; give the checkpoint of the float model.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or no checkpoint ({describe_error(error)}).") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds Python objects besides tensors (hyperparameters?), which are not loaded: save it with "

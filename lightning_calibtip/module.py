@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
+from .files.damage import describe_error
 from .network.attention import transformers_models
-from .network.checkpoint import CHECKPOINT_KEY, pack_network, unpack_network
+from .network.checkpoint import CHECKPOINT_KEY, pack_network, require_readable, unpack_network
 from .network.network import QuantizedNetwork
 from .network.scheme import QuantizationScheme
 from .network.summary import LayerSummary
@@ -297,6 +298,42 @@ class QuantizationModule(pl.LightningModule):
     on_predict_batch_start = _delegated("on_predict_batch_start")
     on_predict_batch_end = _delegated("on_predict_batch_end")
 
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> "QuantizationModule":
+        """Load a quantized checkpoint; see ``LightningModule.load_from_checkpoint``.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: See there.
+            hparams_file: See there.
+            strict: See there.
+            weights_only: Whether Python objects are refused, which could run any code; quantized checkpoints have none.
+            **kwargs: ``model=`` is the float model, trained or not; others see there.
+
+        Raises:
+            ValueError: If the file is damaged, was changed, is none of a ``QuantizationModule``, or of another model.
+        """
+        try:
+            loaded: QuantizationModule = super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except Exception as error:
+            if weights_only:
+                require_readable(checkpoint_path, error)
+            raise
+        return loaded
+
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put packed integers and the quantization plan in the place of the quantized layers' weights."""
@@ -307,14 +344,20 @@ class QuantizationModule(pl.LightningModule):
         """Apply the checkpoint's plan to the model, before Lightning loads the state dict.
 
         Raises:
-            ValueError: If the checkpoint is not of a QuantizationModule, or of another model.
+            ValueError: If the checkpoint is not of a QuantizationModule, of another model, or damaged.
         """
         if CHECKPOINT_KEY not in checkpoint:
             raise ValueError(
                 "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first "
                 "and wrap that."
             )
-        unpack_network(self.network, checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
+        try:
+            unpack_network(self.network, checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
+        except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            raise ValueError(
+                f"The checkpoint is damaged or was changed ({describe_error(error)}): take another copy of it, "
+                "or write it anew from the quantized model."
+            ) from error
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.damage import describe_error
 from ..quantization.packing import pack_integers, unpack_integers
 from .hooks import INPUT_QUANTIZERS
 from .layers import QuantizedLayer
@@ -113,6 +114,7 @@ def unpack_network(
     network.scheme = scheme
     network.has_float_weights = config["fingerprint"] == network.fingerprint
     network.set_calibrated(config["calibrated"])
+    _check_values(network, state_dict, prefix)
     for name, entry in packed["weights"].items():
         layer = network.layers[name]
         place = _weight_place(layer, prefix)
@@ -166,6 +168,23 @@ def _dequantized(
     quantizer.load_state_dict({name: state_dict.get(f"{place}{name}", value) for name, value in known.items()})
     integers = unpack_integers(entry["packed"], shape, quantizer.spec.bits, quantizer.spec.qmin)
     return quantizer.decode(integers.to(layer.device)).detach()
+
+
+def _check_values(network: QuantizedNetwork, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Refuse scales, zero points and ratios that no quantizer can have."""
+    for name, layer in network.layers.items():
+        for quantizer in layer.quantizers if network.calibrated else ():
+            own = next(key for key, module in layer.module.named_modules() if module is quantizer)
+            for key in quantizer.state_dict():
+                value, limits = state_dict.get(f"{prefix}{name}.{own}.{key}"), quantizer.limits(key)
+                if value is None or limits is None:
+                    continue
+                low, high = limits
+                if not bool(((value >= low) & (value <= high)).all()):
+                    raise ValueError(
+                        f"The checkpoint is damaged: the {key} of {quantizer.name} must be from {low:.4g} to "
+                        f"{high:.4g}, got {float(value.min()):.4g} to {float(value.max()):.4g}. Take another copy."
+                    )
 
 
 def _weight_place(layer: QuantizedLayer, prefix: str) -> str:
@@ -222,6 +241,35 @@ def is_intact(packed: Mapping[str, Any], state_dict: Mapping[str, Tensor], prefi
     return bool(packed.get("digest") == digest_of(packed["config"], packed["weights"], state_dict, prefix))
 
 
+def require_readable(path: Any, cause: Exception) -> None:
+    """Raise ``ValueError`` if a file cannot be read as tensors and plain values.
+
+    Args:
+        path: The file; anything else than a path to a file of this machine is left alone.
+        cause: What went wrong when it was loaded.
+
+    Raises:
+        ValueError: If it cannot be read; the message names the file.
+
+    Example:
+        >>> require_readable("https://elsewhere/model.ckpt", ValueError())
+    """
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        packed = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, Mapping) else None
+        # Lightning passes hyperparameters on before the digest is looked at.
+        if packed and packed["config"]["version"] == CONFIG_VERSION and not is_intact(packed, checkpoint["state_dict"]):
+            raise ValueError("its digest does not fit its plan, weights and scales")
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint ({describe_error(error)}): take another copy, or write it anew."
+        ) from cause
+
+
 def is_quantized(path: str | Path) -> bool:
     """Whether a file is the checkpoint of a QuantizationModule; False for what does not load.
 
@@ -231,6 +279,6 @@ def is_quantized(path: str | Path) -> bool:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, pickle.UnpicklingError):
         return False
     return isinstance(checkpoint, Mapping) and CHECKPOINT_KEY in checkpoint

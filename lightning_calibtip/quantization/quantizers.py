@@ -123,6 +123,10 @@ class Quantizer(nn.Module, ABC):
         """
         return False
 
+    def limits(self, parameter: str) -> tuple[float, float] | None:
+        """Least and greatest value that a parameter may have in a file; None if any may be there."""
+        return None
+
     def stored(self) -> dict[str, Tensor]:
         """Parameters that an engine has to store, by name; the others are what a new quantizer has."""
         return dict(self.named_parameters())
@@ -370,6 +374,12 @@ class AffineQuantizer(Quantizer):
         self.scale.clamp_min_(SMALLEST_SCALE)
         if self.ratio is not None:
             self.ratio.clamp_min_(SMALLEST_RATIO)
+
+    def limits(self, parameter: str) -> tuple[float, float] | None:
+        """See ``Quantizer``: scales and ratios are positive, zero points within the range of the integers."""
+        positive = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+        ends = (float(self.spec.qmin), float(self.spec.qmax))
+        return {"scale": positive, "ratio": positive, "zero_point": ends}.get(parameter)
 
     @torch.no_grad()
     def finalize_(self) -> None:

@@ -1,6 +1,5 @@
 """Finished units on disk, from which a run that was killed is resumed."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import torch
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.fingerprint import digest, digest_data, digest_states
 from ..files.atomic import write_atomically
+from ..files.damage import describe_error
 from ..network.layers import QuantizedLayer
 from ..network.states import LayerState
 from .optimize import UnitResult
@@ -51,7 +51,12 @@ class FinishedUnits:
         description = self.folder / "run.json"
         if not description.exists():
             write_atomically(description, json.dumps({_VERSION_KEY: FORMAT_VERSION, **run}, indent=2).encode())
-        begun = json.loads(description.read_text())
+        try:
+            begun = dict(json.loads(description.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{description} is damaged ({error}): remove {self.folder} to begin anew, or take another copy of it."
+            ) from error
         if begun.get(_VERSION_KEY) != FORMAT_VERSION:
             self._refuse_format(begun.get(_VERSION_KEY, 1))
         if other := [name for name in run if begun.get(name) != run[name]]:
@@ -71,10 +76,21 @@ class FinishedUnits:
         path = self._path(position, label)
         if not path.exists():
             return None
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for layer, state in zip(unit.layers, saved["states"], strict=True):
-            layer.restore(LayerState.from_dict(state))
-        return UnitResult(**{**saved["result"], "layers": tuple(saved["result"]["layers"])})
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["digest"] != _digest_of(saved["states"], saved["result"]):
+                raise ValueError("its digest does not fit")
+            states = [LayerState.from_dict(state) for state in saved["states"]]
+            result = UnitResult(**{**saved["result"], "layers": tuple(saved["result"]["layers"])})
+        except PermissionError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{path} is damaged ({describe_error(error)}): remove it, and this unit is reconstructed again."
+            ) from error
+        for layer, of_layer in zip(unit.layers, states, strict=True):
+            layer.restore(of_layer)
+        return result
 
     def save(self, position: int, unit: Unit, result: UnitResult, label: str = "") -> None:
         """Keep a finished unit.
@@ -86,9 +102,9 @@ class FinishedUnits:
             label: See ``load``.
         """
         states = [layer.save().to_dict() for layer in unit.layers]
-        content = io.BytesIO()
-        torch.save({"states": states, "result": asdict(result)}, content)
-        write_atomically(self._path(position, label), content.getvalue())
+        described = asdict(result)
+        saved = {"states": states, "result": described, "digest": _digest_of(states, described)}
+        write_atomically(self._path(position, label), lambda file: torch.save(saved, file))
 
     def _path(self, position: int, label: str) -> Path:
         return self.folder / (f"{position:04d}-{label}.pt" if label else f"{position:04d}.pt")
@@ -98,6 +114,10 @@ class FinishedUnits:
         raise ValueError(
             f"{self.folder} was written by {what}: finish it with that release, or remove the folder to begin anew."
         )
+
+
+def _digest_of(states: Sequence[dict[str, Any]], result: dict[str, Any]) -> str:
+    return digest([{**result, "layers": tuple(result["layers"])}, *states])
 
 
 def describe_run(

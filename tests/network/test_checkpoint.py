@@ -1,3 +1,5 @@
+import contextlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,11 @@ import torch
 from torch import nn
 
 from lightning_calibtip import AdaQuant, Calibration, QuantizationModule
+from lightning_calibtip.network.checkpoint import digest_of
 from lightning_calibtip.quantization.spec import BitWidths
 from tests import transformer_models
 from tests.conftest import TinyClassifier, TinyResNet, randomize_batch_norms
+from tests.files.flips import try_flips
 from tests.networks import as_loader, logits_of
 
 
@@ -200,7 +204,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, tmp_path):
     saved = torch.load(path, weights_only=True)
     saved["calibtip"]["weights"]["net.head"]["packed"][0] += 1
     torch.save(saved, tmp_path / "damaged.ckpt")
-    with pytest.raises(ValueError, match="damaged or was changed"):
+    with pytest.raises(ValueError, match="damaged"):
         QuantizationModule.load_from_checkpoint(tmp_path / "damaged.ckpt", model=TinyClassifier())
 
 
@@ -321,3 +325,57 @@ def test_checkpoint_of_version_2_gives_the_logits_that_it_gave_then(name, make_m
         assert (lines["net.blocks.0.conv1"].weight_bits, lines["net.blocks.0.conv1"].activation_bits) == (5, 7)
         assert lines["net.blocks.1.conv1"].note == "left float by an override"
         assert lines["net.blocks.0.bn1"].note == "into net.blocks.0.conv1"
+
+
+def test_flipped_bits_and_cut_files_are_refused_by_name_or_change_nothing(checkpoint, images, tmp_path):
+    # More of them: python -m tests.files.flips
+    module, path = checkpoint
+    outcomes = try_flips(path, TinyClassifier, logits_of(module, images), images, tmp_path, flips=25, cuts=4)
+    assert outcomes["changed"] == outcomes["unnamed"] == 0
+    assert outcomes["refused"] >= 4
+
+
+@pytest.mark.parametrize("what, value, message", [
+    ("scale", float("nan"), "scale of net.head weight must be from 1.175e-38 to 3.403e.38, got nan to nan"),
+    ("scale", 0.0, "must be from 1.175e-38"),
+    ("scale", -1.0, "must be from 1.175e-38"),
+    ("zero_point", 1e9, "zero_point of net.head weight must be from 0 to 255, got 1e.09"),
+])  # fmt: skip
+def test_values_that_no_quantizer_has_are_refused_whatever_the_digest_says(checkpoint, tmp_path, what, value, message):
+    _, path = checkpoint
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"][f"model.net.head.parametrizations.weight.0.{what}"].fill_(value)
+    packed = saved["calibtip"]
+    packed["digest"] = digest_of(packed["config"], packed["weights"], saved["state_dict"], "model.")
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match=message):
+        QuantizationModule.load_from_checkpoint(tmp_path / "damaged.ckpt", model=TinyClassifier())
+
+
+@pytest.mark.parametrize("ruin", [
+    lambda packed: packed.pop("config"),
+    lambda packed: packed.update(config=None),
+    lambda packed: packed.update(weights=None),
+    lambda packed: packed["config"].pop("plan"),
+    lambda packed: packed["config"].update(plan={}),
+    lambda packed: packed["weights"].update(unknown=packed["weights"]["net.head"]),
+])  # fmt: skip
+def test_a_checkpoint_with_other_contents_is_an_error_that_says_so(checkpoint, tmp_path, ruin):
+    _, path = checkpoint
+    saved = torch.load(path, weights_only=True)
+    packed = saved["calibtip"]
+    ruin(packed)
+    with contextlib.suppress(Exception):
+        packed["digest"] = digest_of(packed["config"], packed["weights"], saved["state_dict"], "model.")
+    torch.save(saved, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match="damaged"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "damaged.ckpt", model=TinyClassifier())
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no checkpoint at all", pickle.dumps([1, 2])])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.ckpt is damaged, or no checkpoint|This checkpoint was not saved"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "x.ckpt", model=TinyClassifier())
+    with pytest.raises(FileNotFoundError):
+        QuantizationModule.load_from_checkpoint(tmp_path / "missing.ckpt", model=TinyClassifier())

@@ -2,6 +2,7 @@ import copy
 import functools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,4 +175,30 @@ def test_a_folder_of_another_release_is_refused(start, tmp_path, version, what):
     described = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({**described, "format version": version}))
     with pytest.raises(ValueError, match=f"was written by {what}: finish it with that release, or remove the folder"):
+        adaquant(*start(), BY_LAYERS, state_folder=tmp_path)
+
+
+@pytest.mark.parametrize("flip", [20, 2000, -3000, -100])
+def test_damaged_state_is_named_and_nothing_of_it_is_taken(start, tmp_path, flip):
+    network, calibration = start()
+    adaquant(network, calibration, BY_LAYERS, state_folder=tmp_path)
+    path = tmp_path / "0002.pt"
+    content = bytearray(path.read_bytes())
+    content[flip] ^= 4
+    path.write_bytes(content)
+    again, calibration = start()
+    try:
+        adaquant(again, calibration, BY_LAYERS, state_folder=tmp_path)
+    except ValueError as error:
+        assert re.search(r"0002.pt is damaged \(.*\): remove it, and this unit is reconstructed again", str(error))
+        path.unlink()
+        again, calibration = start()
+        adaquant(again, calibration, BY_LAYERS, state_folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(states(again), states(network), strict=True))
+
+
+def test_a_damaged_description_is_named(start, tmp_path):
+    adaquant(*start(), BY_LAYERS, state_folder=tmp_path)
+    (tmp_path / "run.json").write_text('{"format')
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: remove .* to begin anew"):
         adaquant(*start(), BY_LAYERS, state_folder=tmp_path)
