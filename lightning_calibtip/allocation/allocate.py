@@ -256,7 +256,12 @@ def _best(
 def _read_again(path: Path, wanted: Conditions, problem: Problem) -> SensitivityTable:
     """A table from a file, if it fits the model and the candidates."""
     table = read_table(path)
-    if table.conditions.model != wanted.model or table.losses.keys() - problem.options.keys():
+    if unknown := sorted(table.losses.keys() - problem.options.keys()):
+        raise ValueError(
+            f"{path} was measured on another model: this one has no quantizable layer {', '.join(unknown[:3])}. "
+            "Measure this one, without sensitivity=."
+        )
+    if table.conditions.model != wanted.model:
         raise ValueError(
             f"{path} was measured on another model (digest {table.conditions.model}, this one's is {wanted.model}): "
             "measure this one, without sensitivity=."

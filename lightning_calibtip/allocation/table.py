@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..files.atomic import replacing
+from ..files.cells import inert, original
 from ..quantization.spec import BitWidths
 
 # Version 1 had no bit-width None.
@@ -122,7 +123,7 @@ def _read_lines(path: Path, file: TextIO, conditions: Conditions) -> Sensitivity
         if row == _COLUMNS:
             continue
         try:
-            layer, loss = row[0], float(row[3])
+            layer, loss = original(row[0]), float(row[3])
             bits = BitWidths(int(row[1]) if row[1] else None, int(row[2]) if row[2] else None)
         except (ValueError, IndexError) as error:
             raise ValueError(
@@ -130,11 +131,19 @@ def _read_lines(path: Path, file: TextIO, conditions: Conditions) -> Sensitivity
             ) from error
         check_finite(loss, layer, bits, f"{path}, line {number}: ")
         if not layer:
-            table = SensitivityTable(conditions, loss)
+            if table is not None and table.base_loss != loss:
+                raise ValueError(
+                    f"{path}, line {number}: the loss of the base is {loss}, but an earlier line says "
+                    f"{table.base_loss}: remove the wrong one, or measure anew."
+                )
+            table = table or SensitivityTable(conditions, loss)
         elif table is None:
             raise ValueError(f"{path}, line {number}: the base (a line without a layer) must come first.")
-        else:
-            table.losses.setdefault(layer, {})[bits] = loss
+        elif table.losses.setdefault(layer, {}).setdefault(bits, loss) != loss:
+            raise ValueError(
+                f"{path}, line {number}: the loss of {layer} at {bits.label} is {loss}, but an earlier line says "
+                f"{table.losses[layer][bits]}: remove the wrong one, or measure anew."
+            )
     return table
 
 
@@ -215,7 +224,7 @@ class SensitivityFile:
         assert self.table is not None, "the base comes first"
         check_finite(loss, layer, bits)
         self.table.losses.setdefault(layer, {})[bits] = loss
-        self._write([layer, bits.weight, bits.activation, repr(loss), repr(loss - self.table.base_loss)])
+        self._write([inert(layer), bits.weight, bits.activation, repr(loss), repr(loss - self.table.base_loss)])
 
     def _resume(self, content: bytes) -> None:
         """Read what is there, without a last line that was cut off."""

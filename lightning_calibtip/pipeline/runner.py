@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -35,6 +36,7 @@ def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> 
     return pl.Trainer(**{**defaults, "callbacks": callbacks, **options})
 
 
+@isolate_rng()
 def run_stages(
     module: QuantizationModule,
     stages: Sequence[Stage],
@@ -44,6 +46,8 @@ def run_stages(
     configuration: Mapping[str, Any] | None = None,
 ) -> QuantizationRun:
     """Run stages one after the other, with the user's validation before and after each.
+
+    The global states of random numbers (torch, CUDA, NumPy, Python) are left as they are found.
 
     Args:
         module: Not calibrated yet, or to be tuned further.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_atomically
+from ..files.cells import inert
 from .table import text_table
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,6 @@ _DPI = 130
 
 # Endings of the files that an item writes.
 SUFFIXES = (".csv", ".png")
-
-
-def _inert(cell: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe."""
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class ReportItem:
             self.write(table)
         else:
             content = io.StringIO(newline="")
-            rows = [[_inert(cell) for cell in row] for row in (self.columns, *self.rows)]
+            rows = [[inert(cell) for cell in row] for row in (self.columns, *self.rows)]
             csv.writer(content, lineterminator="\n").writerows(rows)
             write_atomically(table, content.getvalue().encode())
         if self.png is not None:

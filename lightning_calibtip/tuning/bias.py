@@ -20,6 +20,9 @@ from ..network.trial import falls_on_average, trial
 
 log = logging.getLogger(__name__)
 
+# What is greater does not fit the arithmetic of Adam; this is more than enough to ruin a model, which is put back then.
+_GREATEST_RATE = 1e30
+
 
 @dataclass(frozen=True)
 class BiasTuningOptions:
@@ -225,4 +228,5 @@ def _groups(
             if scales and quantizer not in seen:
                 groups.append((scales, options.scale_rate * quantizer.step_size()))
             seen.add(quantizer)
-    return [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in groups if rate > 0]
+    rates = [(params, min(rate, _GREATEST_RATE)) for params, rate in groups if rate > 0]
+    return [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in rates]

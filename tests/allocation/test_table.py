@@ -158,3 +158,25 @@ def test_a_file_that_is_no_table_says_where(tmp_path, content, message):
 def test_rise_of_an_unmeasured_choice_is_a_key_error():
     with pytest.raises(KeyError):
         SensitivityTable(CONDITIONS, 0.0).rise("conv1", B(2, 8))
+
+
+@pytest.mark.parametrize("line, message", [
+    ("conv1,2,8,0.5,0.25", r"table.csv, line 5: the loss of conv1 at W2A8 is 0.5, but an earlier line says 0.75"),
+    (",8,8,0.5,0.0", r"table.csv, line 5: the loss of the base is 0.5, but an earlier line says 0.25"),
+])  # fmt: skip
+def test_lines_that_contradict_each_other_are_refused(path, line, message):
+    with SensitivityFile(path, CONDITIONS) as file:
+        file.add_base(0.25)
+        file.add("conv1", B(2, 8), 0.75)
+    same = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*same, same[-1]]))
+    assert read_table(path).losses == {"conv1": {B(2, 8): 0.75}}
+    path.write_text("".join([*same, f"{line}\n"]))
+    with pytest.raises(ValueError, match=message):
+        read_table(path)
+
+
+def test_names_that_look_like_formulas_come_back(path):
+    begun(path, ("=HYPERLINK(1)", B(2, 8), 0.5), ("'-a", B(2, 8), 0.5), ("'b", B(2, 8), 0.5))
+    assert list(read_table(path).losses) == ["=HYPERLINK(1)", "'-a", "'b"]
+    assert [line[0] for line in path.read_text().splitlines()[3:]] == ["'", "'", "'"]

@@ -1,8 +1,15 @@
+import logging
+import os
+import random
+import warnings
+
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+import torch.nn.modules.module as global_hooks
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibtip import (
     AdaQuantOptions,
@@ -251,3 +258,32 @@ def test_an_allocation_that_cannot_be_solved_is_refused_before_anything_is_recon
     )
     with pytest.raises(ValueError, match=message):
         quantize(tiny_classifier, loader, pipeline=pipeline, options={"allocation": options}, **scheme)
+
+
+def global_state():
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        "python": random.getstate(),
+        "warnings": list(warnings.filters),
+        "grad": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "precision": torch.get_float32_matmul_precision(),
+        "hooks": [len(hooks) for hooks in (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)],
+        "levels": [logging.getLogger(name).level for name in ("", "lightning.pytorch", "lightning_calibtip")],
+        "environment": dict(os.environ),
+    }
+
+
+def test_nothing_global_is_left_changed(tiny_classifier, images, tmp_path):
+    dataset = TensorDataset(images, torch.arange(len(images)) % 4)
+    shuffled = DataLoader(dataset, batch_size=16, shuffle=True)
+    before = global_state()
+    run = quantize(tiny_classifier, shuffled, shuffled, "sequential", {**QUICK, "adaquant": {"iterations": 2}})
+    run.save(tmp_path / "quantized.ckpt")
+    run.write_report(tmp_path, run.record("test", "tiny", "val_acc", 0))
+    after = global_state()
+    assert [name for name in before if before[name] != after[name]] == []

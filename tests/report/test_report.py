@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_calibtip.report.figures import layer_error_figure, stage_figure
+from lightning_calibtip.report.item import ReportItem
 from lightning_calibtip.report.layers import layers_item
 from lightning_calibtip.report.record import (
     StageRecord,
@@ -177,3 +178,10 @@ def test_figures_show_all_bars_and_layers(record):
         layer["error_before"] = None
     with pytest.raises(ValueError, match="no reconstructed layer"):
         layer_error_figure(record)
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path):
+    rows = [["=1+1", "-x", -1.5], ["@cmd", "+1", 2], ["conv1", "a=b", 3]]
+    ReportItem("cells", "Cells", ["=layer", "what", "value"], rows, lambda: None).save(tmp_path)
+    lines = (tmp_path / "cells.csv").read_text().splitlines()
+    assert lines == ["'=layer,what,value", "'=1+1,'-x,-1.5", "'@cmd,'+1,2", "conv1,a=b,3"]

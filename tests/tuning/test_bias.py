@@ -161,3 +161,12 @@ def test_single_batch_serves_for_both(tiny_resnet, images):
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
         BiasTuningOptions(**{name: value})
+
+
+@pytest.mark.parametrize("rates", [{"rate": 1e38}, {"rate": 1e38, "scale_rate": 1e38}])
+def test_a_rate_that_no_number_holds_is_put_back(calibrated, rates):
+    network, calibration = calibrated
+    before = {name: layer.save() for name, layer in network.layers.items()}
+    assert not tune_bias(network, calibration, BiasTuningOptions(epochs=1, **rates)).kept
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.bias, before[name].bias)
