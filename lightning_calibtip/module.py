@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -187,6 +188,13 @@ class QuantizationModule(pl.LightningModule):
         if "model" in self._modules:
             self.model.eval()
         return self
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Leave the module as it is under DDP: nothing is trained by gradients of the whole model, and
+        ``DistributedDataParallel`` refuses modules without trainable parameters."""
+        if isinstance(strategy := self.trainer.strategy, DDPStrategy):
+            strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
 
     @override
     def configure_optimizers(self) -> None:

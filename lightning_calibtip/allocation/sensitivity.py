@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import output_logits
 from ..calibration.fingerprint import digest, digest_data, digest_states
@@ -18,6 +19,7 @@ from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.replay import CalledAgainError, Replay
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
+from ..network.shared import work_of
 from ..quantization.spec import BitWidths
 from .table import Conditions, SensitivityFile, SensitivityTable
 
@@ -131,10 +133,18 @@ def measure_sensitivity(
     searchable = network.searchable_layers
     for name in searchable:
         network.switch(name, base)
+    # One rank keeps the file; the others have one for as long as they measure.
+    path = path if ranks.rank() == 0 else None
     with TemporaryDirectory() as folder, SensitivityFile(path or Path(folder) / "table.csv", conditions) as file:
-        table = file.table or file.add_base(loss())
+        begun = ranks.from_first(file.table)
+        table = file.table or file.add_base(loss() if begun is None else begun.base_loss)
+        owners = _owners(network)
+        for name, of_layer in begun.losses.items() if begun else ():
+            table.losses[name] = dict(of_layer)
 
         def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
+            if owners[layer.name] != ranks.rank():
+                return
             try:
                 known = {network.config_for(layer.name, base): table.base_loss}
                 for bits in candidates:
@@ -155,7 +165,24 @@ def measure_sensitivity(
         for name in searchable:
             if name not in measured:
                 measure(network.layers[name], loss.calibration.run)
+        for measured_by_rank in ranks.from_all(table.losses):
+            for name, of_layer in measured_by_rank.items():
+                for bits, value in of_layer.items():
+                    if bits not in table.losses.get(name, {}):
+                        file.add(name, bits, value)
     return table
+
+
+def _owners(network: QuantizedNetwork) -> dict[str, int]:
+    """The rank that measures each searchable layer: replay computes what follows a layer again for each candidate."""
+    assert network.structure is not None
+    structure, remaining = network.structure, 0.0
+    costs: dict[str, float] = {}
+    for name in reversed([name for name in structure.calls_of if name in network.layers]):
+        remaining += work_of(network.layers[name], structure)
+        costs[name] = remaining
+    searchable = network.searchable_layers
+    return dict(zip(searchable, ranks.deal([costs.get(name, remaining) for name in searchable]), strict=True))
 
 
 def _measure_by_replay(

@@ -44,6 +44,8 @@ class BitAllocation(Stage):
         0.2
     """
 
+    compares_logits = True
+
     def __init__(
         self,
         options: AllocationOptions | None = None,
@@ -78,10 +80,9 @@ class BitAllocation(Stage):
         Raises:
             InfeasibleBudgetError: If no choice keeps the budgets of costs.
             ValueError: If no layer is free to be chosen for, or the constraints do not fit the model.
-            TypeError: If the metric compares logits and the model's output has none.
+            TypeError: If the model's output has no logits.
         """
-        if not callable(self.options.metric):
-            module.require_logits()
+        super().check_plan(module)
         state_problem(module.network, module.calibration, self.options)
 
     @override

@@ -19,7 +19,8 @@ class Equalization(Stage):
     """Gives the channels of each input ratios by which they are divided before they are rounded, and the weights too.
 
     It comes after ``Calibration`` (and after ``BitAllocation``), before ``BatchNormTuning`` and ``AdaQuant``, which
-    goes on learning the ratios. Another ``Calibration`` ends it.
+    goes on learning the ratios; inputs that have none begin there with ratios of 1, unless the module was loaded from a
+    checkpoint in between. Another ``Calibration`` ends it.
 
     Args:
         options: Which inputs, and how much; the defaults of ``EqualizationOptions`` if None.

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
+from .. import ranks
 from ..calibration.finite import require_finite_outputs
 from ..calibration.progress import ProgressCallback, no_progress
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
+from ..network.shared import take_states_of_first
 from ..report.item import ReportItem
 from ..report.loggers import log_items
 from .progress import shows_progress, stage_progress
@@ -39,6 +42,26 @@ def check_precision(name: str, trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"{name} needs float32 weights, got Trainer(precision={trainer.precision!r}): use 32-true, 16-mixed or "
             "bf16-mixed."
+        )
+
+
+def check_strategy(name: str, trainer: pl.Trainer) -> None:
+    """Refuse a Trainer that splits a model over processes: each has to have all of it.
+
+    Args:
+        name: Name of the callback, for the message.
+        trainer: The Trainer.
+
+    Raises:
+        MisconfigurationException: If its strategy is another one than a single device or DDP.
+
+    Example:
+        >>> check_strategy("CalibTIP", pl.Trainer(accelerator="cpu", logger=False))
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise MisconfigurationException(
+            f"{name} needs the whole model in each process, got strategy {type(trainer.strategy).__name__}: train with "
+            'strategy="ddp" or on one device, or save the model and call lightning_calibtip.quantize(model, loader).'
         )
 
 
@@ -138,10 +161,7 @@ class Stage(pl.Callback, ABC):
             )
         check_precision(self.name, trainer)
         self.check(pl_module.network.scheme)
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"{self.name} runs on one process, got {trainer.world_size}: quantize with Trainer(devices=1)."
-            )
+        check_strategy(self.name, trainer)
 
     @override
     def on_train_batch_end(
@@ -160,8 +180,14 @@ class Stage(pl.Callback, ABC):
             # A Trainer with min_epochs goes on; the first epoch was the calibration.
             return
         started = time.monotonic()
-        with trainer.precision_plugin.forward_context(), stage_progress(trainer, self.name) as self.progress:
+        with (
+            ranks.together(trainer.world_size > 1),
+            trainer.precision_plugin.forward_context(),
+            stage_progress(trainer, self.name) as self.progress,
+        ):
             result = self.run(pl_module)
+            # All ranks have done the same; should a device have rounded otherwise, they agree again.
+            take_states_of_first(list(pl_module.network.layers.values()))
             if pl_module.network.calibrated:
                 require_finite_outputs(pl_module.network, pl_module.calibration)
         self.progress = no_progress

@@ -62,10 +62,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is a device or a pipe, which cannot be replaced: give the name of a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_unfinished(path.parent, path.name)
-    # File names may have 255 bytes.
-    unfinished = path.with_name(f".{path.name[:80]}.{Owner.this()}.{secrets.token_hex(8)}{_SUFFIX}")
+    unfinished = path.with_name(f"{_start(path.name)}{Owner.this()}.{secrets.token_hex(8)}{_SUFFIX}")
     # Exclusively: a link that lies there already is not followed.
     unfinished.open("xb").close()
     try:
@@ -95,7 +96,7 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
         ...     len(list(Path(folder).iterdir()))
         1
     """
-    start = "." if name is None else f".{name[:80]}."
+    start = "." if name is None else _start(name)
     for path in folder.iterdir():
         if path.name.startswith(start) and path.name.endswith(_SUFFIX):
             # The host may have dots, the random part has none.
@@ -103,6 +104,11 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
             owner = Owner.parse(rest) if name is not None else _owner_at_the_end(rest)
             if owner is not None and owner.is_gone():
                 path.unlink(missing_ok=True)
+
+
+def _start(name: str) -> str:
+    """How names of unfinished files begin; the whole name may have 255 bytes."""
+    return f".{name.encode()[:80].decode(errors='ignore')}."
 
 
 def _owner_at_the_end(text: str) -> Owner | None:

@@ -3,6 +3,8 @@
 import os
 import re
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -10,7 +12,7 @@ class Owner(NamedTuple):
     """A process.
 
     Args:
-        host: Name of its machine, of letters, digits, ``_`` and ``.`` only.
+        host: Name of its machine (and number of its container), of letters, digits, ``_`` and ``.`` only.
         pid: Its number there.
 
     Example:
@@ -25,7 +27,11 @@ class Owner(NamedTuple):
     @classmethod
     def this(cls) -> "Owner":
         """This process."""
-        return cls(re.sub(r"[^\w.]", "_", socket.gethostname()) or "localhost", os.getpid())
+        host = re.sub(r"[^\w.]", "_", socket.gethostname()) or "localhost"
+        # Containers may have one host name, and numbers of processes of their own.
+        with suppress(OSError):
+            host = f"{host}.{Path('/proc/self/ns/pid').stat().st_ino}"
+        return cls(host, os.getpid())
 
     @classmethod
     def parse(cls, text: str) -> "Owner | None":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .. import ranks
 from .atomic import remove_unfinished, write_atomically
 from .owner import Owner
 
@@ -19,8 +21,8 @@ log = logging.getLogger(__name__)
 MARKER = "calibtip_state.json"
 _LOCK = "calibtip_state.lock"
 
-# Folders that this process holds, and how often.
-_held: dict[Path, int] = {}
+# Folders that a process holds, with their locks, and how often.
+_held: dict[tuple[int, Path], tuple[FileLock, int]] = {}
 _registry = threading.Lock()
 
 
@@ -44,22 +46,25 @@ def holding(folder: str | Path | None) -> Iterator[None]:
         ...     sorted(path.name for path in Path(folder, "state").iterdir())
         ['calibtip_state.json', 'calibtip_state.lock']
     """
-    if folder is None:
+    if folder is None or ranks.rank() > 0:
+        # Rank 0 holds it for all.
         yield
         return
     place = Path(folder).resolve()
+    # A process that was forked off holds nothing.
+    key = (os.getpid(), place)
     with _registry:
-        lock = None if place in _held else _take(place, Path(folder))
-        _held[place] = _held.get(place, 0) + 1
+        lock, count = _held[key] if key in _held else (_take(place, Path(folder)), 0)
+        _held[key] = (lock, count + 1)
     try:
         yield
     finally:
         with _registry:
-            _held[place] -= 1
-            if not _held[place]:
-                del _held[place]
-        if lock is not None:
-            lock.release()
+            lock, count = _held.pop(key)
+            if count > 1:
+                _held[key] = (lock, count - 1)
+            else:
+                lock.release()
 
 
 def _take(place: Path, named: Path) -> FileLock:
@@ -130,7 +135,7 @@ def remove_state(folder: str | Path | None, patterns: Sequence[str]) -> None:
         []
     """
     place = None if folder is None else Path(folder)
-    if place is None or not (place / MARKER).is_file():
+    if place is None or ranks.rank() > 0 or not (place / MARKER).is_file():
         return
     try:
         with holding(place):
@@ -147,5 +152,6 @@ def remove_state(folder: str | Path | None, patterns: Sequence[str]) -> None:
         return
     if not (place / MARKER).exists():
         with suppress(OSError):
-            (place / _LOCK).unlink(missing_ok=True)
+            if os.name == "nt":
+                (place / _LOCK).unlink(missing_ok=True)
             place.rmdir()

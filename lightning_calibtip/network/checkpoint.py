@@ -265,6 +265,11 @@ def require_readable(path: Any, cause: Exception) -> None:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "nsupported global" in str(error):
+            raise ValueError(
+                f"{path} holds Python objects besides tensors, which could run any code: pass weights_only=False if "
+                "you trust whoever wrote it."
+            ) from cause
         raise ValueError(
             f"{path} is damaged, or no checkpoint ({describe_error(error)}): take another copy, or write it anew."
         ) from cause

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples
 from ..callbacks.progress import progress_options
-from ..callbacks.stage import check_precision
+from ..callbacks.stage import check_precision, check_strategy
 from ..export.onnx_file import require_packages
 from ..module import QuantizationModule
 from ..network.network import check_overrides
@@ -18,6 +18,7 @@ from ..network.scheme import QuantizationScheme
 from ..network.targets import DEFAULT_TARGET
 from ..option_fields import check_names
 from ..report.loggers import log_items
+from .distributed import same_processes
 from .options import PipelineOptions
 from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
@@ -103,11 +104,7 @@ class CalibTIP(pl.Callback):
         if stage != "fit":
             return
         check_precision("CalibTIP", trainer)
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"CalibTIP runs on one process, got {trainer.world_size}: train without it, then call "
-                "lightning_calibtip.quantize(model, calibration_dataloader) in one process."
-            )
+        check_strategy("CalibTIP", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [other for other in callbacks if isinstance(other, CalibTIP) and other is not self]
         if any(other.filename == self.filename for other in others):
@@ -137,6 +134,7 @@ class CalibTIP(pl.Callback):
             {
                 "accelerator": {"cuda": "gpu"}.get(device, device),
                 "precision": trainer.precision,
+                **same_processes(trainer),
                 **progress_options(trainer),
             },
             {"pipeline": self.pipeline, **self.options.to_dict(), **self.scheme.to_dict()},
@@ -153,7 +151,7 @@ class CalibTIP(pl.Callback):
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
         self.result.save(self.checkpoint_path, clean_up=False)
-        if self.export is not None:
+        if self.export is not None and self.result.writes:
             stem = "model" if self.filename == _FILENAME else self.filename
             self.result.export_after(self.checkpoint_path.with_name(f"{stem}.onnx"))
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")

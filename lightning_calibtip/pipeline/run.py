@@ -59,6 +59,7 @@ class QuantizationRun:
         configuration: Settings of the run by name, for the report.
         example: A calibration batch, which exports are checked on; None if there was none.
         ran: The stages themselves, which may still keep on disk what a run that breaks off is resumed from.
+        writes: Whether this process writes files and logs: of several that have run together, only the first does.
         exports: Reports of what was exported so far.
 
     Example:
@@ -72,6 +73,7 @@ class QuantizationRun:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     example: Any = None
     ran: Sequence[Stage] = ()
+    writes: bool = True
     exports: list[ExportReport] = field(default_factory=list)
 
     @property
@@ -139,7 +141,7 @@ class QuantizationRun:
 
     def export_for_target(self, folder: str | Path) -> None:
         """Write ``model.onnx`` into a folder if the module was quantized for a target, see ``export_after``."""
-        if self.module.network.scheme.target is not None:
+        if self.module.network.scheme.target is not None and self.writes:
             self.export_after(Path(folder) / "model.onnx")
 
     def export_after(self, path: str | Path) -> None:
@@ -170,8 +172,11 @@ class QuantizationRun:
         Raises:
             OSError: If it cannot be written, or reads differently.
         """
+        if not self.writes:
+            return
         trainer = pl.Trainer(
             accelerator="cpu",
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -185,7 +190,7 @@ class QuantizationRun:
 
     def clean_up(self) -> None:
         """Remove what the stages have kept in their state folder; from then on the run cannot be resumed."""
-        for stage in self.ran:
+        for stage in self.ran if self.writes else ():
             stage.clean_up()
 
     def write_report(self, folder: str | Path, record: Mapping[str, Any]) -> None:
@@ -195,6 +200,8 @@ class QuantizationRun:
             folder: Folder to write to.
             record: From ``record``, with whatever else belongs into ``result.json``.
         """
+        if not self.writes:
+            return
         folder, items = Path(folder), self.items
         # What an earlier run has left here is not of this one.
         remove_previous_items(folder)
@@ -214,7 +221,7 @@ class QuantizationRun:
             prefix: Prefix of the keys.
             step: Step that the pictures are logged at; the number of stages if None.
         """
-        loggers = list(loggers)
+        loggers = list(loggers) if self.writes else []
         of_stages = [item.name for stage in self.stages for item in stage.items]
         of_run = [item for item in self.items if item.name not in of_stages]
         log_items(loggers, f"{prefix}run", of_run, len(self.stages) if step is None else step)

@@ -10,13 +10,17 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from .. import ranks
 from ..calibration.calibration_set import FirstSamples, batch_size
 from ..callbacks.stage import Stage
 from ..files.state_folder import holding
 from ..module import QuantizationModule
+from ..quantization.digest import digest
+from .distributed import distributed_options, is_first_process
 from .options import PipelineOptions
 from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
@@ -73,7 +77,7 @@ def run_stages(
         >>> [stage.name for stage in run.stages], run.calibration_samples
         (['Calibration'], 8)
     """
-    options = dict(trainer_options or {})
+    options = distributed_options(dict(trainer_options or {}))
     callbacks = list(options.pop("callbacks", None) or [])
     loggers = _quiet_trainer(options, []).loggers
     options["logger"] = loggers or False
@@ -81,7 +85,8 @@ def run_stages(
         logger.log_hyperparams(dict(configuration or {}))
     # Kept, so that every stage sees the same samples, also of a loader that shuffles; and the Trainer would take a list
     # for several dataloaders.
-    batches: DataLoader[Any] = DataLoader(list(calibration), batch_size=None)  # type: ignore[arg-type]
+    kept = list(calibration)
+    batches: DataLoader[Any] = DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
 
     def validate() -> dict[str, float]:
         # The user's step may use self.logger; what it logs there belongs to no stage.
@@ -93,7 +98,8 @@ def run_stages(
         """Validate while another Trainer is at work on the module, and give it back as it was."""
         trainer, device = module.trainer, module.device
         try:
-            return validate()
+            # Ranks must not part by what is decided from it.
+            return ranks.from_first(validate())
         finally:
             module.trainer = trainer
             module.to(device)
@@ -112,17 +118,19 @@ def run_stages(
     done: list[StageOutcome] = []
     with ExitStack() as stack:
         # Two runs in one folder must part before the first has worked for hours.
-        for stage in stages:
+        for stage in stages if is_first_process() else ():
             stack.enter_context(holding(stage.state_folder))
         stack.enter_context(warnings.catch_warnings())
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         float_metrics = evaluate("float", 0)
         for step, stage in enumerate(stages, start=1):
-            stage_options = {**options, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+            stage_options = {
+                **options, "num_sanity_val_steps": 0, "limit_val_batches": 0, "use_distributed_sampler": False
+            }  # fmt: skip
             if stage.evaluate is None and validation is not None:
                 stage.evaluate = evaluate_meanwhile
-            checks = [_PlanChecks(stages)] if step == 1 else []
+            checks = [_SameBatches(kept), _PlanChecks(stages)] if step == 1 else []
             _quiet_trainer(stage_options, [*callbacks, *checks, stage]).fit(module, batches)
             before = sum(other.name == stage.name for other in stages[: step - 1])
             name = f"{stage.name} {before + 1}" if before else stage.name
@@ -131,7 +139,23 @@ def run_stages(
     samples = sum(batch_size(batch) for batch in batches)
     example = next(iter(batches), None)
     configuration = dict(configuration or module.hparams)
-    return QuantizationRun(module, float_metrics, done, samples, configuration, example, tuple(stages))
+    return QuantizationRun(
+        module, float_metrics, done, samples, configuration, example, tuple(stages), module.global_rank == 0
+    )
+
+
+class _SameBatches(pl.Callback):
+    """Gives all ranks the same calibration batches: those of rank 0, where a loader has given each its own."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called once the processes know of each other."""
+        with ranks.together(trainer.world_size > 1):
+            if len(set(ranks.from_all(digest(tree_leaves(self.batches))))) > 1:
+                self.batches[:] = ranks.from_first(ranks.to_cpu(self.batches))
 
 
 class _PlanChecks(pl.Callback):

@@ -66,16 +66,17 @@ class _Digester:
         self._alive: list[Any] = []
 
     def add(self, value: Any) -> None:
+        value = getattr(value, "_torchdynamo_orig_callable", value)
         if isinstance(value, Tensor):
             self._add_tensor(value)
         elif isinstance(value, _PLAIN) and not isinstance(value, enum.Enum):
-            self.hash.update(repr(value).encode())
+            self._write(type(value).__name__, repr(value))
         elif isinstance(value, type):
             self._name(value)
         elif isinstance(value, types.ModuleType):
-            self.hash.update(f"module {value.__name__}".encode())
+            self._write("module", value.__name__)
         elif id(value) in self._seen:
-            self.hash.update(f"as number {self._seen[id(value)]}".encode())
+            self._write("seen", str(self._seen[id(value)]))
         else:
             self._seen[id(value)] = len(self._seen)
             self._alive.append(value)
@@ -84,13 +85,14 @@ class _Digester:
     def _add_structure(self, value: Any) -> None:
         if isinstance(value, Mapping):
             self._name(type(value))
+            self._write("length", str(len(value)))
             for key, inner in value.items():
                 self.add(key)
                 self.add(inner)
         elif isinstance(value, set | frozenset):
-            self.hash.update(repr(sorted(digest([inner]) for inner in value)).encode())
+            self._write("set", repr(sorted(digest([inner]) for inner in value)))
         elif isinstance(value, list | tuple):
-            self.hash.update(f"{type(value).__name__} of {len(value)}".encode())
+            self._write(type(value).__name__, str(len(value)))
             for inner in value:
                 self.add(inner)
         elif isinstance(value, types.CodeType):
@@ -101,7 +103,7 @@ class _Digester:
         elif isinstance(value, types.MethodType):
             self._add_all("method", value.__func__, value.__self__)
         elif isinstance(value, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
-            self.hash.update(f"{getattr(value, '__module__', '')}.{value.__qualname__}".encode())
+            self._write("builtin", f"{getattr(value, '__module__', '')}.{value.__qualname__}")
             if (owner := getattr(value, "__self__", None)) is not None and not isinstance(owner, types.ModuleType):
                 self.add(owner)
         elif isinstance(value, partial):
@@ -122,13 +124,13 @@ class _Digester:
                 if isinstance(forward := type(module).__dict__.get("forward"), types.FunctionType):
                     self.add(forward)
         elif hasattr(value, "__array__") and hasattr(value, "tobytes"):
-            self.hash.update(f"{value.dtype}{value.shape}".encode())
-            self.hash.update(value.tobytes())
+            self._write("array", f"{value.dtype}{value.shape}")
+            # An array of objects holds their addresses.
+            self.add(value.tolist() if value.dtype.hasobject else value.tobytes())
         elif isinstance(value, enum.Enum):
-            self.hash.update(value.name.encode())
-        elif callable(to_dict := getattr(value, "to_dict", None)):
-            # A batch of PyTorch Geometric, say, whose attributes refer to each other.
-            self.add(to_dict())
+            self._write("enum", value.name)
+        elif (content := _as_dict(value)) is not None:
+            self.add(content)
         elif hasattr(value, "__dict__") or hasattr(kind, "__slots__"):
             slots = [name for each in kind.__mro__ for name in _slots(each) if hasattr(value, name)]
             self.add({**{name: getattr(value, name) for name in slots}, **getattr(value, "__dict__", {})})
@@ -140,12 +142,31 @@ class _Digester:
             self.add(value)
 
     def _add_tensor(self, value: Tensor) -> None:
-        flat = value.detach().to_dense().cpu().contiguous().view(-1)
-        self.hash.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        self.hash.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        try:
+            flat = value.detach().to_dense().resolve_conj().resolve_neg().cpu().contiguous().view(-1)
+            content = flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise UnrecognizableError(f"a {type(value).__name__} of {value.layout} has no content to read") from error
+        self._write("tensor", f"{value.dtype}{tuple(value.shape)}")
+        self.hash.update(content)
 
     def _name(self, kind: type) -> None:
-        self.hash.update(f"{kind.__module__}.{kind.__qualname__}".encode())
+        self._write("type", f"{kind.__module__}.{kind.__qualname__}")
+
+    def _write(self, tag: str, content: str) -> None:
+        """Write a piece with its length, so that no two sequences of pieces read alike."""
+        piece = content.encode()
+        self.hash.update(f"{tag}:{len(piece)}:".encode() + piece)
+
+
+def _as_dict(value: Any) -> Any:
+    """What an object with ``to_dict()`` says of itself (a batch of PyTorch Geometric, whose attributes refer to each
+    other); None if it says nothing."""
+    try:
+        return value.to_dict() if callable(getattr(value, "to_dict", None)) else None
+    except TypeError:
+        # It needs arguments.
+        return None
 
 
 def _slots(kind: type) -> Iterable[str]:

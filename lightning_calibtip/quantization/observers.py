@@ -1,7 +1,7 @@
 """Observers: what is remembered of the activations that pass a quantizer while calibrating.
 
-Each is a ``torchmetrics.Metric``: its states declare how they reduce across processes, so one generic routine syncs
-them all.
+Each is a ``torchmetrics.Metric``. Nothing is reduced over processes: where several work together, each sees all of the
+batches.
 """
 
 from abc import abstractmethod
@@ -69,21 +69,23 @@ class Observer(Metric):
 
     full_state_update = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"sync_on_compute": False, **kwargs})
+
     @property
     def seen(self) -> bool:
         """Whether anything was observed."""
         return bool(self.update_count > 0)
 
     def compute_range(self, spec: TensorSpec) -> Range:
-        """Compute the range for a format, each end of shape (1,), over all processes.
+        """Compute the range for a format, each end of shape (1,).
 
         Raises:
             RuntimeError: If nothing was observed yet.
         """
         if not self.seen:
             raise RuntimeError("This observer has seen no data: run at least one calibration batch through the model.")
-        with self.sync_context(should_sync=self._to_sync):
-            return self._range(spec)
+        return self._range(spec)
 
     def compute(self) -> Range:
         """Compute the range for 8 bits (``compute_range`` gives it for any format)."""
@@ -91,7 +93,7 @@ class Observer(Metric):
 
     @abstractmethod
     def _range(self, spec: TensorSpec) -> Range:
-        """The range that this process's state gives."""
+        """The range that the state gives."""
 
 
 class MinMaxObserver(Observer):
@@ -110,8 +112,8 @@ class MinMaxObserver(Observer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("minimum", torch.full((1,), torch.inf), dist_reduce_fx="min")
-        self.add_state("maximum", torch.full((1,), -torch.inf), dist_reduce_fx="max")
+        self.add_state("minimum", torch.full((1,), torch.inf))
+        self.add_state("maximum", torch.full((1,), -torch.inf))
 
     def update(self, x: Tensor) -> None:
         """Widen the range to that of ``x`` (any shape)."""
@@ -145,8 +147,8 @@ class MovingAverageObserver(Observer):
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be above 0 and at most 1, got {momentum}.")
         self.momentum = momentum
-        self.add_state("minimum", torch.zeros(1), dist_reduce_fx="mean")
-        self.add_state("maximum", torch.zeros(1), dist_reduce_fx="mean")
+        self.add_state("minimum", torch.zeros(1))
+        self.add_state("maximum", torch.zeros(1))
 
     def update(self, x: Tensor) -> None:
         """Move the range towards that of ``x`` (any shape); the first batch sets it."""
@@ -157,26 +159,6 @@ class MovingAverageObserver(Observer):
 
     def _range(self, spec: TensorSpec) -> Range:
         return self.minimum, self.maximum
-
-
-def merge_histograms(stacked: Tensor) -> Tensor:
-    """Add up histograms of different reach, the reduction of ``HistogramObserver`` across processes.
-
-    Args:
-        stacked: Shape (processes, 3 + bins); see ``HistogramObserver``.
-
-    Returns:
-        One such row, its reach the greatest of all.
-
-    Example:
-        >>> rows = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 1.0], [2.0, -2.0, 2.0, 1.0, 0.0, 0.0, 1.0]])
-        >>> merge_histograms(rows)
-        tensor([ 2., -2.,  2.,  1.,  1.,  1.,  1.])
-    """
-    reach = stacked[:, 0].max()
-    rows = [widen(row[3:], float(row[0]), float(reach)) for row in stacked]
-    ends = torch.stack([reach, stacked[:, 1].min(), stacked[:, 2].max()])
-    return torch.cat([ends, torch.stack(rows).sum(0)])
 
 
 def widen(histogram: Tensor, reach: float, wanted: float) -> Tensor:
@@ -233,7 +215,7 @@ class HistogramObserver(Observer):
         self.method, self.percentile, self.p, self.bins = method, percentile, p, bins
         start = torch.zeros(3 + bins)
         start[1], start[2] = torch.inf, -torch.inf
-        self.add_state("row", start, dist_reduce_fx=merge_histograms)
+        self.add_state("row", start)
 
     def update(self, x: Tensor) -> None:
         """Count the values of ``x`` (any shape)."""

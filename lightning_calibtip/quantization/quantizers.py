@@ -309,7 +309,7 @@ class AffineQuantizer(Quantizer):
     def decode(self, q: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.decode``."""
         rows, axis = self._rows(q)
-        decoded = torch.empty(rows.shape, device=q.device)
+        decoded = torch.empty(rows.shape, dtype=torch.float32, device=q.device)
         for part, parameters in self._parts(rows, axis):
             decoded[part] = decode(rows[part], *parameters, axis)
         return self._whole(decoded, q)

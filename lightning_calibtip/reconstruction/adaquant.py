@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.fingerprint import describe_function
@@ -15,7 +17,10 @@ from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import Replay
 from ..files.state_folder import holding
 from ..network.network import QuantizedNetwork
+from ..network.shared import take_states_of_first, work_of
+from ..network.states import LayerState
 from ..quantization.quantizers import Quantizer
+from .data_parallel import deal_units
 from .feedback import FEEDBACK, check_feedback
 from .float_stream import FloatStream
 from .optimize import UnitResult, optimize_unit
@@ -102,20 +107,33 @@ def _adaquant(
     is_sequential = options.mode == "sequential"
     results: list[UnitResult] = []
     used: set[Quantizer] = set()
+    # Units that depend on float inputs alone are dealt out; those in sequence are worked on by all ranks together.
+    structure = network.structure
+    owners = deal_units(units, [sum(work_of(layer, structure) for layer in unit.layers) for unit in units])
     for position, unit in enumerate(units):
-        result = finished.load(position, unit) if finished else None
-        keeps_inputs = result is None and (not is_sequential or options.drop_probability > 0)
-        record = floats.record(unit, keeps_inputs, weighs=result is None)
+        is_mine = is_sequential or owners[position] == ranks.rank()
+        result = _load(finished, position, unit, is_sequential, is_mine)
+        waits = result is None and not is_mine
+        keeps_inputs = result is None and is_mine and (not is_sequential or options.drop_probability > 0)
+        record = floats.record(unit, keeps_inputs, weighs=result is None and is_mine)
         inputs = record.inputs
         if is_sequential:
             channels_last = unit.prefers_channels_last
             inputs = quantized_stream.record(unit.name, True, False, channels_last).inputs
-        if result is None:
+        if waits:
+            # Its owner tells of it at the end.
+            result = _waiting(unit)
+        elif result is None:
             assert inputs is not None
             recorded = UnitData(inputs, record.targets, record.inputs if is_sequential else None, record.weights)
-            result = reconstruct(unit, recorded, options, used, part_of(progress, position, len(units)))
-            if finished:
+            with nullcontext() if is_sequential else ranks.alone():
+                result = reconstruct(unit, recorded, options, used, part_of(progress, position, len(units)))
+            if is_sequential:
+                take_states_of_first(unit.layers)
+                result = ranks.from_first(result)
+            if finished and (not is_sequential or ranks.rank() == 0):
                 finished.save(position, unit, result)
+        assert result is not None
         results.append(result)
         progress((position + 1) * options.iterations, len(units) * options.iterations, summary_of(result))
         used.update(quantizer for layer in unit.layers for quantizer in layer.quantizers)
@@ -127,6 +145,41 @@ def _adaquant(
             inputs.forget()
     floats.forget()
     quantized_stream.forget()
+    return results if is_sequential else _exchange(units, results, owners)
+
+
+def _load(
+    finished: FinishedUnits | None, position: int, unit: Unit, is_sequential: bool, is_mine: bool
+) -> UnitResult | None:
+    """A unit that an earlier run has finished. In sequence, rank 0 says whether there is one."""
+    if finished is None or not is_mine:
+        return None
+    if not is_sequential:
+        return finished.load(position, unit)
+    result = ranks.from_first(finished.load(position, unit) if ranks.rank() == 0 else None)
+    if result is not None:
+        take_states_of_first(unit.layers)
+    return result
+
+
+def _waiting(unit: Unit) -> UnitResult:
+    return UnitResult(unit.name, tuple(layer.name for layer in unit.layers), 0.0, 0.0, True, "on another rank", 0.0)
+
+
+def _exchange(units: Sequence[Unit], results: list[UnitResult], owners: Sequence[int]) -> list[UnitResult]:
+    """Give all ranks the units that each has reconstructed, and their results."""
+    if ranks.rank_count() == 1:
+        return results
+    mine = {
+        position: (result, [ranks.to_cpu(layer.save().to_dict()) for layer in units[position].layers])
+        for position, result in enumerate(results)
+        if owners[position] == ranks.rank()
+    }
+    for found in ranks.from_all(mine):
+        for position, (result, states) in found.items():
+            results[position] = result
+            for layer, state in zip(units[position].layers, states, strict=True):
+                layer.restore(LayerState.from_dict(state))
     return results
 
 
@@ -212,15 +265,21 @@ def open_finished(
     Raises:
         ValueError: If the folder belongs to another reconstruction.
     """
+    if ranks.rank_count() > 1 and ranks.rank() > 0:
+        # Rank 0 describes the run, or refuses it, first.
+        ranks.from_first(None)
     device = next(iter(network.layers.values())).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     described = {
         **options.describe(),
         "loss": None if options.loss is None else describe_function(options.loss),
         "storage": store.precision,
-        "inputs that may learn ratios": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
+        "inputs with ratios to learn": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
         "precision": autocast,
         "float model": network.fingerprint,
         **settings,
     }
-    return FinishedUnits(folder, describe_run(units, list(network.layers.values()), calibration, described))
+    finished = FinishedUnits(folder, describe_run(units, list(network.layers.values()), calibration, described))
+    if ranks.rank() == 0:
+        ranks.from_first(None)
+    return finished

@@ -4,12 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..files.state_folder import holding
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
+from ..network.shared import work_of
+from ..network.states import LayerState
 from ..quantization.quantizers import Quantizer
 from ..quantization.spec import BitWidths, LayerConfig
 from .adaquant import open_finished, prepare_units, reconstruct, summary_of
@@ -106,14 +109,25 @@ def _adaquant_candidates(
     work.total = sum(len(list(work.versions(unit))) for unit in units)
     results: dict[BitWidths, list[UnitResult]] = {candidate: [] for candidate in candidates}
     floats = FloatStream(network, calibration, options, units, store)
+    structure = network.structure
+    assert structure is not None
+    owners = ranks.deal([sum(work_of(layer, structure) for layer in unit.layers) for unit in units])
+    by_unit: dict[int, dict[_Key, UnitResult]] = {}
     for position, unit in enumerate(units):
-        record = floats.record(unit, keep_inputs=True)
-        found = {key: work.reconstruct(position, unit, candidate, record) for key, candidate in work.versions(unit)}
-        for candidate in candidates:
-            if (result := found.get(work.key(unit, candidate))) is not None:
-                results[candidate].append(result)
+        is_mine = owners[position] == ranks.rank()
+        record = floats.record(unit, keep_inputs=is_mine)
+        if is_mine:
+            with ranks.alone():
+                by_unit[position] = {
+                    key: work.reconstruct(position, unit, candidate, record) for key, candidate in work.versions(unit)
+                }
         floats.finish(unit, record)
     floats.forget()
+    by_unit = _exchange(network, units, by_unit)
+    for position, unit in enumerate(units):
+        for candidate in candidates:
+            if (result := by_unit[position].get(work.key(unit, candidate))) is not None:
+                results[candidate].append(result)
     reconstructed = {layer.name for unit in units for layer in unit.layers}
     widest = max(candidates, key=lambda candidate: (candidate.total, candidate.sort_key))
     for name, config in former.items():
@@ -125,6 +139,28 @@ def _adaquant_candidates(
         plain = config.without_equalization
         layer.switch(plain if plain in configs else network.config_for(name, widest))
     return results
+
+
+def _exchange(
+    network: QuantizedNetwork, units: Sequence[Unit], mine: dict[int, dict["_Key", UnitResult]]
+) -> dict[int, dict["_Key", UnitResult]]:
+    """Give all ranks the results and the states of the units that each has reconstructed."""
+    if ranks.rank_count() == 1:
+        return mine
+    variants = {
+        layer.name: [ranks.to_cpu(state.to_dict()) for state in (*layer.variants.values(), layer.save())]
+        for position in mine
+        for layer in units[position].layers
+    }
+    everything: dict[int, dict[_Key, UnitResult]] = {}
+    for results, found in ranks.from_all((mine, variants)):
+        everything |= results
+        for name, states in found.items():
+            layer = network.layers[name]
+            *others, present = map(LayerState.from_dict, states)
+            layer.variants |= {state.config: state for state in others}
+            layer.restore(present)
+    return everything
 
 
 # Formats of a unit's layers, and of those that own their weights: what tells versions of a unit apart.

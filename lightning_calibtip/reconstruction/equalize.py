@@ -136,6 +136,8 @@ def equalize(
     check_absorb(options or EqualizationOptions(), network.scheme)
     options, store = options or EqualizationOptions(), store or ActivationStore()
     calibration = calibration.first(options.samples)
+    for tensor in network.tensors:
+        tensor.may_learn_ratios = False
     assert network.structure is not None
     absorbers = find_absorbers(network.model, network.structure, network.layers)
     groups = [

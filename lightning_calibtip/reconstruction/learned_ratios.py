@@ -82,6 +82,11 @@ class _FollowingWeight(nn.Module):
         rounded: Tensor = self.rounding(weight * self.change())
         return rounded
 
+    @property
+    def scale(self) -> Any:
+        """Scales of the rounded weight, which say on which grid an integer bias lies."""
+        return self.rounding.scale
+
     def change(self) -> Tensor:
         """Present ratios over the first ones, so that they broadcast along the weight."""
         layer, ratio, first = self._of

@@ -14,6 +14,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
@@ -24,6 +25,7 @@ from ..network.trial import Trial, trial
 from ..quantization.affine import SMALLEST_SCALE
 from ..quantization.quantizers import SMALLEST_RATIO, AffineQuantizer, Quantizer
 from .adam import Adam
+from .data_parallel import average_gradients, share_of_this_rank
 from .dropping import Dropping, dropping
 from .feedback import FEEDBACK, round_unit
 from .learned_ratios import give_ratios, weights_following
@@ -282,20 +284,25 @@ class _Descent:
             optimizer = Adam(parameters, [rate.value * (interval if rate.sparse else 1) for rate in rates])
             objectives = [objective, RoundingPenalty(list(roundings.values()), options.rounding_strength)]
             stack.enter_context(trainable(parameters))
-            for step, index in enumerate(_mini_batches(training, options, self.generator)):
+            for step, index in enumerate(_mini_batches(training, options, self._generator_of_batches())):
                 for parameter in sparse:
                     parameter.requires_grad_(step % interval == 0)
-                batch = self.dataset.take(index)
-                loss = _loss(unit, objectives, batch, drops.mix(batch.call, batch.float_call)) / unit_error
+                share, weight = share_of_this_rank(index)
+                batch = self.dataset.take(share)
+                loss = _loss(unit, objectives, batch, drops.mix(batch.call, batch.float_call)) * (weight / unit_error)
                 for term in objectives:
                     if (penalty := term.penalty(step / options.iterations)) is not None:
                         loss = loss + penalty
                 if step % _LOOK_EVERY == 0:
-                    if not bool(torch.isfinite(loss)):
-                        return f"the error became {float(loss.detach())} at step {step}"
-                    error = error_before * float(loss.detach())
+                    found = loss.detach() / ranks.rank_count()
+                    ranks.add_up([found])
+                    if not bool(torch.isfinite(found)):
+                        return f"the error became {float(found)} at step {step}"
+                    error = error_before * float(found)
                     self.progress(step, options.iterations, f"{unit.name}: relative error {error:.3g}")
-                loss.backward(inputs=[parameter for parameter in parameters if parameter.requires_grad])
+                learned_now = [parameter for parameter in parameters if parameter.requires_grad]
+                loss.backward(inputs=learned_now)
+                average_gradients(learned_now)
                 optimizer.step(options.rate_at(step))
                 # Autocast keeps casts of parameters, which have just changed.
                 torch.clear_autocast_cache()
@@ -306,6 +313,12 @@ class _Descent:
                 quantizer.finalize_()
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
         return "" if finite else "a parameter became NaN or infinite"
+
+    def _generator_of_batches(self) -> torch.Generator:
+        """One of its own where ranks draw differently what is dropped, so that all draw the same mini-batches."""
+        if ranks.rank_count() == 1 or not self.options.drop_probability:
+            return self.generator
+        return torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=self.generator)))
 
     def _samples(self, training: Tensor) -> Iterator[MiniBatch]:
         """Some of the samples, in mini-batches."""

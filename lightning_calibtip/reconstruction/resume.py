@@ -42,7 +42,7 @@ class FinishedUnits:
         ...     _ = FinishedUnits(folder, {"seed": "0"})
         ...     FinishedUnits(folder, {"seed": "1"})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: ... holds an unfinished reconstruction with another seed: repeat that run to finish it, or ...
+        ValueError: ... holds the state of a reconstruction with another seed, which was killed, or has not been ...
     """
 
     def __init__(self, folder: str | Path, run: dict[str, str]) -> None:
@@ -61,8 +61,8 @@ class FinishedUnits:
             self._refuse_format(begun.get(_VERSION_KEY, 1))
         if other := [name for name in run if begun.get(name) != run[name]]:
             raise ValueError(
-                f"{self.folder} holds an unfinished reconstruction with another {', '.join(other)}: repeat that run "
-                "to finish it, or remove the folder to begin anew."
+                f"{self.folder} holds the state of a reconstruction with another {', '.join(other)}, which was killed, "
+                "or has not been saved: repeat that run to finish it, or remove the folder to begin anew."
             )
 
     def load(self, position: int, unit: Unit, label: str = "") -> UnitResult | None:

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_calibtip.quantization.affine import choose_qparams, fake_quantize
 from lightning_calibtip.quantization.observers import (
@@ -7,7 +9,6 @@ from lightning_calibtip.quantization.observers import (
     MinMaxObserver,
     MovingAverageObserver,
     make_observer,
-    merge_histograms,
     register_observer,
 )
 from lightning_calibtip.quantization.ranges import RangeOptions
@@ -73,33 +74,24 @@ def test_constant_and_zero_activations_give_finite_ranges(method):
         assert float(fake_quantize(torch.full((1,), value), scale, zero_point, 0, 15)) == pytest.approx(value, rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "lp"])
-def test_reduced_over_processes_equals_one_process_that_saw_everything(method):
-    torch.manual_seed(0)
-    parts = [torch.randn(4000), torch.randn(4000) * 9]
-    together = observer_of(method)
-    observers = [observer_of(method) for _ in parts]
-    for observer, part in zip(observers, parts, strict=True):
-        observer.update(part)
-        together.update(part)
-    merged = observer_of(method)
-    merged.update(parts[0])
-    # What torchmetrics does with the gathered states of each process.
-    for state, reduce in merged._reductions.items():
-        setattr(merged, state, reduce(torch.stack([getattr(observer, state) for observer in observers])).view(-1))
+@given(
+    st.sampled_from(["minmax", "percentile", "mse", "lp"]),
+    st.integers(1, 6),
+    st.integers(0, 1000),
+    st.floats(0.01, 100),
+)
+@settings(max_examples=40, deadline=None)
+def test_however_batches_are_cut_and_ordered_the_state_is_the_same(method, count, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(60, generator=generator) * torch.logspace(0, 1, 60) * spread
+    whole, cut = observer_of(method), observer_of(method)
+    whole.update(values)
+    for part in values[torch.randperm(60, generator=generator)].tensor_split(count):
+        cut.update(part)
     for bits in (3, 8):
-        for got, wanted in zip(
-            merged.compute_range(TensorSpec(bits)), together.compute_range(TensorSpec(bits)), strict=True
-        ):
-            torch.testing.assert_close(got, wanted)
-
-
-def test_merging_keeps_every_count():
-    small, large = HistogramObserver(bins=16), HistogramObserver(bins=16)
-    small.update(torch.full((3,), 0.9))
-    large.update(torch.tensor([-7.0, 0.1]))
-    merged = merge_histograms(torch.stack([small.row, large.row]))
-    assert float(merged[3:].sum()) == 5 and float(merged[0]) == 8
+        for got, wanted in zip(cut.compute_range(TensorSpec(bits)), whole.compute_range(TensorSpec(bits)), strict=True):
+            # Values at the edge of two bins may change sides when bins are widened in between.
+            torch.testing.assert_close(got, wanted, rtol=2e-3, atol=0)
 
 
 def test_asking_for_a_range_before_data_is_an_error():
