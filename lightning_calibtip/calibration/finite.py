@@ -42,45 +42,59 @@ def require_finite_outputs(network: QuantizedNetwork, calibration: CalibrationSe
         ...
         FloatingPointError: The quantized model's output has NaN or infinity, ...: first that of layer 0, whose bias ...
     """
-    first: list[str] = []
-
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not first and _has_nan(output):
-                first.append(name)
-
-        return module.register_forward_hook(hook)
-
-    handles = [watch(name, module) for name, module in network.model.named_modules() if not list(module.children())]
-    handles += [watch(name, layer.module) for name, layer in network.layers.items()]
-    try:
-        with network.quantized(True):
-            output = calibration.run(0)
-    finally:
-        for handle in handles:
-            handle.remove()
+    output, ruined = _run(network, calibration, quantized=True)
     if not _has_nan(output):
         return
+    known: list[str] = []
     if network.has_float_weights:
-        with network.quantized(False):
-            if _has_nan(calibration.run(0)):
-                # A mask of minus infinity, say, which is the user's own.
-                return
-    name = first[0] if first else ""
-    # Its quantizers and parametrizations are inside of a layer.
-    owner = next((layer for layer in network.layers if name == layer or name.startswith(f"{layer}.")), name)
-    parts = [what for what, tensor in _parameters(network, owner) if not bool(torch.isfinite(tensor).all())]
-    where = f"first that of layer {owner}" if owner else "no layer's own"
+        float_output, known = _run(network, calibration, quantized=False)
+        if _has_nan(float_output):
+            # A mask of minus infinity, say, which is the user's own.
+            return
+    elif not any(bool(leaf.isnan().any()) for leaf in _floats(output)):
+        return
+    # Quantizers and parametrizations are inside of their layer.
+    names = [next((x for x in network.layers if name == x or name.startswith(f"{x}.")), name) for name in ruined]
+    name = next((name for name in names if name not in known), "")
+    parts = [what for what, tensor in _parameters(network, name) if not bool(torch.isfinite(tensor).all())]
+    where = f"first that of {'layer' if name in network.layers else 'module'} {name}" if name else "of no module's own"
     why = f", whose {' and '.join(parts)} has such values, too" if parts else ""
+    advice = f"Leave it in float (overrides={{{name!r}: None}}), give it more bits, or look at its weights and data."
+    if name not in network.layers:
+        advice = "Give the layers before it more bits, or leave them in float by overrides."
     raise FloatingPointError(
-        f"The quantized model's output has NaN or infinity, which the float model's has not: {where}{why}. Leave that "
-        f"layer in float (overrides={{{owner!r}: None}}), give it more bits, or look at its weights and data."
+        f"The quantized model's output has NaN or infinity, which the float model's has not: {where}{why}. {advice}"
     )
 
 
+def _run(network: QuantizedNetwork, calibration: CalibrationSet, quantized: bool) -> tuple[Any, list[str]]:
+    """Output for the first batch, and the modules that give NaN or infinity, in the order in which they run."""
+    ruined: list[str] = []
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name not in ruined and _has_nan(output):
+                ruined.append(name)
+
+        return module.register_forward_hook(hook)
+
+    watched = {name: module for name, module in network.model.named_modules() if not list(module.children())}
+    watched |= {name: layer.module for name, layer in network.layers.items()}
+    handles = [watch(name, module) for name, module in watched.items()]
+    try:
+        with network.quantized(quantized):
+            return calibration.run(0), ruined
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 def _has_nan(output: Any) -> bool:
-    leaves = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    return any(not bool(torch.isfinite(leaf).all()) for leaf in leaves)
+    return any(not bool(torch.isfinite(leaf).all()) for leaf in _floats(output))
 
 
 def _parameters(network: QuantizedNetwork, name: str) -> list[tuple[str, Tensor]]:

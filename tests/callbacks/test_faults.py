@@ -17,6 +17,7 @@ from lightning_calibtip import (
     quantize,
     run_stages,
 )
+from lightning_calibtip.calibration.finite import require_finite_outputs
 from lightning_calibtip.callbacks.stage import Stage, StageResult
 from lightning_calibtip.network.layers import QuantizedLayer
 
@@ -143,3 +144,54 @@ def test_an_output_without_logits_is_refused_before_anything_is_reconstructed(mo
 def test_stages_that_compare_no_logits_need_none():
     module = QuantizationModule(Wrapped(lambda output: output.argmax(1)).eval())
     run_stages(module, [Calibration(), AdaQuant(iterations=2)], ROWS.split(8), trainer_options=CPU)
+
+
+class Logarithm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.shift = nn.Linear(4, 3), 1.0
+
+    def forward(self, x):
+        y = self.fc(x)
+        return torch.log(y.abs() + self.shift)
+
+
+def test_nan_of_an_operation_names_no_layer_to_leave_in_float(monkeypatch):
+    module = QuantizationModule(Logarithm().eval())
+    run_stages(module, [Calibration()], ROWS.split(8), trainer_options=CPU)
+    module.calibration.append(ROWS[:8])
+    forward = module.model.forward
+    layer = module.network.layers["fc"]
+    monkeypatch.setattr(module.model, "forward", lambda x: forward(x) * (torch.nan if layer.enabled else 1))
+    with pytest.raises(FloatingPointError, match=r"of no module's own\. Give the layers before it more bits"):
+        require_finite_outputs(module.network, module.calibration)
+
+
+class Extra:
+    pass
+
+
+class WithObjects(QuantizationModule):
+    def __init__(self, model, extra=None, **options):
+        super().__init__(model, **options)
+        self.save_hyperparameters({"extra": extra})
+
+
+def test_hyperparameters_of_a_subclass_may_be_objects(tmp_path):
+    run = run_stages(WithObjects(net(), Extra()), [Calibration()], ROWS.split(8), trainer_options=CPU)
+    run.save(tmp_path / "objects.ckpt")
+    with pytest.raises(ValueError, match=r"objects.ckpt holds Python objects besides tensors.*pass weights_only=False"):
+        WithObjects.load_from_checkpoint(tmp_path / "objects.ckpt", model=net())
+    loaded = WithObjects.load_from_checkpoint(tmp_path / "objects.ckpt", model=net(), weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(ROWS), run.module(ROWS))
+
+
+def test_a_checkpoint_may_go_to_a_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_stages(QuantizationModule(net()), [Calibration()], ROWS.split(8), trainer_options=CPU)
+    run.save("memory://bucket/quantized.ckpt")
+    assert not list(tmp_path.iterdir())
+    loaded = QuantizationModule.load_from_checkpoint("memory://bucket/quantized.ckpt", model=net())
+    with torch.no_grad():
+        assert torch.equal(loaded(ROWS), run.module(ROWS))

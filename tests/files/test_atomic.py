@@ -75,3 +75,15 @@ def test_a_folder_of_that_name_is_an_error(tmp_path):
 def test_long_names_fit(tmp_path):
     write_atomically(tmp_path / ("n" * 250), b"x")
     assert names(tmp_path) == ["n" * 250]
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a device or a pipe, which cannot be replaced"):
+        write_atomically(tmp_path / "pipe", b"")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_long_names_of_long_letters_fit(tmp_path):
+    write_atomically(tmp_path / ("\u4e2d" * 80), b"x")
+    assert names(tmp_path) == ["\u4e2d" * 80]

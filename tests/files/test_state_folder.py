@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import threading
 
 import pytest
 
@@ -86,3 +87,27 @@ def test_only_what_was_written_is_removed(tmp_path):
     remove_state(folder, ["*.pt"])
     assert (tmp_path / "target.pt").exists() and (folder / "mine" / "0000.pt").exists()
     assert not (folder / "0000.pt").exists() and not (folder / "0001.pt").is_symlink()
+
+
+def test_the_last_thread_to_leave_lets_go(tmp_path):
+    folder, inside, leave = tmp_path / "state", threading.Event(), threading.Event()
+
+    def other():
+        with holding(folder):
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(60)
+    with holding(folder):
+        leave.set()
+        thread.join()
+        pid = os.fork()
+        if not pid:
+            try:
+                with holding(folder):
+                    os._exit(0)
+            except RuntimeError:
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lightning_calibtip.quantization.digest import UnrecognizableError, digest
@@ -103,3 +105,35 @@ def test_what_a_function_names_counts(monkeypatch):
 def test_what_has_no_content_is_refused(value, what):
     with pytest.raises(UnrecognizableError, match=f"a .*{what} cannot be recognised"):
         digest([value])
+
+
+_values = st.recursive(
+    st.one_of(st.integers(0, 30), st.text("ab1", max_size=3), st.none()), lambda inner: st.lists(inner, max_size=3)
+)
+
+
+@given(_values, _values)
+@settings(max_examples=300, deadline=None)
+def test_different_values_have_different_digests(one, other):
+    assert (digest([one]) == digest([other])) == (repr(one) == repr(other))
+
+
+@pytest.mark.parametrize("one, other", [
+    ([1, 23], [12, 3]), ([[1], 2], [[1, 2]]), ([{"a": 1}, "b"], [{"a": 1, "b": 2}]), (["ab", "c"], ["a", "bc"]),
+])  # fmt: skip
+def test_values_do_not_run_into_each_other(one, other):
+    assert digest(one) != digest(other)
+
+
+def test_what_is_odd_is_read_or_refused():
+    class NeedsMore:
+        def to_dict(self, path):
+            raise AssertionError
+
+    assert digest([NeedsMore()]) == digest([NeedsMore()])
+    objects = [np.array([1, "a", None], dtype=object) for _ in range(2)]
+    assert digest(objects[:1]) == digest(objects[1:])
+    conjugate = torch.ones(2, dtype=torch.complex64).conj()
+    assert digest([conjugate]) == digest([conjugate.resolve_conj()])
+    with pytest.raises(UnrecognizableError, match="has no content to read"):
+        digest([torch.empty(2, device="meta")])

@@ -4,6 +4,7 @@ import torch
 from lightning_calibtip.quantization.spec import BitWidths
 from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.candidates import adaquant_candidates
+from lightning_calibtip.reconstruction.equalizable import EqualizationOptions
 from lightning_calibtip.reconstruction.equalize import equalize
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from tests.uneven import ROWS, error, linear, uneven_network
@@ -109,3 +110,26 @@ def test_another_set_of_inputs_that_may_learn_is_another_run(tmp_path):
     equalize(network, calibration)
     with pytest.raises(ValueError, match="another inputs with ratios to learn,"):
         adaquant(network, calibration, options, state_folder=tmp_path)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_ratios_learn_beside_integer_biases(monkeypatch, kept):
+    if not kept:
+        monkeypatch.setattr(
+            "lightning_calibtip.reconstruction.equalize.measure_divergences", lambda *args: torch.tensor([1.0])
+        )
+    network, calibration = uneven_network(linear(), MANY, weight_bits=4, activation_bits=8, target="onnxruntime")
+    assert all(layer.config.integer_bias for layer in network.layers.values())
+    assert equalize(network, calibration).kept == kept
+    results = adaquant(network, calibration, AdaQuantOptions(iterations=20))
+    assert not [result.note for result in results if "cannot be optimised" in result.note]
+    assert network.layers["2"].input_ratio is not None
+
+
+@pytest.mark.usefixtures("put_back")
+def test_a_second_equalization_decides_anew():
+    network, calibration = uneven_network(linear(), MANY, weight_bits=3)
+    equalize(network, calibration)
+    equalize(network, calibration, EqualizationOptions(absorb="only"))
+    adaquant(network, calibration, AdaQuantOptions(iterations=5))
+    assert network.layers["0"].input_ratio is None
