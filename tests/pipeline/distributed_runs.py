@@ -1,0 +1,90 @@
+"""Runs in one process or several: ``python -m tests.pipeline.distributed_runs <what> <folder> <devices>``."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_calibtip import CalibTIP, quantize
+from lightning_calibtip.reconstruction import adaquant as whole_model
+from tests.conftest import TinyClassifier
+
+OPTIONS = {
+    "adaquant": {"iterations": 12, "batch_size": 16},
+    "preparation": {"iterations": 5},
+    "bias_tuning": {"epochs": 1},
+    "allocation": {"compression": 0.2, "candidates": [4, 8]},
+}
+SCHEME = {"weight_bits": 4, "activation_bits": 4}
+PIPELINES = ("calibrate", "light", "advanced", "sequential")
+
+
+def data(shuffle: bool = False) -> DataLoader:
+    images = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(images, torch.arange(48) % 4), batch_size=8, shuffle=shuffle)
+
+
+def model() -> TinyClassifier:
+    torch.manual_seed(0)
+    return TinyClassifier()
+
+
+def options_of(devices: int) -> dict:
+    return {"accelerator": "cpu", **({"devices": devices, "strategy": "ddp"} if devices > 1 else {})}
+
+
+def run_pipelines(folder: Path, devices: int, pipelines=PIPELINES) -> None:
+    """Every pipeline, each with a checkpoint; its data are another permutation on each rank."""
+    for pipeline in pipelines:
+        loader = data()
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            loader = list(loader)[::-1]
+        outcome = quantize(model(), loader, data(), pipeline, OPTIONS, trainer_options=options_of(devices), **SCHEME)
+        outcome.save(folder / f"{pipeline}.ckpt")
+        outcome.write_report(folder / pipeline, outcome.record("distributed", "tiny", "val_acc", 0))
+
+
+def train(folder: Path, devices: int) -> None:
+    """A training that ends with the callback."""
+    callback = CalibTIP("sequential", OPTIONS, calibration_samples=24, target=None, **SCHEME)
+    trainer = pl.Trainer(
+        max_epochs=1, default_root_dir=folder, callbacks=[callback], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, **options_of(devices),
+    )  # fmt: skip
+    trainer.fit(model(), data(shuffle=True), data())
+    print(f"rank {trainer.global_rank}: {[stage.name for stage in callback.result.stages]}", flush=True)
+
+
+def die(folder: Path, devices: int) -> None:
+    """Rank 1 is killed when the third unit is reconstructed."""
+    reconstruct, calls = whole_model.reconstruct, []
+
+    def counting(*args):
+        calls.append(None)
+        if len(calls) == 3 and os.environ.get("LOCAL_RANK") == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reconstruct(*args)
+
+    whole_model.reconstruct = counting
+    resume(folder, devices)
+
+
+def resume(folder: Path, devices: int) -> None:
+    """The same run, or what is left of it."""
+    options = {**OPTIONS, "state_folder": folder / "state"}
+    outcome = quantize(model(), data(), None, "sequential", options, trainer_options=options_of(devices), **SCHEME)
+    outcome.save(folder / "resumed.ckpt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    what, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    {"pipelines": run_pipelines, "train": train, "die": die, "resume": resume}[what](folder, devices)
