@@ -22,6 +22,7 @@ from .module import QuantizationModule
 from .network.checkpoint import is_quantized
 from .network.scheme import QuantizationScheme
 from .pipeline.arguments import add_scheme_and_options, split_scheme_and_options
+from .pipeline.distributed import same_processes
 from .pipeline.options import PipelineOptions
 from .pipeline.presets import PipelineName, make_stages
 from .pipeline.run import QuantizationRun
@@ -103,8 +104,9 @@ class QuantizationTrainer(pl.Trainer):
         run.write_report(output, record)
         run.log(self.loggers, output / "quantized.ckpt")
         run.clean_up()
-        wrapped.print_summary()
-        print("\n".join(map(str, ["", record_table(record), "", *run.exports, f"written to {output}"])))
+        if run.writes:
+            wrapped.print_summary()
+            print("\n".join(map(str, ["", record_table(record), "", *run.exports, f"written to {output}"])))
         return run
 
     def export(
@@ -157,6 +159,7 @@ class QuantizationTrainer(pl.Trainer):
             "precision": self.precision,
             "logger": self.loggers or False,
             "limit_val_batches": self.limit_val_batches,
+            **same_processes(self),
             **progress_options(self),
         }
 

@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from typing_extensions import override
 
+from . import ranks
 from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
+from .calibration.shared_batches import batches_of_all_ranks
 from .files.damage import describe_error
 from .network.attention import transformers_models
 from .network.checkpoint import CHECKPOINT_KEY, pack_network, require_readable, unpack_network
@@ -102,6 +104,8 @@ class QuantizationModule(pl.LightningModule):
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
         self._logits_error: TypeError | None = None
+        # Positions of the batches that the last training step has kept.
+        self.latest_batches = range(0)
         self.automatic_optimization = False
         self._validation_step = validation_step
         if isinstance(self.model, pl.LightningModule):
@@ -214,11 +218,16 @@ class QuantizationModule(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Keep the calibration batch; the first one also shows the model's structure."""
+        """Keep the calibration batch, under DDP those of all ranks; the first one also shows the model's structure."""
         if self.calibration_done:
             return
         is_default = type(self).calibration_step is QuantizationModule.calibration_step
-        self.calibration.append(batch, self.inputs_of(batch) if is_default else batch)
+        start = len(self.calibration)
+        with ranks.together(self.trainer.world_size > 1):
+            batches = batches_of_all_ranks(batch)
+        for each in [self.transfer_batch_to_device(each, self.device, 0) for each in batches]:
+            self.calibration.append(each, self.inputs_of(each) if is_default else each)
+        self.latest_batches = range(start, len(self.calibration))
         if self.network.structure is None:
             with torch.no_grad():
                 self.network.prepare(self._run_first_batch)

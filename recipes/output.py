@@ -36,6 +36,8 @@ def write_run(run: QuantizationRun, record: dict[str, Any], output: Path, logger
     run.write_report(output, record)
     run.log([logger] if logger else [], output / "quantized.ckpt")
     run.clean_up()
+    if not run.writes:
+        return
     run.module.print_summary()
     print()
     print(record_table(record))

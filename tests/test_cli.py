@@ -247,3 +247,15 @@ def test_a_wrong_metric_costs_no_run_and_a_quantized_checkpoint_is_refused(tmp_p
     torch.save({"state_dict": {}, "hyper_parameters": {"path": Path("x")}}, tmp_path / "objects.ckpt")
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
         load_weights(Classifier(), tmp_path / "objects.ckpt")
+
+
+def test_quantize_runs_in_as_many_processes_as_the_trainer_has(config, tmp_path):
+    path = config(trainer={"devices": 2, "strategy": "ddp"})
+    arguments = ["--pipeline=calibrate", "--calibration_samples=32", f"--output={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "lightning_calibtip", "quantize", f"--config={path}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "MEMBER: 2/2" in done.stderr
+    # One of them writes and prints.
+    assert done.stdout.count(f"written to {tmp_path / 'out'}") == 1
+    assert (tmp_path / "out" / "quantized.ckpt").exists()

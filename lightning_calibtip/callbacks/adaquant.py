@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.options import StorageOptions
 from ..files.state_folder import remove_state
@@ -92,6 +93,8 @@ class AdaQuant(Stage):
         with self.storage.open() as store:
             by_candidate = self._reconstruct(module, store)
         results = [result for _, of_candidate in by_candidate for result in of_candidate]
+        # Of units that are dealt out, each process has spent its share.
+        is_dealt_out = self.options.mode == "parallel"
         # A unit that could not be optimised has no errors.
         errors = [(r.error_before, r.error_after) for r in results if math.isfinite(r.error_before)] or [(0.0, 0.0)]
         figures = {
@@ -99,7 +102,7 @@ class AdaQuant(Stage):
             "error_after": sum(after for _, after in errors) / len(errors),
             "units": float(len(results)),
             "restored": float(sum(not result.kept for result in results)),
-            "step_seconds": sum(result.seconds for result in results),
+            "step_seconds": sum(result.seconds for result in results) / (ranks.rank_count() if is_dealt_out else 1),
             "captured_bytes": float(store.most_held),
         }
         return StageResult(figures, [reconstruction_item(of, candidate) for candidate, of in by_candidate])

@@ -59,9 +59,10 @@ class Calibration(Stage):
         assert isinstance(pl_module, QuantizationModule)
         if batch_idx == 0:
             pl_module.network.attach_observers(self.options)
-        tokens = pl_module.calibration.tokens(batch_idx)
-        with pl_module.network.observing(tokens), torch.no_grad(), trainer.precision_plugin.forward_context():
-            pl_module.calibration.run(batch_idx)
+        for index in pl_module.latest_batches:
+            tokens = pl_module.calibration.tokens(index)
+            with pl_module.network.observing(tokens), torch.no_grad(), trainer.precision_plugin.forward_context():
+                pl_module.calibration.run(index)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

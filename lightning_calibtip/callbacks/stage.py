@@ -151,7 +151,7 @@ class Stage(pl.Callback, ABC):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called before anything runs: the module must be a QuantizationModule, on one process."""
+        """Called before anything runs: the module must be a QuantizationModule, whole in each process."""
         if stage != "fit":
             return
         if not isinstance(pl_module, QuantizationModule):

@@ -10,16 +10,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from .. import ranks
 from ..calibration.calibration_set import FirstSamples, batch_size
+from ..calibration.shared_batches import batches_of_first
 from ..callbacks.stage import Stage
 from ..files.state_folder import holding
 from ..module import QuantizationModule
-from ..quantization.digest import digest
 from .distributed import distributed_options, is_first_process
 from .options import PipelineOptions
 from .presets import make_stages
@@ -154,8 +153,7 @@ class _SameBatches(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called once the processes know of each other."""
         with ranks.together(trainer.world_size > 1):
-            if len(set(ranks.from_all(digest(tree_leaves(self.batches))))) > 1:
-                self.batches[:] = ranks.from_first(ranks.to_cpu(self.batches))
+            self.batches[:] = batches_of_first(self.batches)
 
 
 class _PlanChecks(pl.Callback):

@@ -8,13 +8,16 @@ that broadcasts to the tensor. With a ``ratio`` (equalized channels), ``x / (sca
 what is read back stands for ``x / ratio``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .spec import TensorSpec
+
+# Elements that are encoded or decoded at once.
+_PART = 1 << 20
 
 # Smaller scales would overflow when divided by; a range this narrow holds nothing but zeros.
 SMALLEST_SCALE = 1e-30
@@ -126,6 +129,31 @@ def decode(q: Tensor, scale: Tensor, zero_point: Tensor, qmin: float, qmax: floa
     """
     point = along(_whole(zero_point, qmin, qmax), q.dim(), axis)
     return (q.float() - point) * along(scale.float(), q.dim(), axis)
+
+
+def in_parts(
+    rows: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None
+) -> Iterator[tuple[Any, tuple[Tensor, Tensor]]]:
+    """Slices of the first dimension, each with its scales and zero points: a large tensor that goes through in parts
+    needs little memory besides the result.
+
+    Args:
+        rows: The tensor.
+        scale: One element or one for each index of ``axis``.
+        zero_point: Same shape as ``scale``.
+        axis: Channel dimension, or None.
+
+    Example:
+        >>> [part for part, _ in in_parts(torch.ones(4, 2), torch.ones(4), torch.ones(4), axis=0)]
+        [Ellipsis]
+    """
+    if rows.numel() <= _PART:
+        yield ..., (scale, zero_point)
+        return
+    step = max(1, _PART // rows[0].numel())
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        yield part, ((scale[part], zero_point[part]) if axis == 0 else (scale, zero_point))
 
 
 def _whole(zero_point: Tensor, qmin: float, qmax: float) -> Tensor:

@@ -1,22 +1,19 @@
 """Quantizers: modules that hold the parameters of one tensor's quantization and apply it; one class a kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .affine import SMALLEST_SCALE, along, choose_qparams, decode, encode, fake_quantize
+from .affine import SMALLEST_SCALE, along, choose_qparams, decode, encode, fake_quantize, in_parts
 from .groups import from_groups, groups_per_channel, to_groups
 from .packing import narrowest
 from .spec import PerChannel, PerGroup, PerToken, TensorSpec
 
 # Ratios of equalized channels are at least this much, lest a channel be divided by next to nothing.
 SMALLEST_RATIO = 1e-6
-
-# Elements that are encoded or decoded at once.
-_PART = 1 << 20
 
 _KINDS: dict[str, "type[Quantizer]"] = {}
 _Kind = TypeVar("_Kind", bound="type[Quantizer]")
@@ -289,9 +286,10 @@ class AffineQuantizer(Quantizer):
         rows, axis = self._rows(x)
         spec, ratio = self.spec, self._ratio(x)
         integers = torch.empty(rows.shape, dtype=narrowest(spec.qmin, spec.qmax), device=x.device)
-        for part, parameters in self._parts(rows, axis):
+        for part, parameters in in_parts(rows, self.scale.detach(), self.zero_point.detach(), axis):
             of_part = ratio if ratio is None or ratio.shape[0] == 1 else ratio[part]
-            integers[part] = encode(rows[part], *parameters, axis, ratio=of_part).to(integers.dtype)
+            encoded = encode(rows[part], *parameters, spec.qmin, spec.qmax, axis, ratio=of_part)
+            integers[part] = encoded.to(integers.dtype)
         return self._whole(integers, x)
 
     def unrounded(self, x: Tensor) -> Tensor:
@@ -310,21 +308,9 @@ class AffineQuantizer(Quantizer):
         """See ``Quantizer`` and ``affine.decode``."""
         rows, axis = self._rows(q)
         decoded = torch.empty(rows.shape, dtype=torch.float32, device=q.device)
-        for part, parameters in self._parts(rows, axis):
-            decoded[part] = decode(rows[part], *parameters, axis)
+        for part, parameters in in_parts(rows, self.scale.detach(), self.zero_point.detach(), axis):
+            decoded[part] = decode(rows[part], *parameters, self.spec.qmin, self.spec.qmax, axis)
         return self._whole(decoded, q)
-
-    def _parts(self, rows: Tensor, axis: int | None) -> Iterator[tuple[Any, tuple[Tensor, Tensor, int, int]]]:
-        """Slices of the first dimension, each with the arguments that encode and decode it: large tensors go through in
-        parts, so that little is held besides the result."""
-        scale, zero_point, ends = self.scale.detach(), self.zero_point.detach(), (self.spec.qmin, self.spec.qmax)
-        if rows.numel() <= _PART:
-            yield ..., (scale, zero_point, *ends)
-            return
-        step = max(1, _PART // rows[0].numel())
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            yield part, (*((scale[part], zero_point[part]) if axis == 0 else (scale, zero_point)), *ends)
 
     def elementwise(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each element of a tensor of a shape."""

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibtip import CalibTIP, quantize
+from lightning_calibtip import AdaQuant, Calibration, CalibTIP, QuantizationModule, quantize
 from lightning_calibtip.reconstruction import adaquant as whole_model
 from tests.conftest import TinyClassifier
 
@@ -61,6 +61,21 @@ def train(folder: Path, devices: int) -> None:
     print(f"rank {trainer.global_rank}: {[stage.name for stage in callback.result.stages]}", flush=True)
 
 
+def stages(folder: Path, devices: int) -> None:
+    """A Trainer of the user's own, whose sampler gives each rank other samples."""
+    module = QuantizationModule(model(), **SCHEME)
+    trainer = pl.Trainer(
+        callbacks=[Calibration(), AdaQuant(iterations=4)], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, **options_of(devices),
+    )  # fmt: skip
+    trainer.fit(module, data())
+    trainer.save_checkpoint(folder / "stages.ckpt", weights_only=True)
+    observed = module.network.layers["net.head"].tensors[0].observer
+    ends = [round(float(end), 6) for end in observed.row[1:3]]
+    samples = int(observed.row[3:].sum()) // 6
+    print(f"rank {trainer.global_rank}: {ends} of {samples} samples", flush=True)
+
+
 def die(folder: Path, devices: int) -> None:
     """Rank 1 is killed when the third unit is reconstructed."""
     reconstruct, calls = whole_model.reconstruct, []
@@ -87,4 +102,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     what, folder, devices = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    {"pipelines": run_pipelines, "train": train, "die": die, "resume": resume}[what](folder, devices)
+    {"pipelines": run_pipelines, "train": train, "stages": stages, "die": die, "resume": resume}[what](folder, devices)

@@ -1,6 +1,7 @@
 """Two processes on one machine, by Lightning's launcher and by torchrun."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -77,6 +78,13 @@ def test_a_training_of_two_processes_ends_quantized(tmp_path):
             f"rank {rank}: ['Calibration', 'Equalization', 'BatchNormTuning', 'AdaQuant', 'BiasTuning']" in done.stdout
         )
     assert (tmp_path / "quantized.ckpt").exists() and (tmp_path / "quantized_report" / "report.html").exists()
+
+
+def test_stages_of_a_trainer_see_the_samples_of_all_ranks(tmp_path):
+    one = re.search(r"rank 0: (.* of 48 samples)", run(tmp_path, "stages", 1).stdout)
+    done = run(tmp_path, "stages", 2)
+    assert one and all(f"rank {rank}: {one[1]}" in done.stdout for rank in (0, 1))
+    assert (tmp_path / "stages.ckpt").exists()
 
 
 def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on(tmp_path):
