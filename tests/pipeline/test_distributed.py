@@ -66,7 +66,7 @@ def test_one_process_writes(checkpoints):
 
 
 def test_torchrun_needs_no_options(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     run(tmp_path, "resume", 1, launcher)
     assert (tmp_path / "resumed.ckpt").exists() and not (tmp_path / "state").exists()
 
