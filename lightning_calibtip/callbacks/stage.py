@@ -53,11 +53,17 @@ def check_strategy(name: str, trainer: pl.Trainer) -> None:
         trainer: The Trainer.
 
     Raises:
-        MisconfigurationException: If its strategy is another one than a single device or DDP.
+        MisconfigurationException: If its strategy is another one than a single device or DDP, or starts its processes by
+            spawning or forking.
 
     Example:
         >>> check_strategy("CalibTIP", pl.Trainer(accelerator="cpu", logger=False))
     """
+    if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+        raise MisconfigurationException(
+            f"{name} cannot run in processes that are spawned or forked, whose results are lost at their end: use "
+            'strategy="ddp" in a script, or one device in a notebook.'
+        )
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
             f"{name} needs the whole model in each process, got strategy {type(trainer.strategy).__name__}: train with "

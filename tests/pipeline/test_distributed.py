@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_calibtip import CalibTIP
 from lightning_calibtip.callbacks.stage import check_strategy
 from lightning_calibtip.ranks import deal_among
 from tests.pipeline import distributed_runs
@@ -101,6 +102,15 @@ def test_strategies_that_split_the_model_are_refused():
         MisconfigurationException, match=r"CalibTIP needs the whole model in each process, got strategy F"
     ):
         check_strategy("CalibTIP", trainer)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_whose_results_would_be_lost_are_refused(strategy):
+    callback = CalibTIP("calibrate", calibration_samples=8)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, callbacks=[callback])
+    message = 'CalibTIP cannot run in processes that are spawned or forked, .*: use strategy="ddp" in a script'
+    with pytest.raises(MisconfigurationException, match=message):
+        callback.setup(trainer, distributed_runs.model(), "fit")
 
 
 def test_tasks_are_dealt_so_that_all_end_about_together():
