@@ -53,8 +53,8 @@ def check_strategy(name: str, trainer: pl.Trainer) -> None:
         trainer: The Trainer.
 
     Raises:
-        MisconfigurationException: If its strategy is another one than a single device or DDP, or starts its processes by
-            spawning or forking.
+        MisconfigurationException: If its strategy is another one than a single device or DDP, or starts its processes
+            by spawning or forking.
 
     Example:
         >>> check_strategy("CalibTIP", pl.Trainer(accelerator="cpu", logger=False))
