@@ -4,10 +4,12 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,6 +38,9 @@ def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> 
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
+    if isinstance(strategy := options.get("strategy"), Strategy):
+        # Each Trainer connects to a strategy of its own.
+        options = {**options, "strategy": deepcopy(strategy)}
     return pl.Trainer(**{**defaults, "callbacks": callbacks, **options})
 
 

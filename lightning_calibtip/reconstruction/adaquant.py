@@ -135,7 +135,8 @@ def _adaquant(
                 finished.save(position, unit, result)
         assert result is not None
         results.append(result)
-        progress((position + 1) * options.iterations, len(units) * options.iterations, summary_of(result))
+        text = f"{unit.name}: on another rank" if waits else summary_of(result)
+        progress((position + 1) * options.iterations, len(units) * options.iterations, text)
         used.update(quantizer for layer in unit.layers for quantizer in layer.quantizers)
         floats.finish(unit, record)
         if is_sequential:

@@ -5,10 +5,12 @@ import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibtip import AdaQuant, Calibration, CalibTIP, QuantizationModule, quantize
@@ -92,8 +94,10 @@ def die(folder: Path, devices: int) -> None:
 
 def resume(folder: Path, devices: int) -> None:
     """The same run, or what is left of it."""
-    options = {**OPTIONS, "state_folder": folder / "state"}
-    outcome = quantize(model(), data(), None, "sequential", options, trainer_options=options_of(devices), **SCHEME)
+    options, trainer_options = {**OPTIONS, "state_folder": folder / "state"}, options_of(devices)
+    if devices > 1:
+        trainer_options["strategy"] = DDPStrategy(timeout=timedelta(seconds=60))
+    outcome = quantize(model(), data(), None, "sequential", options, trainer_options=trainer_options, **SCHEME)
     outcome.save(folder / "resumed.ckpt")
 
 
