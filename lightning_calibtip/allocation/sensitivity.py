@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import output_logits
-from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..calibration.fingerprint import digest_data, digest_states
 from ..calibration.losses import Loss, LossFunction, check_metric
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.replay import CalledAgainError, Replay
+from ..files.digest import digest
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..network.shared import work_of
@@ -139,8 +140,8 @@ def measure_sensitivity(
         begun = ranks.from_first(file.table)
         table = file.table or file.add_base(loss() if begun is None else begun.base_loss)
         owners = _owners(network)
-        for name, of_layer in begun.losses.items() if begun else ():
-            table.losses[name] = dict(of_layer)
+        if begun is not None:
+            table.losses.update(begun.losses)
 
         def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
             if owners[layer.name] != ranks.rank():

@@ -7,13 +7,11 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
+from ..files.digest import UnrecognizableError, digest
 from ..network.states import LayerState
-from ..quantization.digest import UnrecognizableError, digest
 from .calibration_set import CalibrationSet, plain
 
 log = logging.getLogger(__name__)
-
-__all__ = ["describe_function", "digest", "digest_data", "digest_states"]
 
 
 def describe_function(function: Any) -> str:

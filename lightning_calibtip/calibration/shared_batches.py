@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from .. import ranks
-from ..quantization.digest import digest
+from ..files.digest import digest
 
 
 def batches_of_all_ranks(batch: Any) -> list[Any]:

@@ -99,22 +99,16 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
     start = "." if name is None else _start(name)
     for path in folder.iterdir():
         if path.name.startswith(start) and path.name.endswith(_SUFFIX):
-            # The host may have dots, the random part has none.
-            rest = path.name.removeprefix(start).removesuffix(_SUFFIX).rpartition(".")[0]
-            owner = Owner.parse(rest) if name is not None else _owner_at_the_end(rest)
-            if owner is not None and owner.is_gone():
+            # Names and hosts may have dots, the random part has none.
+            before, _, pid = path.name.removesuffix(_SUFFIX).rpartition(".")[0].rpartition("-")
+            host = Owner.this().host
+            if before.endswith(f".{host}") and pid.isdigit() and Owner(host, int(pid)).is_gone():
                 path.unlink(missing_ok=True)
 
 
 def _start(name: str) -> str:
     """How names of unfinished files begin; the whole name may have 255 bytes."""
     return f".{name.encode()[:80].decode(errors='ignore')}."
-
-
-def _owner_at_the_end(text: str) -> Owner | None:
-    """Owner of an unfinished file of any name, if it is of this machine."""
-    this, (before, _, pid) = Owner.this(), text.rpartition("-")
-    return Owner(this.host, int(pid)) if before.endswith(f".{this.host}") and pid.isdigit() else None
 
 
 def _sync(folder: Path) -> None:

@@ -151,7 +151,7 @@ class CalibTIP(pl.Callback):
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
         self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
         self.result.save(self.checkpoint_path, clean_up=False)
-        if self.export is not None and self.result.writes:
+        if self.export is not None:
             stem = "model" if self.filename == _FILENAME else self.filename
             self.result.export_after(self.checkpoint_path.with_name(f"{stem}.onnx"))
         self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")

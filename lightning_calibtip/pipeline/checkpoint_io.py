@@ -1,15 +1,18 @@
 """Checkpoints that are written completely or not at all."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from ..files.atomic import replacing
-from ..network.checkpoint import CHECKPOINT_KEY, is_intact
+
+# Bytes that are read back at once.
+_PIECE = 1 << 20
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,8 +40,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(dict(checkpoint), path, storage_options)
             return
         with replacing(Path(path)) as unfinished:
-            torch.save(dict(checkpoint), unfinished)
-            # This process has just written it: hyperparameters of a subclass may be objects.
-            read = torch.load(unfinished, map_location="cpu", weights_only=False)
-            if CHECKPOINT_KEY in read and not is_intact(read[CHECKPOINT_KEY], read["state_dict"]):
+            with unfinished.open("r+b") as file:
+                written = _Hashing(file)
+                torch.save(dict(checkpoint), cast(BinaryIO, written))
+            read = hashlib.sha256()
+            with unfinished.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    read.update(piece)
+            if read.digest() != written.hash.digest():
                 raise OSError(f"{path} was not written: what was read back differs. Is the disk sound?")
+
+
+class _Hashing:
+    """A file that is written from beginning to end, and the digest of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        """See ``BinaryIO``."""
+        self.hash.update(content)
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        """See ``BinaryIO``."""
+        self.file.flush()

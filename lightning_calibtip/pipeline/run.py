@@ -141,7 +141,7 @@ class QuantizationRun:
 
     def export_for_target(self, folder: str | Path) -> None:
         """Write ``model.onnx`` into a folder if the module was quantized for a target, see ``export_after``."""
-        if self.module.network.scheme.target is not None and self.writes:
+        if self.module.network.scheme.target is not None:
             self.export_after(Path(folder) / "model.onnx")
 
     def export_after(self, path: str | Path) -> None:
@@ -151,6 +151,8 @@ class QuantizationRun:
         Args:
             path: File to write.
         """
+        if not self.writes:
+            return
         try:
             log.info("%s", self.export_onnx(path))
         except Exception as error:

@@ -12,7 +12,6 @@ import torch
 from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.fingerprint import describe_function
 from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import Replay
 from ..files.state_folder import holding
@@ -59,10 +58,10 @@ def adaquant(
         A result for each unit, in the order of execution.
 
     Raises:
-        RuntimeError: If the model is not calibrated, or there is no calibration batch.
+        RuntimeError: If the model is not calibrated, there is no calibration batch, or another process is at work in
+            ``state_folder``.
         ValueError: If a name in ``blocks`` is unknown, the rounding method cannot round a layer's weight, or
             ``state_folder`` holds another run, or something else.
-        RuntimeError: If another process is at work in ``state_folder``.
         OSError: If activations are to go to a disk that has no room for them.
 
     Example:
@@ -273,7 +272,6 @@ def open_finished(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     described = {
         **options.describe(),
-        "loss": None if options.loss is None else describe_function(options.loss),
         "storage": store.precision,
         "inputs with ratios to learn": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
         "precision": autocast,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..calibration.fingerprint import describe_function
+
 # Learned rounding registers itself.
 from . import learned_rounding  # noqa: F401
 from .feedback import FEEDBACK
@@ -190,8 +192,6 @@ class AdaQuantOptions:
         return math.sqrt(_REFERENCE_STEPS / self.iterations) if self.relative else 1.0
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that identify the options, the loss by its name."""
+        """Plain values that identify the options, the loss by its name and a digest."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        function = getattr(self.loss, "func", self.loss)
-        named: Any = function if hasattr(function, "__qualname__") else type(function)
-        return {**values, "loss": None if function is None else f"{named.__module__}.{named.__qualname__}"}
+        return {**values, "loss": None if self.loss is None else describe_function(self.loss)}

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..calibration.fingerprint import digest_data, digest_states
 from ..files.atomic import write_atomically
 from ..files.damage import describe_error
+from ..files.digest import digest
 from ..network.layers import QuantizedLayer
 from ..network.states import LayerState
 from .optimize import UnitResult

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.fingerprint import digest, digest_data, digest_states
+from ..calibration.fingerprint import digest_data, digest_states
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
+from ..files.digest import digest
 from ..files.state_folder import holding
 from ..network.hooks import make_room_for_bias
 from ..network.network import QuantizedNetwork

@@ -96,7 +96,7 @@ def resume(folder: Path, devices: int) -> None:
     """The same run, or what is left of it."""
     options, trainer_options = {**OPTIONS, "state_folder": folder / "state"}, options_of(devices)
     if devices > 1:
-        trainer_options["strategy"] = DDPStrategy(timeout=timedelta(seconds=60))
+        trainer_options["strategy"] = DDPStrategy(timeout=timedelta(seconds=300))
     outcome = quantize(model(), data(), None, "sequential", options, trainer_options=trainer_options, **SCHEME)
     outcome.save(folder / "resumed.ckpt")
 

@@ -23,7 +23,7 @@ def run(folder, what, devices, launcher=(), check=True):
     """Run the script in new processes; the output of all ranks."""
     environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "WORLD_SIZE")}
     command = [sys.executable, *launcher, "-m", SCRIPT, what, str(folder), str(devices)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

@@ -287,3 +287,19 @@ def test_nothing_global_is_left_changed(tiny_classifier, images, tmp_path):
     run.write_report(tmp_path, run.record("test", "tiny", "val_acc", 0))
     after = global_state()
     assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_a_checkpoint_that_reads_differently_is_no_checkpoint(tiny_classifier, loader, tmp_path, monkeypatch):
+    run = quantize(tiny_classifier, loader, pipeline="calibrate")
+    run.save(tmp_path / "quantized.ckpt")
+    before, save = (tmp_path / "quantized.ckpt").read_bytes(), torch.save
+
+    def unsound(content, file):
+        save(content, file)
+        file.file.seek(1000)
+        file.file.write(b"rust")
+
+    monkeypatch.setattr("lightning_calibtip.pipeline.checkpoint_io.torch.save", unsound)
+    with pytest.raises(OSError, match="was not written: what was read back differs"):
+        run.save(tmp_path / "quantized.ckpt")
+    assert (tmp_path / "quantized.ckpt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

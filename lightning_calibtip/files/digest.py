@@ -49,7 +49,7 @@ def digest(values: Iterable[Any]) -> str:
         >>> digest([(x for x in "abc")])
         Traceback (most recent call last):
         ...
-        lightning_calibtip.quantization.digest.UnrecognizableError: a generator cannot be recognised in another process
+        lightning_calibtip.files.digest.UnrecognizableError: a generator cannot be recognised in another process
     """
     digester = _Digester()
     for value in values:
