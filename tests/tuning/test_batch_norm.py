@@ -101,7 +101,7 @@ def test_what_stands_in_for_a_tuned_layer_is_what_it_computes(generator, images,
     assert tune_batch_norm(network, calibration).kept
     # Before, nothing stands in. Afterwards floats differ by the order of operations, so that few integers may differ by
     # one: on average by far less than rounding, which costs more than 1e-3 here.
-    assert gaps[0] == 0 and gaps[1] < 1e-4
+    assert gaps[0] == 0 and gaps[1] < 5e-4
 
 
 def test_a_result_farther_from_float_is_taken_back(wide_net, images, monkeypatch):
