@@ -69,9 +69,10 @@ class SymbolicQuantizer(nn.Module):
         self.register_buffer("scale", affine.scale.detach().cpu().reshape(()).clone())
         point = affine.zero_point.detach().cpu().round().reshape(()) + shift
         self.register_buffer("zero_point", point.clamp(self.qmin, self.qmax).to(self.dtype))
-        self.divides = affine.ratio is not None and not absorbed
-        if affine.ratio is not None and affine.spec.equalized is not None:
-            factor = 1 / affine.ratio.detach().cpu()
+        divisors = affine.divisors
+        self.divides = divisors is not None and not absorbed
+        if divisors is not None and affine.spec.equalized is not None:
+            factor = 1 / divisors.detach().cpu()
             self.register_buffer("factor", factor.view(-1, *[1] * (-1 - affine.spec.equalized.axis)))
 
     def forward(self, x: Tensor) -> Tensor:

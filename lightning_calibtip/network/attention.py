@@ -50,7 +50,10 @@ class ProbabilityValueProduct(nn.Module):
 register_layer(
     QueryKeyProduct,
     None,
-    [Operand(dynamic_range_axes=(-1,), token_axes=(2,)), Operand(dynamic_range_axes=(-2,), token_axes=(3,))],
+    [
+        Operand(dynamic_range_axes=(-1,), token_axes=(2,), channel_axis=-1),
+        Operand(dynamic_range_axes=(-2,), token_axes=(3,), channel_axis=-2),
+    ],
     output_token_axes=(2, 3),
 )
 register_layer(

@@ -1,7 +1,10 @@
 """Channels of a layer's first input, and the weights that each is multiplied with."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
+from ..quantization.spec import Channels, LayerConfig
 from .layer_types import LayerType
 
 
@@ -22,6 +25,34 @@ def channel_count(module: nn.Module, layer_type: LayerType, weight: Tensor) -> i
     axis = layer_type.input_axis
     assert axis is not None
     return int(weight.shape[axis]) * (groups_of(module) if axis != 0 else 1)
+
+
+def with_equalization(config: LayerConfig, layer_type: LayerType, channels: Channels | None) -> LayerConfig:
+    """The format of a layer whose first input has its channels equalized, and with them those of the other operand of a
+    product.
+
+    Args:
+        config: Format of the layer, with a quantized first input.
+        layer_type: Its type.
+        channels: Channels of the first input; None to end the equalization.
+
+    Example:
+        >>> from lightning_calibtip.network.layer_types import LayerType, Operand
+        >>> from lightning_calibtip.quantization.spec import TensorSpec
+        >>> product = LayerType(None, None, (Operand(channel_axis=-1), Operand(channel_axis=-2)))
+        >>> config = with_equalization(LayerConfig(None, (TensorSpec(8),) * 2), product, Channels(-1, 64))
+        >>> config.inputs[1].equalized
+        Channels(axis=-2, count=64, inverse=True)
+    """
+    first, *others = config.inputs
+    assert first is not None
+    inputs = [replace(first, equalized=channels), *others]
+    if layer_type.is_product and others[0] is not None:
+        axis = layer_type.operands[1].channel_axis
+        assert axis is not None
+        other = None if channels is None else Channels(axis, channels.count, inverse=True)
+        inputs[1] = replace(others[0], equalized=other)
+    return replace(config, inputs=tuple(inputs))
 
 
 def along_weight(factors: Tensor, module: nn.Module, layer_type: LayerType, weight: Tensor) -> Tensor:

@@ -50,6 +50,9 @@ class LayerType:
         input_axis: Dimension of the weight that runs over the channels of the first operand (of a group of them, where
             the layer has ``groups``); None if there is none.
 
+    A product of two operands that both name a ``channel_axis`` multiplies and sums channel by channel: one operand's
+    channels may be divided by ratios if the other's are multiplied by them.
+
     Raises:
         ValueError: If only one of ``weight`` and ``channel_axis`` is None.
 
@@ -72,6 +75,11 @@ class LayerType:
                 f"weight and channel_axis must both be None or neither, got weight={self.weight!r} and "
                 f"channel_axis={self.channel_axis!r}."
             )
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies the channels of two operands and sums over them."""
+        return self.weight is None and [axis.channel_axis is None for axis in self.operands] == [False, False]
 
 
 _LAYER_TYPES: dict[type[nn.Module], LayerType] = {}

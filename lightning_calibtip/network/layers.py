@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from ..quantization.quantizers import AffineQuantizer, Quantizer, make_quantizer
 from ..quantization.ranges import RangeOptions, weight_range
 from ..quantization.spec import Channels, LayerConfig
-from .channels import along_weight
+from .channels import along_weight, with_equalization
 from .hooks import (
     INPUT_QUANTIZERS,
     OUTPUT_QUANTIZER,
@@ -123,7 +123,9 @@ class QuantizedLayer:
         inputs.clear()
         for position, (tensor, spec) in enumerate(zip(self.tensors, config.inputs, strict=True)):
             if spec is not None:
-                inputs[str(position)] = tensor.quantizer(spec, self.device)
+                inputs[str(position)] = quantizer = tensor.quantizer(spec, self.device)
+                if spec.equalized is not None and spec.equalized.inverse:
+                    quantizer.ratio = inputs["0"].ratio
         self._install_output(config)
         self.set_enabled(self._enabled)
 
@@ -283,23 +285,22 @@ class QuantizedLayer:
 
     @torch.no_grad()
     def equalize(self, channels: Channels | None, ratio: Tensor | None) -> None:
-        """Equalize the channels of its first input: the weight takes ratios in, and has its range chosen anew; the
-        input has a quantizer that divides by them, whose range is for the caller to choose.
+        """Equalize the channels of its first input: the weight, or a product's second input, takes ratios in, and the
+        weight has its range chosen anew; inputs have quantizers that divide, whose ranges are for the caller to choose.
 
         Args:
             channels: Which channels the input has; None to end the equalization.
             ratio: Their ratios, shape (channels,).
         """
         weight, present = self.latent()[0], self.input_ratio
-        if present is not None:
+        if present is not None and self.has_weight:
             weight.div_(along_weight(present, self.module, self.type, weight))
-        first, *others = self.config.inputs
-        assert first is not None
-        self.install(replace(self.config, inputs=(replace(first, equalized=channels), *others)))
+        self.install(with_equalization(self.config, self.type, channels))
         if ratio is not None:
             assert self.input_ratio is not None
             self.input_ratio.copy_(ratio)
-            weight.mul_(along_weight(ratio, self.module, self.type, weight))
+            if self.has_weight:
+                weight.mul_(along_weight(ratio, self.module, self.type, weight))
         self.fit_weight_range()
 
     def fit_ranges(self) -> None:
@@ -314,7 +315,7 @@ class QuantizedLayer:
         self.fit_weight_range()
         for tensor, spec in zip(self.tensors, self.config.inputs, strict=True):
             tensor.require_observed()
-            tensor.may_learn_ratios = False
+            tensor.learnable = None
             if spec is not None:
                 tensor.fit_range(spec)
         if self.config.output is not None:

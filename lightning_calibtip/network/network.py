@@ -156,7 +156,7 @@ class QuantizedNetwork:
             layer.variants.clear()
             layer.errors = None
             for tensor in (*layer.tensors, layer.output_tensor):
-                tensor.observer, tensor.may_learn_ratios = None, False
+                tensor.observer, tensor.learnable = None, None
             assert planned.config is not None
             layer.install(planned.config)
         self._plan = decided
@@ -306,7 +306,7 @@ class QuantizedNetwork:
         for layer in self.layers.values():
             layer.reset()
         for tensor in self.tensors:
-            tensor.may_learn_ratios = False
+            tensor.learnable = None
 
     @contextmanager
     def quantized(self, enabled: bool) -> Iterator[None]:

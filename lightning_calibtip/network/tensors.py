@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..quantization.observers import Observer
 from ..quantization.quantizers import Quantizer, make_quantizer
-from ..quantization.spec import TensorSpec
+from ..quantization.spec import Channels, TensorSpec
 from ..quantization.tokens import token_mask
 
 
@@ -26,7 +26,7 @@ class ObservedTensor:
         readers: Names of the layers that read it (of an output, the layer that writes it).
         observer: What calibration has attached; None before.
         quantizers: Its quantizers by format.
-        may_learn_ratios: Whether reconstruction may give its channels ratios; equalization decides.
+        learnable: Channels that reconstruction may give ratios; None if it may not. Equalization decides.
 
     Example:
         >>> tensor = ObservedTensor("fc input", readers=["fc", "gate"])
@@ -40,7 +40,7 @@ class ObservedTensor:
     readers: list[str] = field(default_factory=list)
     observer: Observer | None = None
     quantizers: dict[TensorSpec, Quantizer] = field(default_factory=dict)
-    may_learn_ratios: bool = False
+    learnable: Channels | None = None
     _seen: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property

@@ -297,12 +297,16 @@ class AffineQuantizer(Quantizer):
         ratio = self._ratio(x)
         return x if ratio is None else (x / ratio).to(x.dtype)
 
+    @property
+    def divisors(self) -> Tensor | None:
+        """What channels are divided by, shape (channels,): ratios, or one over them, see ``Channels``; None without."""
+        channels, ratio = self.spec.equalized, self.ratio
+        return ratio.reciprocal() if ratio is not None and channels is not None and channels.inverse else ratio
+
     def _ratio(self, x: Tensor) -> Tensor | None:
-        """The ratios so that they run along the channels of ``x``, if these are equalized."""
-        channels = self.spec.equalized
-        if channels is None or self.ratio is None:
-            return None
-        return along(self.ratio, x.dim(), channels.axis % x.dim())
+        """The divisors so that they run along the channels of ``x``, if these are equalized."""
+        channels, divisors = self.spec.equalized, self.divisors
+        return None if channels is None or divisors is None else along(divisors, x.dim(), channels.axis % x.dim())
 
     def decode(self, q: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.decode``."""
@@ -346,7 +350,9 @@ class AffineQuantizer(Quantizer):
         """Scale, zero point where it may move, and ratios of channels; of ranges that are taken at run time, only
         these."""
         steps = self.spec.qmax - self.spec.qmin
-        found = [] if self.ratio is None else [Trainable(self.ratio, self.ratio.detach() / steps, "ratio")]
+        # Those that are shared belong to the first operand's quantizer.
+        own = None if self.divisors is not self.ratio else self.ratio
+        found = [] if own is None else [Trainable(own, own.detach() / steps, "ratio")]
         if self.spec.dynamic:
             return found
         found.append(Trainable(self.scale, self.step_size() / steps, "scale"))

@@ -120,17 +120,20 @@ class Channels:
     Args:
         axis: Dimension that runs over channels, counted from the last, below 0.
         count: Number of channels, at least 1.
+        inverse: Whether they are multiplied by the ratios instead: those of the other operand of a product, whose
+            channels are divided by the same ratios.
 
     Raises:
         ValueError: If a value is out of its range.
 
     Example:
         >>> Channels(axis=-1, count=64)
-        Channels(axis=-1, count=64)
+        Channels(axis=-1, count=64, inverse=False)
     """
 
     axis: int
     count: int
+    inverse: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis >= 0:

@@ -273,7 +273,7 @@ def open_finished(
     described = {
         **options.describe(),
         "storage": store.precision,
-        "inputs with ratios to learn": [tensor.name for tensor in network.tensors if tensor.may_learn_ratios],
+        "inputs with ratios to learn": [tensor.name for tensor in network.tensors if tensor.learnable is not None],
         "precision": autocast,
         "float model": network.fingerprint,
         **settings,

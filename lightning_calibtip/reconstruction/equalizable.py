@@ -11,9 +11,10 @@ from ..network.dataflow import source_of
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..network.scheme import QuantizationScheme
+from ..network.structure import Structure
 from ..network.tensors import ObservedTensor
 from ..quantization.quantizers import AffineQuantizer
-from ..quantization.spec import Channels, TensorSpec
+from ..quantization.spec import Channels
 
 # An engine writes their results as integers, with one scale.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -79,12 +80,13 @@ def check_absorb(options: EqualizationOptions, scheme: QuantizationScheme) -> No
         )
 
 
-def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, list[QuantizedLayer]]]:
-    """The tensors whose channels can be equalized, each with all layers that read it.
+def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, list[QuantizedLayer], Channels]]:
+    """The tensors whose channels can be equalized, each with all layers that read it, and with its channels.
 
     Args:
         network: Calibrated network.
     """
+    assert network.structure is not None
     owners = {layer.tied_to.name for layer in network.layers.values() if layer.tied_to}
     readers: dict[ObservedTensor, list[QuantizedLayer]] = {}
     for layer in network.layers.values():
@@ -92,9 +94,14 @@ def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, 
             readers.setdefault(tensor, []).append(layer)
     found = []
     for tensor, layers in readers.items():
-        formats = {input_format(layer) for layer in layers}
-        if len(formats) == 1 and None not in formats and not owners & {layer.name for layer in layers}:
-            found.append((tensor, layers))
+        channels = {_channels(layer, network.structure) for layer in layers}
+        formats = {layer.config.inputs[:1] for layer in layers}
+        (common, *_) = channels
+        if len(formats) > 1 or len(channels) > 1 or common is None or owners & {layer.name for layer in layers}:
+            continue
+        # The second operand of a product follows the first.
+        if all(tensor is layer.tensors[0] for layer in layers):
+            found.append((tensor, layers, common))
     return found
 
 
@@ -119,14 +126,17 @@ def may_divide(network: QuantizedNetwork, layers: Sequence[QuantizedLayer], abso
     )
 
 
-def input_format(layer: QuantizedLayer) -> tuple[TensorSpec, Channels] | None:
-    """Format and channels of a layer's only input, if these can be equalized."""
-    axis = layer.type.operands[0].channel_axis if layer.type.operands else None
+def _channels(layer: QuantizedLayer, structure: Structure) -> Channels | None:
+    """Channels of a layer's first input, if these can be equalized."""
     quantizers = layer.input_quantizers
-    if len(quantizers) != 1 or axis is None or layer.type.input_axis is None or not layer.has_weight:
+    axis = layer.type.operands[0].channel_axis if layer.type.operands else None
+    if axis is None or not all(isinstance(each, AffineQuantizer) and each.acts_as_stored for each in quantizers):
         return None
-    (quantizer,) = quantizers
-    if not isinstance(quantizer, AffineQuantizer) or not quantizer.acts_as_stored:
+    if layer.type.is_product:
+        shapes = {call.operands[0].view[1] for call in structure.calls_of[layer.name] if call.operands[0] is not None}
+        counts = {shape[axis] for shape in shapes}
+        alone = len(set(layer.tensors)) == 2 and not any(tensor.shared for tensor in layer.tensors)
+        return Channels(axis, counts.pop()) if alone and len(counts) == 1 else None
+    if len(quantizers) != 1 or layer.type.input_axis is None or not layer.has_weight:
         return None
-    count = channel_count(layer.module, layer.type, layer.latent()[0])
-    return quantizer.spec, Channels(axis, count)
+    return Channels(axis, channel_count(layer.module, layer.type, layer.latent()[0]))

@@ -22,8 +22,8 @@ from ..network.trial import trial
 from ..quantization.observers import make_observer
 from ..quantization.quantizers import AffineQuantizer
 from ..quantization.ranges import lp_optimal_range
-from ..quantization.spec import TensorSpec
-from .equalizable import EqualizationOptions, check_absorb, equalizable_inputs, input_format, may_divide
+from ..quantization.spec import Channels, TensorSpec
+from .equalizable import EqualizationOptions, check_absorb, equalizable_inputs, may_divide
 from .float_stream import FloatStream
 from .options import AdaQuantOptions
 from .readers import Reader, readers_of
@@ -137,22 +137,22 @@ def equalize(
     options, store = options or EqualizationOptions(), store or ActivationStore()
     calibration = calibration.first(options.samples)
     for tensor in network.tensors:
-        tensor.may_learn_ratios = False
+        tensor.learnable = None
     assert network.structure is not None
     absorbers = find_absorbers(network.model, network.structure, network.layers)
-    groups = [
-        (tensor, layers)
-        for tensor, layers in equalizable_inputs(network)
+    groups = {
+        tensor: channels
+        for tensor, layers, channels in equalizable_inputs(network)
         if tensor in absorbers or may_divide(network, layers, options.absorb)
-    ]
-    readers = {layer.name: tensor for tensor, layers in groups for layer in layers}
+    }
+    readers = {layer: tensor for tensor in groups for layer in tensor.readers}
     single = {unit.name: unit for unit in find_units(network, "layer") if unit.name in readers}
     units = [unit for unit in find_units(network, "block") if any(layer.name in readers for layer in unit.layers)]
     if not units:
         return EqualizationResult((), 0.0, 0.0, True)
     logits, everything = float_logits(network, calibration), list(range(len(calibration)))
     floats = FloatStream(network, calibration, AdaQuantOptions(), units, store)
-    waiting: dict[ObservedTensor, list[Reader]] = {tensor: [] for tensor, _ in groups}
+    waiting: dict[ObservedTensor, list[Reader]] = {tensor: [] for tensor in groups}
     found = []
     layers = [network.layers[name] for name in readers]
 
@@ -171,15 +171,16 @@ def equalize(
                 tensor = readers[reader.layer.name]
                 waiting[tensor].append(reader)
                 if len(waiting[tensor]) == len(set(tensor.readers)):
-                    found.append(_equalize(tensor, waiting.pop(tensor), absorbers.get(tensor, ""), options))
+                    absorber = absorbers.get(tensor, "")
+                    found.append(_equalize(tensor, groups[tensor], waiting.pop(tensor), absorber, options))
             floats.finish(unit, record)
         floats.forget()
     if not attempt.kept:
         log.warning("Equalization did not lower the divergence of the inputs' rounding: restored.")
         found = [replace(one, exponent=0.0, error_after=one.error_before) for one in found]
     network.set_absorbers(absorbers)
-    for tensor, _ in groups:
-        tensor.may_learn_ratios = True
+    for tensor, channels in groups.items():
+        tensor.learnable = channels
     return EqualizationResult(tuple(found), float(attempt.before.mean()), float(attempt.after.mean()), attempt.kept)
 
 
@@ -198,15 +199,16 @@ def _float_weights(network: QuantizedNetwork) -> Iterator[None]:
 
 
 def _equalize(
-    tensor: ObservedTensor, readers: Sequence[Reader], absorbed_by: str, options: EqualizationOptions
+    tensor: ObservedTensor,
+    channels: Channels,
+    readers: Sequence[Reader],
+    absorbed_by: str,
+    options: EqualizationOptions,
 ) -> EqualizedInput:
     """Try the exponents on one tensor and leave its layers at the best."""
     layers = [reader.layer for reader in readers]
-    described = input_format(layers[0])
-    assert described is not None
-    spec, channels = described
     values = readers[0].values
-    spread = _relative_ranges(values, spec)
+    spread = _relative_ranges(values, [spec for spec in layers[0].config.inputs if spec is not None])
     free = all(is_free(layer.module, layer.type, layer.latent()[0]) for layer in layers)
     states = best_states = [layer.save() for layer in layers]
     chosen, before = 0.0, sum(reader.error() for reader in readers)
@@ -219,11 +221,11 @@ def _equalize(
             layer.equalize(None, None)
         for layer in layers:
             layer.equalize(channels, ratio)
-        quantizer = layers[0].input_quantizers[0]
-        assert isinstance(quantizer, AffineQuantizer)
-        observer = make_observer(layers[0].range_options).to(values.device)
-        observer.update(values / ratio)
-        quantizer.set_range(*observer.compute_range(quantizer.spec))
+        for quantizer, of_operand in zip(layers[0].input_quantizers, values, strict=True):
+            assert isinstance(quantizer, AffineQuantizer) and quantizer.divisors is not None
+            observer = make_observer(layers[0].range_options).to(of_operand.device)
+            observer.update(of_operand / quantizer.divisors)
+            quantizer.set_range(*observer.compute_range(quantizer.spec))
         for layer in layers:
             make_room_for_bias(layer.config, layer.latent()[1], layer.input_quantizers, layer.weight_quantizer)
         error = sum(reader.error() for reader in readers)
@@ -236,18 +238,25 @@ def _equalize(
     return EqualizedInput(tensor.name, tuple(layer.name for layer in layers), absorbed_by, chosen, before, best)
 
 
-def _relative_ranges(values: Tensor, spec: TensorSpec) -> Tensor:
+def _relative_ranges(values: Sequence[Tensor], specs: Sequence[TensorSpec]) -> Tensor:
     """Width of the range that loses least of each channel, over the geometric mean of all; 1 for dead channels.
 
+    Of a product, the root of what the first operand's is over the second's: then both have channels of one range.
+
     Args:
-        values: Shape (n, channels).
-        spec: Format of the input.
+        values: Of each operand, shape (n, channels).
+        specs: Formats of the operands.
     """
-    rows = values.t().contiguous()
-    low, high = lp_optimal_range(rows, None, rows.amin(1), rows.amax(1), spec, 2.0)
-    width = torch.maximum(-low, high) if spec.symmetric else high - low
-    alive = width > 0
-    logs = torch.where(alive, width, 1.0).log()
+    widths = [_widths(of_operand, spec) for of_operand, spec in zip(values, specs, strict=True)]
+    alive = torch.stack(widths).amin(0) > 0
+    first, *second = (torch.where(alive, width, 1.0).log() for width in widths)
+    logs = (first - second[0]) / 2 if second else first
     mean = logs.sum() / max(int(alive.sum()), 1)
     most = math.log(_MOST)
     return torch.where(alive, (logs - mean).clamp(-most, most), 0.0).exp()
+
+
+def _widths(values: Tensor, spec: TensorSpec) -> Tensor:
+    rows = values.t().contiguous()
+    low, high = lp_optimal_range(rows, None, rows.amin(1), rows.amax(1), spec, 2.0)
+    return torch.maximum(-low, high) if spec.symmetric else high - low

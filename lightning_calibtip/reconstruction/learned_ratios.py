@@ -3,17 +3,15 @@
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..network.channels import along_weight
+from ..network.channels import along_weight, with_equalization
 from ..network.layers import QuantizedLayer
 from ..network.tensors import ObservedTensor
 from ..quantization.quantizers import AffineQuantizer, Quantizer
-from .equalizable import input_format
 
 
 @torch.no_grad()
@@ -30,21 +28,26 @@ def give_ratios(layers: Sequence[QuantizedLayer], fixed: AbstractSet[Quantizer])
     for layer in layers:
         readers.setdefault(layer.tensors[0], []).append(layer)
     for tensor, reading in readers.items():
-        formats = {input_format(layer) for layer in reading}
-        if not tensor.may_learn_ratios or not names.issuperset(tensor.readers) or len(formats) != 1 or None in formats:
+        present = reading[0].input_quantizers
+        if tensor.learnable is None or not names.issuperset(tensor.readers) or not fixed.isdisjoint(present):
             continue
-        ((spec, channels),) = (each for each in formats if each is not None)
-        present = tensor.quantizers[spec]
-        if spec.equalized is not None or present in fixed:
+        if len({layer.config.inputs for layer in reading}) > 1 or not _may_have_ratios(present):
             continue
         for layer in reading:
-            layer.install(replace(layer.config, inputs=(replace(spec, equalized=channels),)))
-        equalized = tensor.quantizers[replace(spec, equalized=channels)]
-        assert isinstance(present, AffineQuantizer) and isinstance(equalized, AffineQuantizer)
-        assert equalized.ratio is not None
-        equalized.scale.copy_(present.scale)
-        equalized.zero_point.copy_(present.zero_point)
-        equalized.ratio.fill_(1.0)
+            layer.install(with_equalization(layer.config, layer.type, tensor.learnable))
+        for before, equalized in zip(present, reading[0].input_quantizers, strict=True):
+            assert isinstance(before, AffineQuantizer) and isinstance(equalized, AffineQuantizer)
+            assert equalized.ratio is not None
+            equalized.scale.copy_(before.scale)
+            equalized.zero_point.copy_(before.zero_point)
+            equalized.ratio.fill_(1.0)
+
+
+def _may_have_ratios(quantizers: Sequence[Quantizer | None]) -> bool:
+    """Whether quantizers are of a kind that divides by ratios, and have none yet."""
+    return all(
+        isinstance(each, AffineQuantizer) and each.acts_as_stored and each.spec.equalized is None for each in quantizers
+    )
 
 
 @contextmanager
@@ -53,9 +56,9 @@ def weights_following(layers: Sequence[QuantizedLayer]) -> Iterator[None]:
     input and through the weight; at the end the latent weights have taken in what has changed.
 
     Args:
-        layers: Layers whose first input has ratios.
+        layers: Layers whose first input has ratios; of products, the second input follows by itself.
     """
-    following = [(layer, _FollowingWeight(layer)) for layer in layers]
+    following = [(layer, _FollowingWeight(layer)) for layer in layers if layer.has_weight]
     for layer, stand_in in following:
         _place(layer)[0] = stand_in
     try:

@@ -332,8 +332,9 @@ class _Descent:
         for layer in self.unit.layers:
             if layer.input_ratio is None or not _follows_ratios(layer, self.options):
                 continue
-            (tensor,), (quantizer,) = layer.tensors, layer.input_quantizers
-            if names.issuperset(tensor.readers) and any(quantizer in own for own in learned.values()):
+            # The other operand of a product has the same ratios, and no other reader.
+            tensor, quantizers = layer.tensors[0], layer.input_quantizers
+            if names.issuperset(tensor.readers) and any(set(quantizers) <= set(own) for own in learned.values()):
                 found.append(layer)
         return found
 

@@ -30,12 +30,13 @@ _VALUES = 2048
 
 @dataclass
 class Reader:
-    """A layer that reads the tensor in question: calls to judge it by, and values of its input to take ranges from."""
+    """A layer that reads the tensor in question: calls to judge it by, and values of its operands, each of shape
+    (n, channels), to take ranges from."""
 
     layer: QuantizedLayer
     unit: Unit
     judging: list[MiniBatch]
-    values: Tensor
+    values: list[Tensor]
 
     def error(self) -> float:
         """Relative error of the layer's output."""
@@ -61,15 +62,17 @@ def readers_of(
     half = (len(index) + 1) // 2
     ranging, judging = (index[:half], index[half:]) if len(index) > 1 else (index, index)
     size = 1 if dataset.whole else _CHUNK
-    values: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    values: dict[str, list[list[Tensor]]] = {layer.name: [] for layer in layers}
     kept: dict[str, list[MiniBatch]] = {layer.name: [] for layer in layers}
     most = -(-_VALUES * size // len(ranging))
     with network.quantized(False):
         for part in ranging.split(size):
             for name, call in _calls(unit, layers, dataset.take(part)):
-                found = _channels_last(network.layers[name], call)
-                chosen = torch.randperm(len(found), generator=generator)[:most].to(found.device)
-                values[name].append(found[chosen])
+                rows = []
+                for found in _channels_last(network.layers[name], call):
+                    chosen = torch.randperm(len(found), generator=generator)[:most].to(found.device)
+                    rows.append(found[chosen])
+                values[name].append(rows)
         for part in judging.split(size):
             for name, call in _calls(unit, layers, dataset.take(part)):
                 kept[name].append(call)
@@ -77,7 +80,13 @@ def readers_of(
             if held > _JUDGED_BYTES:
                 break
     return [
-        Reader(network.layers[layer.name], layer, kept[layer.name], torch.cat(values[layer.name])) for layer in layers
+        Reader(
+            network.layers[layer.name],
+            layer,
+            kept[layer.name],
+            [torch.cat(parts) for parts in zip(*values[layer.name], strict=True)],
+        )
+        for layer in layers
     ]
 
 
@@ -113,13 +122,19 @@ def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _channels_last(layer: QuantizedLayer, batch: MiniBatch) -> Tensor:
-    """Values of a layer's input, shape (n, channels); padding left out."""
-    x = next(leaf for leaf in tree_leaves(batch.call) if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    axis = layer.type.operands[0].channel_axis
-    assert axis is not None
+def _channels_last(layer: QuantizedLayer, batch: MiniBatch) -> list[Tensor]:
+    """Values of a layer's operands, shape (n, channels) each; padding left out."""
+    floats = [leaf for leaf in tree_leaves(batch.call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [
+        _rows(x, operand.channel_axis, batch.importance)
+        for x, operand in zip(floats, layer.type.operands, strict=False)
+        if operand.channel_axis is not None
+    ]
+
+
+def _rows(x: Tensor, axis: int, importance: Sequence[Tensor] | None) -> Tensor:
     values = x.detach().float().movedim(axis, -1)
-    for weight in batch.importance or ():
+    for weight in importance or ():
         if axis == -1 and weight.dim() == x.dim() and weight.shape[:-1] == x.shape[:-1]:
             return values[(weight > 0).any(-1)]
     return values.reshape(-1, values.shape[-1])
