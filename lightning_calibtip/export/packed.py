@@ -161,7 +161,7 @@ def _left_out(model: nn.Module) -> set[str]:
     for name, module in model.named_modules(remove_duplicate=False):
         place = f"{_PREFIX}{name}."
         if isinstance(module, FoldedBatchNorm):
-            names |= {f"{place}{buffer}" for buffer, _ in module.named_buffers()}
+            names |= {f"{place}{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
         elif isinstance(module, Quantizer):
             names |= {f"{place}{parameter}" for parameter, _ in module.named_parameters()}
             names -= {f"{place}{parameter}" for parameter in module.stored()}

@@ -118,8 +118,9 @@ def destinations(
             elif layer is not None:
                 # What a layer computes inside from what was written before it began; its own output comes later.
                 continue
-            elif norm is not None:
-                waiting += norm.writes
+            elif norm is not None and calls[-1] is norm:
+                # What modules inside of it compute comes after the normalization.
+                waiting += operator.writes[:1]
             elif moves_values(operator) or operator.name in _JOINS or operator.name in _CLAMPS:
                 waiting += operator.writes
             else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .layer_types import LayerType, layer_type_of, quantizable_layers
 from .structure import Fold, Structure
@@ -14,10 +15,19 @@ from .tying import find_ties, with_baked_parametrizations
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+# What a BatchNorm is made of, also one whose parameters are buffers.
+_STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+# Frozen ones without an attribute for it have this.
+_EPS = 1e-5
+
+# A fold is proved on so many samples of the batch.
+_PROVING_SAMPLES = 8
+
 
 class FoldedBatchNorm(nn.Module):
-    """Takes the place of a BatchNorm that was folded away: passes its input on, and keeps for re-tuning the statistics
-    that the BatchNorm's output had.
+    """Takes the place of a BatchNorm that was folded away: passes its input on, through the modules that it held (an
+    activation function, say), and keeps for re-tuning the statistics that the BatchNorm's output had.
 
     ``weight`` and ``bias`` are the BatchNorm's gamma and beta; ``deviation`` is the standard deviation that its output
     had in training.
@@ -37,19 +47,49 @@ class FoldedBatchNorm(nn.Module):
     bias: Tensor
     deviation: Tensor
 
-    def __init__(self, normalization: _BatchNorm) -> None:
+    def __init__(self, normalization: nn.Module) -> None:
         super().__init__()
-        self.num_features, self.eps = normalization.num_features, normalization.eps
         gamma, beta = _affine_parameters(normalization)
+        self.num_features, self.eps = len(gamma), _eps(normalization)
         variance: Tensor = normalization.running_var  # type: ignore[assignment]
         self.register_buffer("weight", gamma.clone())
         self.register_buffer("bias", beta.clone())
         # This is gamma, but for channels whose variance is not large against eps.
         self.register_buffer("deviation", gamma.abs() * torch.sqrt(variance / (variance + self.eps)))
+        for name, child in normalization.named_children():
+            self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x``."""
-        return x
+        """Return ``x``, after the modules that the BatchNorm held."""
+        return _after(self, x)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module has the tensors of a BatchNorm: one of PyTorch's, of a class derived from it, or a frozen one of
+    any class, whose parameters are buffers.
+
+    Example:
+        >>> is_batch_norm(nn.BatchNorm2d(2)), is_batch_norm(nn.LayerNorm(2))
+        (True, False)
+    """
+    if isinstance(module, _BatchNorm):
+        return True
+    tensors = [getattr(module, name, None) for name in _STATISTICS]
+    shapes = {tensor.shape for tensor in tensors if isinstance(tensor, Tensor)}
+    are_tensors = all(isinstance(tensor, Tensor) for tensor in tensors)
+    return are_tensors and len(shapes) == 1 and len(shapes.pop()) == 1 and not isinstance(module, FoldedBatchNorm)
+
+
+def _eps(normalization: nn.Module) -> float:
+    eps = getattr(normalization, "eps", _EPS)
+    return float(eps) if isinstance(eps, int | float) else _EPS
+
+
+def _after(normalization: nn.Module, x: Tensor) -> Tensor:
+    """What the modules that a BatchNorm holds make of the normalized tensor, in turn."""
+    for child in normalization.children():
+        x = child(x)
+    return x
 
 
 def prove_folds(
@@ -58,9 +98,10 @@ def prove_folds(
     """Find each BatchNorm that can be folded into the layer before it: the structure proves the pair, and running one
     batch checks the result. The model stays as it is.
 
-    A fold is proved if the layer with the folded parameters reproduces the BatchNorm's output on the batch (this covers
-    subclasses with a ``forward`` of their own that ignores the bias, say). Parametrized weights count as baked, and
-    layers that share a weight as if each had a copy of its own.
+    A fold is proved if the layer with the folded parameters reproduces the BatchNorm's output on samples of the batch.
+    This covers subclasses of the layer and of the BatchNorm, whose own modules then go on after the layer, and tensors
+    that are viewed otherwise in between. Parametrized weights count as baked, and layers that share a weight as if each
+    had a copy of its own.
 
     Args:
         model: Must be in eval mode.
@@ -89,12 +130,12 @@ def prove_folds(
     left = {
         name: "no convolution or linear layer right before it"
         for name in structure.calls_of
-        if isinstance(modules[name], _BatchNorm)
+        if is_batch_norm(modules[name])
     }
     for name in structure.calls_of:
         if layer_type_of(modules[name]) is None:
             continue
-        follower, reason = structure.normalization_after(name, lambda other: isinstance(modules[other], _BatchNorm))
+        follower, reason = structure.normalization_after(name, lambda other: is_batch_norm(modules[other]))
         if follower is None:
             for call in structure.calls_of[name] if reason else []:
                 readers = [c.name for c in structure.calls if c.name in left and c.reads == call.writes]
@@ -128,7 +169,6 @@ def apply_fold(model: nn.Module, fold: Fold) -> None:
         AttributeError: If the model has no module of one of the names.
     """
     layer, normalization = model.get_submodule(fold.layer), model.get_submodule(fold.normalization)
-    assert isinstance(normalization, _BatchNorm)
     weight, bias = _folded_parameters(layer, normalization)
     getattr(layer, _weight_name(layer)).copy_(weight)
     layer.bias = nn.Parameter(bias.to(weight.dtype))
@@ -139,21 +179,23 @@ def apply_fold(model: nn.Module, fold: Fold) -> None:
                 setattr(parent, child, folded)
 
 
-def _affine_parameters(normalization: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _affine_parameters(normalization: nn.Module) -> tuple[Tensor, Tensor]:
     """``gamma`` and ``beta`` of a BatchNorm, 1 and 0 where it has none."""
     mean: Tensor = normalization.running_mean  # type: ignore[assignment]
-    gamma = torch.ones_like(mean) if normalization.weight is None else normalization.weight.detach()
-    beta = torch.zeros_like(mean) if normalization.bias is None else normalization.bias.detach()
-    return gamma, beta
+    gamma, beta = normalization.weight, normalization.bias
+    return (
+        gamma.detach() if isinstance(gamma, Tensor) else torch.ones_like(mean),
+        beta.detach() if isinstance(beta, Tensor) else torch.zeros_like(mean),
+    )
 
 
-def _folded_parameters(layer: nn.Module, normalization: _BatchNorm) -> tuple[Tensor, Tensor]:
+def _folded_parameters(layer: nn.Module, normalization: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias that make ``layer`` alone compute what ``normalization(layer(x))`` computes in eval mode."""
     weight: Tensor = getattr(layer, _weight_name(layer)).detach()
     mean: Tensor = normalization.running_mean  # type: ignore[assignment]
     variance: Tensor = normalization.running_var  # type: ignore[assignment]
     gamma, beta = _affine_parameters(normalization)
-    factor = gamma / torch.sqrt(variance + normalization.eps)
+    factor = gamma / torch.sqrt(variance + _eps(normalization))
     bias = layer.bias.detach() if isinstance(layer.bias, Tensor) else torch.zeros_like(mean)
     return weight * _output_channels(layer, weight, factor).to(weight.dtype), (bias - mean) * factor + beta
 
@@ -189,10 +231,8 @@ def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) 
         normalization: The BatchNorm after it.
         embedding: Name of the embedding that has the layer's weight too, if one does.
     """
-    assert isinstance(normalization, _BatchNorm)
-    if type(normalization).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        return f"{type(normalization).__name__} has a forward of its own"
-    if normalization.running_mean is None:
+    mean = normalization.running_mean
+    if not isinstance(mean, Tensor):
         return "it has no running statistics"
     weight = layer._parameters.get(_weight_name(layer))
     if not isinstance(weight, Tensor) or "bias" not in layer._parameters:
@@ -201,7 +241,7 @@ def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) 
         return f"the layer's weight is also that of the embedding {embedding}"
     groups = layer.groups if isinstance(layer, _TRANSPOSED) else 1
     axis = _registered(layer).channel_axis
-    if axis is None or weight.shape[axis] * groups != normalization.num_features:
+    if axis is None or weight.shape[axis] * groups != len(mean):
         return "it normalizes another dimension than the layer's output channels"
     return ""
 
@@ -223,8 +263,8 @@ def _reproduced(
         return lambda module, args, kwargs: entered.__setitem__(fold, (args, kwargs))
 
     def compare(fold: Fold, layer: nn.Module) -> Callable[..., None]:
-        def hook(normalization: _BatchNorm, inputs: Any, wanted: Tensor) -> None:
-            args, kwargs = entered.pop(fold)
+        def hook(normalization: nn.Module, inputs: Any, wanted: Tensor) -> None:
+            (args, kwargs), wanted = _few_samples(entered.pop(fold), wanted)
             weight, bias = _folded_parameters(layer, normalization)
             kept = dict(layer._parameters)
             layer._parameters.update({_weight_name(layer): nn.Parameter(weight), "bias": nn.Parameter(bias)})
@@ -233,6 +273,9 @@ def _reproduced(
             finally:
                 layer._parameters.update(kept)
             tolerance = 1e-3 * float(wanted.abs().max()) + 1e-6
+            # The layer's output may have been viewed otherwise.
+            same_size = got.numel() == wanted.numel()
+            got = _after(normalization, got.reshape(wanted.shape)) if same_size else got
             if got.shape != wanted.shape or not float((got - wanted).abs().max()) <= tolerance:
                 exact.discard(fold)
 
@@ -245,3 +288,13 @@ def _reproduced(
             stack.callback(modules[fold.normalization].register_forward_hook(compare(fold, layer)).remove)
         run()
     return exact
+
+
+def _few_samples(call: tuple[Any, Any], output: Tensor) -> tuple[tuple[Any, Any], Tensor]:
+    """Arguments of a layer and what comes of them, for some samples of the batch only, where all have it as their first
+    dimension."""
+    leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+    if {leaf.shape[:1] for leaf in leaves} != {output.shape[:1]} or not output.dim():
+        return call, output
+    few: tuple[Any, Any] = tree_map(lambda leaf: leaf[:_PROVING_SAMPLES] if isinstance(leaf, Tensor) else leaf, call)
+    return few, output[:_PROVING_SAMPLES]

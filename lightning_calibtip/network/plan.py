@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..quantization.spec import BitWidths, LayerConfig
@@ -125,7 +124,7 @@ class _Planner:
             described = ModulePlan(name, class_name(module), "module", own)
             if name in self.layers:
                 found.append(self._layer(described, module, reads))
-            elif isinstance(module, _BatchNorm) and name in folds:
+            elif name in folds:
                 found.append(replace(described, role="normalization", parameters=0, folded_into=folds[name]))
             elif name in self.structure.unfolded_norms:
                 found.append(replace(described, role="normalization", reason=self.structure.unfolded_norms[name]))

@@ -169,7 +169,8 @@ class Structure:
         """Find the module that normalizes exactly the output of ``layer``, and nothing else.
 
         Every call of the layer must be followed by the same module on the very tensor, unchanged in place, that the
-        layer returned; nothing else may read that tensor; and the module must not serve another layer.
+        layer returned, or on a view of it; nothing else may read that tensor; and the module must not serve another
+        layer.
 
         Args:
             layer: Full name of the layer.
@@ -184,7 +185,7 @@ class Structure:
         followers: set[str] = set()
         calls = self.calls_of.get(layer, [])
         for call in calls:
-            nexts = [c for c in self.calls if is_normalization(c.name) and c.reads and c.reads == call.writes]
+            nexts = [c for c in self.calls if is_normalization(c.name) and _reads_alone(c, call)]
             if len(nexts) != 1:
                 return None, "" if not nexts else "several normalizations read its output"
             final = call.writes[0]
@@ -192,8 +193,8 @@ class Structure:
                 operator
                 for operator in self.readers[final.storage]
                 if nexts[0].index not in operator.scope
-                # A layer may return a view of what it computed.
-                and not (call.index in operator.scope and {w.storage for w in operator.writes} == {final.storage})
+                # A layer may return a view of what it computed, and a normalization read one.
+                and {(w.storage, w.version) for w in operator.writes} != {(final.storage, final.version)}
                 and any(read.storage == final.storage and read.version >= final.version for read in operator.reads)
             ]
             if others:
@@ -262,3 +263,10 @@ def is_fused_attention(operator: Operator) -> bool:
         True
     """
     return operator.name.startswith(_ATTENTION)
+
+
+def _reads_alone(call: ModuleCall, writer: ModuleCall) -> bool:
+    """Whether a call reads what another one has written, or a view of it, and nothing else."""
+    return len(writer.writes) == 1 and {(read.storage, read.version) for read in call.reads} == {
+        (writer.writes[0].storage, writer.writes[0].version)
+    }

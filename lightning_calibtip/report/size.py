@@ -55,7 +55,7 @@ def model_size(network: QuantizedNetwork) -> ModelSize:
     total = tensor_bytes(network.model)
     for module in network.model.modules():
         if isinstance(module, FoldedBatchNorm):
-            total -= tensor_bytes(module)
+            total -= sum(buffer.nbytes for buffer in module.buffers(recurse=False))
     # A quantizer that several layers share is stored once.
     for quantizer in network.quantizers:
         total += quantizer.parameter_bytes() - tensor_bytes(quantizer)

@@ -135,7 +135,7 @@ def tune_batch_norm(
     else:
         with network.quantized(False):
             stream = Replay(network.model, structure, calibration, order, store, to_end=True)
-            wanted = [_channel_statistics(_finishing(stream, layer)) for layer in layers]
+            wanted = [_channel_statistics(_finishing(stream, layer), _channel_dim(layer)) for layer in layers]
             logits = float_logits(network, calibration, _going_on(stream))
             stream.forget()
 
@@ -150,7 +150,8 @@ def tune_batch_norm(
             rounds = layer.output_quantizer is not None
             record = quantized_stream.record(layer.name, keep_inputs=rounds)
             assert record.outputs is not None
-            stretch, shift = _refold(layer, _channel_statistics(record.outputs), reference)
+            dim = _channel_dim(layer)
+            stretch, shift = _refold(layer, _channel_statistics(record.outputs, dim), reference)
             if record.inputs is not None:
                 outputs = quantized_stream.record_again(layer.name, record.inputs)
                 record.inputs.forget()
@@ -158,8 +159,8 @@ def tune_batch_norm(
                 # The integers stay as they are, so that the outputs need not be computed again.
                 outputs = quantized_stream.recording(layer.name)
                 for output in record.outputs:
-                    refolded = output * along(stretch, output.dim(), 1) + along(shift, output.dim(), 1)
-                    outputs.append(refolded.to(output.dtype))
+                    factor, added = (along(each, output.dim(), dim % output.dim()) for each in (stretch, shift))
+                    outputs.append((output * factor + added).to(output.dtype))
             record.outputs.forget()
             quantized_stream.finish(layer.name, outputs)
     quantized_stream.forget()
@@ -192,12 +193,23 @@ def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
     stream.finish(layer.name, recording)
 
 
-def _channel_statistics(outputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel (dimension 1) over all samples and positions, merged batch by batch
-    (Chan, Golub, LeVeque 1979)."""
+def _channel_dim(layer: QuantizedLayer) -> int:
+    """Dimension of a layer's output that runs over its channels: that of its input's."""
+    axis = layer.type.operands[0].channel_axis if layer.type.operands else None
+    return 1 if axis is None else axis
+
+
+def _channel_statistics(outputs: Iterable[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over all samples and positions, merged batch by batch (Chan, Golub,
+    LeVeque 1979).
+
+    Args:
+        outputs: Outputs of a layer.
+        dim: Their dimension that runs over channels.
+    """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for output in outputs:
-        channels = output.detach().float().transpose(0, 1).flatten(1)
+        channels = output.detach().float().movedim(dim, 0).flatten(1)
         added, total = channels.shape[1], count + channels.shape[1]
         of_batch = channels.mean(1)
         gap = of_batch - mean.to(channels.device)

@@ -153,13 +153,97 @@ def test_a_pair_that_runs_twice_together_folds():
     assert folds == [("conv", "bn")]
 
 
-def test_batch_norm_with_a_forward_of_its_own_is_left_alone():
-    class NormAct(nn.BatchNorm2d):
+class NormAct(nn.BatchNorm2d):
+    """As timm has it: an activation function of its own goes with the normalization."""
+
+    def __init__(self, features, act):
+        super().__init__(features)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(), nn.PReLU(5, 0.3)])
+def test_a_batch_norm_that_holds_an_activation_function_folds_and_leaves_it(act):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), NormAct(5, act), nn.Conv2d(5, 2, 1))
+    folded, folds, left = fold(model, torch.randn(2, 3, 6, 6))
+    assert folds == [("0", "1")] and not left
+    assert isinstance(folded[1], FoldedBatchNorm) and type(folded[1].act) is type(act)
+    if isinstance(act, nn.PReLU):
+        assert torch.equal(folded[1].act.weight, act.weight)
+
+
+def test_a_batch_norm_that_does_more_without_a_module_is_left_alone():
+    class NormRelu(nn.BatchNorm2d):
         def forward(self, x):
             return F.relu(super().forward(x))
 
-    _, folds, left = fold(nn.Sequential(nn.Conv2d(3, 3, 1), NormAct(3)), torch.randn(2, 3, 4, 4))
-    assert not folds and "forward of its own" in left["1"]
+    _, folds, left = fold(nn.Sequential(nn.Conv2d(3, 3, 1), NormRelu(3)), torch.randn(2, 3, 4, 4))
+    assert not folds and "changes the output" in left["1"]
+
+
+class FrozenBatchNorm(nn.Module):
+    """As DETR has it: what training has found, as buffers, and no ``eps`` to be seen."""
+
+    def __init__(self, features):
+        super().__init__()
+        for name, value in (("weight", 2.0), ("bias", 0.5), ("running_mean", 0.3), ("running_var", 0.7)):
+            self.register_buffer(name, torch.full((features,), value) + torch.rand(features))
+
+    def forward(self, x):
+        weight, bias, mean, var = (
+            each.view(1, -1, 1, 1) for each in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = weight * (var + 1e-5).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def test_frozen_batch_norms_fold_or_are_listed():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), FrozenBatchNorm(5), nn.ReLU(), FrozenBatchNorm(5))
+    folded, folds, left = fold(model, torch.randn(2, 3, 6, 6))
+    assert folds == [("0", "1")] and isinstance(folded[1], FoldedBatchNorm)
+    assert left == {"3": "no convolution or linear layer right before it"}
+
+
+class LinearNorm(nn.Module):
+    """As LeViT has it: the normalization reads all tokens as one batch."""
+
+    def __init__(self, view):
+        super().__init__()
+        self.linear, self.norm, self.view = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), view
+
+    def forward(self, x):
+        y = self.linear(x)
+        return self.norm(self.view(y)).reshape_as(y)
+
+
+def test_a_batch_norm_after_a_view_of_a_linear_layer_folds():
+    _, folds, left = fold(LinearNorm(lambda y: y.flatten(0, 1)), torch.randn(3, 7, 4))
+    assert folds == [("linear", "norm")] and not left
+
+
+@pytest.mark.parametrize("view", [lambda y: y[:, :3].flatten(0, 1), lambda y: y.reshape(-1, 6).roll(1, -1)])
+def test_a_batch_norm_after_another_tensor_does_not_fold(view):
+    class Sum(LinearNorm):
+        def forward(self, x):
+            return self.norm(self.view(self.linear(x))).sum()
+
+    _, folds, left = fold(Sum(view), torch.randn(3, 7, 4))
+    assert not folds and "norm" in left
+
+
+def test_a_fold_is_proved_on_some_samples_of_a_large_batch():
+    sizes = []
+
+    class Watched(nn.Conv2d):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    _, folds, _ = fold(nn.Sequential(Watched(3, 5, 3), nn.BatchNorm2d(5)), torch.randn(40, 3, 6, 6))
+    # Watched once while the structure is recorded, once while the fold is proved, and twice by the test.
+    assert folds and sorted(sizes) == [8, 40, 40, 40, 40]
 
 
 def test_batch_norm_over_another_dimension_is_left_alone():
