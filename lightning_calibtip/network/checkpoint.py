@@ -48,6 +48,8 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
         weight, bias = layer.latent()
         if bias is not None:
             state_dict[f"{place}bias"] = bias
+        # A class with its own way to write its state has written the rounded weight, too.
+        state_dict.pop(f"{place}{layer.type.weight}", None)
         if not layer.has_weight:
             for key in _keys_below(state_dict, _weight_place(layer, prefix)):
                 del state_dict[key]

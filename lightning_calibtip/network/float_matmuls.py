@@ -6,7 +6,8 @@ from .structure import Structure, is_fused_attention
 
 _OPERATORS = {
     "mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "convolution", "embedding",
-    "embedding_bag", "grouped_mm", "scaled_mm", "int_mm", "native_multi_head_attention",
+    "embedding_bag", "embedding_bag_forward_only", "grouped_mm", "scaled_mm", "int_mm", "sparse_mm", "trilinear",
+    "cdist_forward", "torchvision::deform_conv2d", "native_multi_head_attention",
     "transformer_encoder_layer_fwd", "mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn", "lstm", "gru", "rnn_tanh",
     "rnn_relu", "thnn_fused_lstm_cell", "thnn_fused_gru_cell",
 }  # fmt: skip
