@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..files.atomic import write_atomically
 from ..module import QuantizationModule
-from ..network.operations import routed_by_hooks
+from ..network.routing import routed_by_hooks
 from ..network.targets import Target, find_target
 from .report import ExportReport
 

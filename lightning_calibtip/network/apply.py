@@ -9,8 +9,9 @@ from .attention import PRODUCTS, add_products
 from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
-from .operations import is_operation, route_operations
+from .operation_kinds import is_operation
 from .quantization_plan import ModulePlan, QuantizationPlan
+from .routing import Routes, route
 from .tensors import ObservedTensor
 from .tying import bake_parametrizations, find_ties, own_parameter
 
@@ -40,7 +41,7 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
         (['0', '2'], 'AffineQuantizer')
     """
     _add_products(model, plan)
-    route_operations(model, [name for name in plan.layers if is_operation(name)])
+    route(model, _routes(plan))
     _check(model, plan)
     # This model may share more than the one that was planned for; nothing but the planned ties stays shared.
     ties = find_ties(model, quantizable_layers(model))
@@ -63,6 +64,13 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
     for name in sorted(plan.layers, key=lambda name: plan.layers[name].tied_to is not None):
         layers[name] = _attach(model, plan.layers[name], tensors, layers)
     return {name: layers[name] for name in plan.layers}
+
+
+def _routes(plan: QuantizationPlan) -> Routes:
+    """What is led to modules: operations that are layers, and those whose products are."""
+    names = [place for name in plan.layers for place in (name, name.rpartition(".")[0]) if is_operation(place)]
+    layers = {name: layer.used_by for name, layer in plan.layers.items() if layer.used_by is not None}
+    return Routes(tuple(dict.fromkeys(names)), layers)
 
 
 def _add_products(model: nn.Module, plan: QuantizationPlan) -> None:

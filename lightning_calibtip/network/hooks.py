@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..quantization.affine import decode, encode
 from ..quantization.quantizers import AffineQuantizer, Quantizer
 from ..quantization.spec import LayerConfig
-from .operations import not_routed
+from .routing import not_routed
 from .tensors import ObservedTensor
 
 # Names of the quantizers of activations below a layer.

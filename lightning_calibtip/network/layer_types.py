@@ -186,13 +186,14 @@ def require_full_precision(layers: Mapping[str, nn.Module]) -> None:
 
 
 def names_operations(pattern: str) -> bool:
-    """Whether a pattern of layer names is meant for operations between layers.
+    """Whether a pattern of layer names is meant for operations that only running a batch finds.
 
     Example:
         >>> names_operations("*addition_*"), names_operations("a*")
         (True, False)
     """
-    return "addition" in pattern or "average_pool" in pattern
+    kinds = ("addition", "average_pool", "fused_attention", "matrix_product")
+    return any(kind in pattern for kind in kinds)
 
 
 def reads_indices(module: nn.Module) -> bool:

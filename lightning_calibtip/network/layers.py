@@ -25,7 +25,7 @@ from .hooks import (
     round_bias,
 )
 from .layer_types import LayerType
-from .operations import is_operation
+from .operation_kinds import is_operation
 from .states import LayerState
 from .tensors import ObservedTensor
 from .tying import remove_parametrization, share_parametrization, stop_sharing_parametrization

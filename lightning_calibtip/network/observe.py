@@ -15,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .attention import route_attention
+from .float_matmuls import find_float_matmuls
 from .folding import prove_folds
-from .operations import find_operations, route_operations
+from .functional import find_products
+from .layer_types import layer_type_of, quantizable_layers
+from .operations import find_operations
+from .routing import Routes, route
 from .structure import Activation, ModuleCall, Operator, Structure, Value
 
 _ACTIVATIONS = {
@@ -28,8 +32,9 @@ _ACTIVATIONS = {
 def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = False) -> Structure:
     """Record what happens to one batch, and find out which BatchNorms can be folded.
 
-    The attention of transformers' models is routed through modules for its matrix products, see ``attention``; the
-    model computes the same as before, and nothing else of it is changed.
+    The attention of transformers' models is routed through modules for its matrix products, see ``attention``, and so
+    are products that the model computes by functions, see ``functional``; the model computes the same as before, and
+    nothing else of it is changed.
 
     Args:
         model: The float model, in eval mode.
@@ -46,9 +51,15 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
             # The products of attention appear when it first runs.
             with torch.no_grad():
                 run()
+        structure, routes = record(model, run), Routes()
+        if find_float_matmuls(structure, list(quantizable_layers(model))):
+            routes = find_products(model, run, lambda: record(model, run))
         if between_layers:
-            route_operations(model, find_operations(model, run))
-        structure = record(model, run)
+            routes = find_operations(model, run, routes)
+        if routes:
+            route(model, routes)
+            structure = record(model, run)
+        structure.led_layers = dict(routes.layers)
         structure.folds, structure.unfolded_norms = prove_folds(model, structure, run)
     return structure
 
@@ -112,6 +123,10 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
 
     handles = []
     for name, module in model.named_modules():
+        layer_type = layer_type_of(module)
+        weight = module._parameters.get((layer_type and layer_type.weight) or "")
+        if weight is not None:
+            structure.weights[name] = recorder.value(weight).storage
         handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(leaving, with_kwargs=True))
     try:

@@ -152,6 +152,7 @@ class _Planner:
             copies=copies,
             reads=reads[name],
             pinned=name in self.pinned,
+            used_by=self.structure.led_layers.get(name),
         )
 
     def _agreed_ties(self) -> Ties:
@@ -202,6 +203,10 @@ class _Planner:
             if self.scheme.is_overridden(name):
                 return "left float by an override"
             return NOTHING_QUANTIZED
+        user = self.structure.weight_taken_by(name)
+        # The weight of one that does not run may be that of another layer, which does.
+        if user is not None and user not in self.layers:
+            return f"its weight is multiplied by {user or 'the model itself'}, and not by the layer's own forward"
         weight = layer_type.weight
         if weight is None or parametrize.is_parametrized(module, weight):
             return ""

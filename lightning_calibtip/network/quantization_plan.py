@@ -31,6 +31,7 @@ class ModulePlan:
         reads: Names of the activations that it reads, one for each operand; layers that read the same one share its
             quantizers.
         pinned: Whether the user has said which bit-widths it has.
+        used_by: Name of the module that takes the layer's weight for a function of its own, which is led to the layer.
         absorbs: Name of the activation whose ratios, if its channels are equalized, the module takes in when it is
             exported.
 
@@ -50,6 +51,7 @@ class ModulePlan:
     reads: tuple[str, ...] = ()
     pinned: bool = False
     absorbs: str | None = None
+    used_by: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

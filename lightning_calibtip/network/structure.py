@@ -113,6 +113,8 @@ class Structure:
         calls: All calls of modules in the order in which they began.
         folds: BatchNorms that running has proved to be foldable, in the order of execution (see ``observe``).
         unfolded_norms: The other BatchNorms, and why each is left alone.
+        led_layers: Layers whose weights another module takes for a function, which is led to them; and that module.
+        weights: Storages of the layers' weights.
 
     Example:
         >>> import torch
@@ -130,6 +132,8 @@ class Structure:
     calls: list[ModuleCall] = field(default_factory=list)
     folds: tuple[Fold, ...] = ()
     unfolded_norms: dict[str, str] = field(default_factory=dict)
+    led_layers: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def calls_of(self) -> dict[str, list[ModuleCall]]:
@@ -160,6 +164,13 @@ class Structure:
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is neither an input nor computed in this run: a parameter, a buffer or a constant."""
         return value.storage not in self.writers and value.storage not in self._entered
+
+    def weight_taken_by(self, layer: str) -> str | None:
+        """Name of the module that takes the weight of a layer which never runs itself; None if there is none."""
+        if layer in self.calls_of:
+            return None
+        scopes = [operator.scope for operator in self.readers.get(self.weights.get(layer, 0), ()) if operator.scope]
+        return self.calls[scopes[0][-1]].name if scopes else None
 
     def is_returned(self, value: Value) -> bool:
         """Whether the model itself returned a tensor, or what was run of it."""

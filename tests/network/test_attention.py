@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from lightning_calibtip import Calibration, QuantizationModule
 from lightning_calibtip.calibration.calibration_set import output_logits
 from lightning_calibtip.network.attention import PRODUCTS, possible_products
 from lightning_calibtip.network.layer_types import layer_type_of
-from lightning_calibtip.quantization.quantizers import Quantizer
-from lightning_calibtip.quantization.spec import PerChannel
 from tests import transformer_models as models
 from tests.networks import as_loader
+from tests.products import products_of
 
 LINEAR_LAYERS = {"bert": 13, "bert_classifier": 14, "roberta": 14, "distilbert": 13, "gpt2": 9, "llama": 15, "t5": 12}
 EMBEDDINGS = {"bert": 3, "bert_classifier": 3, "roberta": 3, "distilbert": 2, "gpt2": 2, "llama": 1, "t5": 2}
@@ -72,53 +69,13 @@ def test_probabilities_have_a_range_of_their_own_that_is_never_negative(make_tra
                 assert learned == [{"scale"}, {"scale"} if symmetric else {"scale", "zero_point"}]
 
 
-class Products(TorchFunctionMode):
-    """Every operand of a matrix product or a table look-up, by how it was computed."""
-
-    FUNCTIONS = (F.linear, torch.matmul, torch.bmm, torch.addmm, F.embedding, torch.Tensor.matmul, F.conv2d)
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, list[bool]]] = []
-        self.on_grid: dict[int, torch.Tensor] = {}
-        self.handles = [m.register_forward_hook(self.note) for m in model.modules() if isinstance(m, Quantizer)]
-
-    def note(self, quantizer: Quantizer, args, output) -> None:
-        if quantizer.enabled:
-            spec, granularity = quantizer.spec, quantizer.spec.granularity
-            axis = granularity.axis if isinstance(granularity, PerChannel) else None
-            shape = [-1 if d == axis else 1 for d in range(output.dim())]
-            scale, point = (t if axis is None else t.view(shape) for t in (quantizer.scale, quantizer.zero_point))
-            integers = output / scale + point
-            assert float((integers - integers.round()).abs().max()) < 1e-2
-            assert spec.qmin - 0.01 <= float(integers.min()) <= float(integers.max()) <= spec.qmax + 0.01
-            self.on_grid[id(output)] = output
-
-    def is_on_grid(self, operand: torch.Tensor) -> bool:
-        # A transposed or flattened view is on the grid as well.
-        return id(operand) in self.on_grid or (operand._base is not None and id(operand._base) in self.on_grid)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self.FUNCTIONS:
-            operands = [a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim() > 1]
-            self.seen.append((func.__name__, [self.is_on_grid(operand) for operand in operands]))
-        return func(*args, **(kwargs or {}))
-
-
-def products_of(module, tokens) -> list[tuple[str, list[bool]]]:
-    products = Products(module.model)
-    with torch.no_grad(), products:
-        module.model(**tokens)
-    return products.seen
-
-
 @pytest.mark.parametrize(
     "make", [models.bert, models.roberta, models.gpt2, models.llama], ids=lambda make: make.__name__
 )
 def test_no_float_matrix_product_is_left(make, make_trainer):
     tokens = models.padded_tokens()
     module = calibrated(make(), make_trainer, models.batches_of(tokens))
-    seen = products_of(module, tokens)
+    seen = products_of(module, **tokens)
     linear, embeddings = LINEAR_LAYERS[make.__name__], EMBEDDINGS[make.__name__]
     assert len(seen) == 4 + linear + embeddings
     assert all(all(operands) and operands for _, operands in seen), seen
@@ -131,7 +88,7 @@ def test_what_is_left_float_is_found_and_listed_by_name(make_trainer):
     tokens = models.padded_tokens()
     left = {"*layer.0*query_key_product": None, "*layer.1.output.dense": None}
     module = calibrated(models.bert(), make_trainer, models.batches_of(tokens), overrides=left)
-    seen = products_of(module, tokens)
+    seen = products_of(module, **tokens)
     assert sum(not all(operands) for _, operands in seen) == 2
     listed = [line.name for line in module.layer_summary() if line.kind == "float" and "override" in line.note]
     assert listed == ["bert.encoder.layer.0.attention.self.query_key_product", "bert.encoder.layer.1.output.dense"]
@@ -170,15 +127,15 @@ def test_the_users_own_model_is_not_rerouted():
     assert net.config._attn_implementation != "calibtip" and net.config.use_cache
 
 
-def test_attention_of_a_model_without_eager_attention_beside_it_stays_float(make_trainer, monkeypatch):
+def test_attention_of_a_model_without_eager_attention_beside_it_is_found_as_a_function(make_trainer, monkeypatch):
     net, tokens = models.bert(), models.padded_tokens()
     with torch.no_grad():
         wanted = net(**tokens).start_logits
     monkeypatch.setattr("lightning_calibtip.network.attention._EAGER", "eager_under_another_name")
     module = calibrated(net, make_trainer, models.batches_of(tokens))
-    names = [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]
-    assert list(module.network.plan.float_matmuls) == names
-    assert all("scaled_dot_product_attention" in reason for reason in module.network.plan.float_matmuls.values())
+    names = [f"bert.encoder.layer.{i}.attention.self.fused_attention_0" for i in range(2)]
+    assert {f"{name}.{product}" for name in names for product in PRODUCTS} <= module.network.layers.keys()
+    assert not module.network.plan.float_matmuls
     with torch.no_grad(), module.quantized(False):
         torch.testing.assert_close(module.model(**tokens).start_logits, wanted, rtol=1e-4, atol=1e-4)
 
@@ -205,36 +162,14 @@ def test_attention_that_only_a_later_batch_reaches_is_listed(make_trainer, caplo
     assert all(line.kind == "float" for line in module.layer_summary() if line.name in late)
 
 
-class OwnAttention(nn.Module):
-    def __init__(self, fused: bool) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
-        self.fused = fused
-
-    def forward(self, x):
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.fused:
-            return self.out(F.scaled_dot_product_attention(q, k, v))
-        return self.out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
-
-
 class First(nn.Module):
     def forward(self, outputs):
         return outputs[0]
 
 
-@pytest.mark.parametrize(
-    "net,name,operators",
-    [
-        (nn.Sequential(OwnAttention(True), nn.Linear(8, 3)), "0", "scaled_dot_product_attention"),
-        (nn.Sequential(OwnAttention(False), nn.Linear(8, 3)), "0", "bmm"),
-        (nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"),
-    ],
-)
-def test_attention_in_the_users_code_stays_float_with_a_warning_and_is_listed(
-    net, name, operators, make_trainer, caplog
-):
+def test_what_the_users_code_multiplies_in_float_is_listed_with_a_warning(make_trainer, caplog):
     torch.manual_seed(0)
+    net, name, operators = nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"
     x = torch.randn(6, 5, 8)
     module = calibrated(net.eval(), make_trainer, x.split(2))
     assert list(module.network.plan.float_matmuls) == [name] and operators in module.network.plan.float_matmuls[name]

@@ -1,0 +1,211 @@
+"""Matrix products that models compute by functions."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
+
+from lightning_calibtip import AdaQuant, Calibration, QuantizationModule, export_onnx, run_stages
+from lightning_calibtip.network.functional import FusedAttention, find_products
+from lightning_calibtip.network.observe import record
+from tests.export.exporting import outputs
+from tests.products import products_of
+
+X = torch.randn(12, 5, 8, generator=torch.Generator().manual_seed(0))
+PRODUCTS = {"fused_attention_0.query_key_product", "fused_attention_0.probability_value_product"}
+
+
+def fused(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def by_matmul(q, k, v):
+    return torch.softmax(q @ k.transpose(-1, -2), -1).matmul(v)
+
+
+def by_einsum(q, k, v):
+    scores = torch.einsum("nqe,nke->nqk", q, k)
+    return torch.einsum("nqk,nke->nqe", scores.softmax(-1), v)
+
+
+class Attention(nn.Module):
+    """As users write it; positions are multiplied, too, and no product for an engine."""
+
+    def __init__(self, compute):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.compute = compute
+        self.register_buffer("frequencies", torch.rand(1, 8))
+
+    def forward(self, x):
+        positions = torch.arange(x.shape[1], dtype=x.dtype)[:, None] @ self.frequencies
+        x = x + 0.1 * positions.cos()
+        return self.out(self.compute(self.query(x), self.key(x), self.value(x)))
+
+
+def quantized(model, *data, **options):
+    module = QuantizationModule(model.eval(), **{"weight_bits": 8, "edge_bits": None, **options})
+    run_stages(module, [Calibration()], data)
+    return module
+
+
+def found_in(model, x):
+    return find_products(model, lambda: model(x), lambda: record(model, lambda: model(x)))
+
+
+@pytest.mark.parametrize(
+    "compute, names",
+    [
+        (fused, PRODUCTS),
+        # The first product is that of positions.
+        (by_matmul, {"matrix_product_1", "matrix_product_2"}),
+        (by_einsum, {"matrix_product_1", "matrix_product_2"}),
+    ],
+)
+def test_products_in_the_users_code_are_quantized(compute, names):
+    model = Attention(compute).eval()
+    with torch.no_grad():
+        exact = model(X)
+    module = quantized(model, *X.split(4))
+    products = {name for name, layer in module.network.layers.items() if not layer.has_weight}
+    assert products == names and len(module.network.layers) == 6
+    assert list(module.network.plan.float_matmuls) == [""]
+    seen = [operands for _, operands in products_of(module, X)]
+    assert sorted(map(tuple, seen)) == [(False, False)] + 6 * [(True, True)]
+    with torch.no_grad():
+        assert 1e-4 < (module(X) - exact).norm() / exact.norm() < 0.05
+        with module.quantized(False):
+            torch.testing.assert_close(module(X), exact)
+        # Another length, and a copy of its own.
+        copied = copy.deepcopy(module)
+        torch.testing.assert_close(copied(X[:, :3]), module(X[:, :3]))
+    assert type(module.model.query).__mro__[1] is nn.Linear
+
+
+def test_they_are_reconstructed_saved_and_exported(tmp_path, make_trainer):
+    module = quantized(Attention(fused), *X.split(4), weight_bits=4, activation_bits=8)
+    run_stages(module, [AdaQuant(iterations=5, batch_size=4)], X.split(4))
+    with torch.no_grad():
+        wanted = module(X)
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt", weights_only=True)
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Attention(fused).eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), wanted)
+    export_onnx(module, tmp_path / "net.onnx", X[:4], check=False)
+    (engine,) = outputs(tmp_path / "net.onnx", X[:4])
+    # A value at the edge of a step may fall to either side: sums and divisions round otherwise in an engine.
+    assert (engine - wanted[:4]).abs().mean() < 0.02 * wanted.abs().mean()
+
+
+HEADS = torch.randn(2, 4, 3, 6, generator=torch.Generator().manual_seed(1))
+FEW = HEADS[:, :2]
+NOTHING = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+
+
+@pytest.mark.parametrize(
+    "tensors, options",
+    [
+        ((HEADS, HEADS, HEADS), {}),
+        ((HEADS, HEADS, HEADS), {"is_causal": True, "scale": 0.3}),
+        ((HEADS, FEW, FEW), {"enable_gqa": True}),
+        ((HEADS, HEADS, HEADS), {"attn_mask": NOTHING}),
+        ((HEADS, HEADS, HEADS), {"attn_mask": torch.randn(2, 1, 3, 3)}),
+        ((HEADS[0], HEADS[0], HEADS[0]), {"attn_mask": NOTHING.expand(4, 3, 3)}),
+    ],
+)
+def test_fused_attention_computes_what_the_function_does(tensors, options):
+    wanted = F.scaled_dot_product_attention(*tensors, **options)
+    torch.testing.assert_close(FusedAttention()(*tensors, **options), wanted, rtol=1e-4, atol=1e-5)
+
+
+class Window(nn.Module):
+    """As Swin has it: a function takes the weights of the layers."""
+
+    def __init__(self, bias=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.proj, self.bias = nn.Linear(8, 24), nn.Linear(8, 8), bias
+
+    def forward(self, x):
+        bias = self.qkv.bias if self.bias is None else self.bias
+        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        return F.linear(by_matmul(q, k, v), self.proj.weight, self.proj.bias)
+
+
+def test_linear_functions_of_a_layers_weight_are_led_to_the_layer(tmp_path, make_trainer):
+    model = Window().eval()
+    with torch.no_grad():
+        exact = model(X)
+    module = quantized(model, *X.split(4))
+    assert set(module.network.layers) == {"qkv", "proj", "matrix_product_0", "matrix_product_1"}
+    assert not module.network.plan.float_matmuls and not module.network.float_layers
+    assert all(all(operands) for _, operands in products_of(module, X))
+    with torch.no_grad():
+        wanted = module(X)
+        assert 1e-4 < (wanted - exact).norm() / exact.norm() < 0.05
+        with module.quantized(False):
+            torch.testing.assert_close(module(X), exact)
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt", weights_only=True)
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Window().eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), wanted)
+
+
+def test_a_weight_that_is_taken_with_another_bias_is_said_to_be(caplog):
+    module = quantized(Window(torch.zeros(24)), *X.split(4))
+    assert "proj" in module.network.layers and "qkv" not in module.network.layers
+    reason = module.network.float_layers["qkv"]
+    assert reason == "its weight is multiplied by the model itself, and not by the layer's own forward"
+    assert f"Layer qkv stays float: {reason}." in caplog.text
+
+
+def test_a_module_of_the_users_with_such_a_name_stays():
+    class Named(Attention):
+        def __init__(self):
+            super().__init__(fused)
+            self.fused_attention_0 = nn.Identity()
+
+    model = Named().eval()
+    assert not found_in(model, X).operations
+    module = quantized(model, *X.split(4))
+    assert type(module.model.fused_attention_0) is nn.Identity and "" in module.network.plan.float_matmuls
+
+
+def test_what_does_not_reproduce_the_output_is_left_alone(monkeypatch):
+    model = Attention(fused).eval()
+    assert found_in(model, X).operations
+    monkeypatch.setattr("lightning_calibtip.network.functional.FusedAttention.forward", lambda self, q, k, v, **_: q)
+    assert not found_in(model, X)
+    assert not any(isinstance(module, FusedAttention) for module in model.modules())
+
+
+def vit():
+    return VisionTransformer(
+        image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16, num_classes=3
+    )
+
+
+def swin():
+    return SwinTransformer([2, 2], 8, [2, 1], [2, 2], [2, 2], num_classes=3, stochastic_depth_prob=0.0)
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+def test_no_float_product_is_left_in_networks_of_torchvision(make):
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.randn(4, 3, 8, 8)
+    module = quantized(model, images)
+    assert not module.network.plan.float_matmuls and not module.network.float_layers
+    seen = products_of(module, images)
+    attentions = 2 if make is vit else 3
+    linear = sum(type(part).__mro__[1] is nn.Linear for part in module.model.modules() if len(type(part).__mro__) > 2)
+    assert len(seen) >= 2 * attentions + linear > 10
+    assert all(all(operands) for _, operands in seen), seen
