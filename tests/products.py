@@ -12,7 +12,16 @@ from lightning_calibtip.quantization.spec import PerChannel
 class Products(TorchFunctionMode):
     """Every operand of a matrix product or a table look-up, by how it was computed."""
 
-    FUNCTIONS = (F.linear, torch.matmul, torch.bmm, torch.addmm, F.embedding, torch.Tensor.matmul, F.conv2d, torch.einsum)
+    FUNCTIONS = (
+        F.linear,
+        torch.matmul,
+        torch.bmm,
+        torch.addmm,
+        F.embedding,
+        torch.Tensor.matmul,
+        F.conv2d,
+        torch.einsum,
+    )
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

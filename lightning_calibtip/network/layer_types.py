@@ -186,14 +186,23 @@ def require_full_precision(layers: Mapping[str, nn.Module]) -> None:
 
 
 def names_operations(pattern: str) -> bool:
-    """Whether a pattern of layer names is meant for operations that only running a batch finds.
+    """Whether a pattern of layer names is meant for operations between layers.
 
     Example:
         >>> names_operations("*addition_*"), names_operations("a*")
         (True, False)
     """
-    kinds = ("addition", "average_pool", "fused_attention", "matrix_product")
-    return any(kind in pattern for kind in kinds)
+    return "addition" in pattern or "average_pool" in pattern
+
+
+def names_products(pattern: str) -> bool:
+    """Whether a pattern of layer names is meant for products that a model computes by functions.
+
+    Example:
+        >>> names_products("*.fused_attention_0.*"), names_products("a*")
+        (True, False)
+    """
+    return "fused_attention" in pattern or "matrix_product" in pattern
 
 
 def reads_indices(module: nn.Module) -> bool:

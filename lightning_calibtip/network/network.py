@@ -16,7 +16,13 @@ from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths, LayerConfig
 from .apply import apply
 from .attention import PRODUCTS, possible_products, route_attention
-from .layer_types import layer_type_of, names_operations, quantizable_layers, require_full_precision
+from .layer_types import (
+    layer_type_of,
+    names_operations,
+    names_products,
+    quantizable_layers,
+    require_full_precision,
+)
 from .layers import QuantizedLayer
 from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
@@ -376,10 +382,9 @@ def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
     Example:
         >>> check_overrides(nn.Sequential(nn.Linear(2, 2)), QuantizationScheme(overrides={"0": 4}))
     """
-    # Only running shows which operations there are between layers.
-    operations = [
-        pattern for pattern in scheme.overrides or {} if scheme.engine is not None and names_operations(pattern)
-    ]
+    # Only running shows which operations there are.
+    engine = scheme.engine is not None
+    operations = [p for p in scheme.overrides or {} if names_products(p) or (engine and names_operations(p))]
     layers = [*quantizable_layers(model), *possible_products(model), *possible_projections(model)]
     scheme.check_overrides([*layers, *operations])
 

@@ -209,3 +209,12 @@ def test_no_float_product_is_left_in_networks_of_torchvision(make):
     linear = sum(type(part).__mro__[1] is nn.Linear for part in module.model.modules() if len(type(part).__mro__) > 2)
     assert len(seen) >= 2 * attentions + linear > 10
     assert all(all(operands) for _, operands in seen), seen
+
+
+def test_an_override_names_them():
+    module = quantized(Attention(fused), *X.split(4), overrides={"*fused_attention_0.query*": (4, 4)})
+    widths = {name: layer.config.bit_widths.activation for name, layer in module.network.layers.items()}
+    assert widths["fused_attention_0.query_key_product"] == 4
+    assert widths["fused_attention_0.probability_value_product"] == 8
+    with pytest.raises(ValueError, match="matches no quantizable layer"):
+        quantized(Attention(fused), *X.split(4), overrides={"*matrix_product_7": 4})

@@ -1,17 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.ao.quantization.observer import MinMaxObserver as TorchMinMaxObserver
 
 from lightning_calibtip.quantization.affine import choose_qparams, decode, dot, encode, fake_quantize, integer_range
 from lightning_calibtip.quantization.spec import TensorSpec, check_bits
+from tests.properties import examples
 
 
 @given(st.integers(0, 10_000), st.integers(2, 16), st.booleans(), st.floats(1e-4, 1e4))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_fake_quantize_is_decode_of_encode_bit_for_bit(seed, bits, symmetric, spread):
     x = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(seed)) * spread
     qmin, qmax = integer_range(bits, symmetric)
@@ -28,7 +29,7 @@ def test_fake_quantize_is_decode_of_encode_bit_for_bit(seed, bits, symmetric, sp
 
 
 @given(st.integers(0, 10_000), st.integers(2, 8))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_rounding_error_inside_the_range_is_at_most_half_a_step(seed, bits):
     x = torch.randn(200, generator=torch.Generator().manual_seed(seed))
     scale, zero_point = choose_qparams(x.min().view(1), x.max().view(1), TensorSpec(bits))
@@ -167,7 +168,7 @@ def quantize_linear(x, scale, zero_point, qmin, qmax):
     st.floats(2**-20, 2**10, width=32),
     st.integers(0, 255),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_encode_equals_quantize_linear_of_onnx_exactly(x, scale, zero_point):
     got = encode(torch.from_numpy(x), torch.tensor([scale]), torch.tensor([float(zero_point)]), 0, 255)
     assert np.array_equal(got.numpy(), quantize_linear(x, scale, zero_point, 0, 255))

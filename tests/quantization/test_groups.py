@@ -1,12 +1,13 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_calibtip.quantization.groups import from_groups, groups_per_channel, to_groups
+from tests.properties import examples
 
 
 @given(st.lists(st.integers(1, 7), min_size=2, max_size=4), st.integers(0, 3), st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_groups_hold_consecutive_weights_of_one_channel_and_come_back(shape, axis, size):
     axis %= len(shape)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(size))

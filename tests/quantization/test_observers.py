@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_calibtip.quantization.affine import choose_qparams, fake_quantize
@@ -13,6 +13,7 @@ from lightning_calibtip.quantization.observers import (
 )
 from lightning_calibtip.quantization.ranges import RangeOptions
 from lightning_calibtip.quantization.spec import TensorSpec
+from tests.properties import examples
 
 
 def observer_of(method, **options):
@@ -80,7 +81,7 @@ def test_constant_and_zero_activations_give_finite_ranges(method):
     st.integers(0, 1000),
     st.floats(0.01, 100),
 )
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 def test_however_batches_are_cut_and_ordered_the_state_is_the_same(method, count, seed, spread):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(60, generator=generator) * torch.logspace(0, 1, 60) * spread

@@ -2,7 +2,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -11,10 +11,11 @@ from lightning_calibtip.quantization import packing
 from lightning_calibtip.quantization.packing import pack_integers, unpack_integers
 from lightning_calibtip.quantization.quantizers import make_quantizer
 from lightning_calibtip.quantization.spec import PerChannel, PerGroup, TensorSpec
+from tests.properties import examples
 
 
 @given(st.integers(1, 16), st.booleans(), st.integers(0, 40), st.integers(0, 1000), st.sampled_from([8, 32, 1 << 16]))
-@settings(max_examples=100, deadline=None)
+@examples(100)
 def test_unpacking_gives_back_what_was_packed_in_the_fewest_bytes(bits, signed, count, seed, part):
     qmin = -(2 ** (bits - 1)) if signed else 0
     generator = torch.Generator().manual_seed(seed)
