@@ -74,8 +74,11 @@ class _Routing(TorchFunctionMode):
         scope = self.scopes[-1] if self.scopes else None
         if scope is None or not scope.counted:
             return func(*args, **kwargs)
-        if func is F.linear and (layer := self.layer_of(scope, *args, **kwargs)) is not None:
-            return layer(args[0])
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if (layer := self.layer_of(scope, weight, bias)) is None:
+                return func(*args, **kwargs)
+            return layer(x) if bias is None or layer.bias is not None else layer(x) + bias
         kind = kind_of_call(func, args, kwargs)
         return func(*args, **kwargs) if kind is None else self.compute(scope, kind, func, args, kwargs)
 
@@ -83,13 +86,10 @@ class _Routing(TorchFunctionMode):
         module = scope.module._modules.get(scope.next_name(kind.name))  # type: ignore[union-attr]
         return kind.compute(module, func, args, kwargs) if isinstance(module, kind.module) else func(*args, **kwargs)
 
-    def layer_of(self, scope: _Scope, x: Any, weight: Any = None, bias: Any = None, **kwargs: Any) -> nn.Module | None:
+    def layer_of(self, scope: _Scope, weight: Any, bias: Any) -> nn.Module | None:
         """The layer whose weight and bias these are, of those that are led to from a scope."""
-        for layer in scope.layers:
-            # Parametrized weights are cached while such a scope is running.
-            if weight is layer.weight and bias is layer.bias and not kwargs:
-                return layer
-        return None
+        # Parametrized weights are cached while such a scope is running.
+        return next((layer for layer in scope.layers if _is_of(layer, weight, bias)), None)
 
 
 class _Search(_Routing):
@@ -109,11 +109,21 @@ class _Search(_Routing):
             self.found.operations[name] = self.found.operations.get(name, False) or func in kind.in_place
         return super().compute(scope, kind, func, args, kwargs)
 
-    def layer_of(self, scope: _Scope, x: Any, weight: Any = None, bias: Any = None, **kwargs: Any) -> nn.Module | None:
+    def layer_of(self, scope: _Scope, weight: Any, bias: Any) -> nn.Module | None:
         for name, layer in self.layers.items():
-            if weight is layer.weight and bias is layer.bias and not kwargs:
+            if _is_of(layer, weight, bias):
                 self.found.layers[name] = self.names[scope.module]
-        return super().layer_of(scope, x, weight, bias, **kwargs)
+        return super().layer_of(scope, weight, bias)
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    """Arguments of ``torch.nn.functional.linear``."""
+    return input, weight, bias
+
+
+def _is_of(layer: nn.Module, weight: Any, bias: Any) -> bool:
+    """Whether a weight is a layer's, and the bias too if the layer has one; else any may be added after it."""
+    return weight is layer.weight and (layer.bias is None or bias is layer.bias)
 
 
 @dataclass

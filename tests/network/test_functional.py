@@ -128,19 +128,21 @@ def test_fused_attention_computes_what_the_function_does(tensors, options):
 class Window(nn.Module):
     """As Swin has it: a function takes the weights of the layers."""
 
-    def __init__(self, bias=None):
+    def __init__(self, bias=None, has_bias=True):
         super().__init__()
         torch.manual_seed(0)
-        self.qkv, self.proj, self.bias = nn.Linear(8, 24), nn.Linear(8, 8), bias
+        self.qkv, self.proj, self.bias = nn.Linear(8, 24, bias=has_bias), nn.Linear(8, 8), bias
 
     def forward(self, x):
         bias = self.qkv.bias if self.bias is None else self.bias
-        q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        q, k, v = F.linear(input=x, weight=self.qkv.weight, bias=bias).chunk(3, -1)
         return F.linear(by_matmul(q, k, v), self.proj.weight, self.proj.bias)
 
 
-def test_linear_functions_of_a_layers_weight_are_led_to_the_layer(tmp_path, make_trainer):
-    model = Window().eval()
+# BEiT and Swin v2 put the bias together themselves.
+@pytest.mark.parametrize("options", [{}, {"bias": torch.arange(24.0) / 20, "has_bias": False}])
+def test_linear_functions_of_a_layers_weight_are_led_to_the_layer(options, tmp_path, make_trainer):
+    model = Window(**options).eval()
     with torch.no_grad():
         exact = model(X)
     module = quantized(model, *X.split(4))
@@ -155,7 +157,7 @@ def test_linear_functions_of_a_layers_weight_are_led_to_the_layer(tmp_path, make
     trainer = make_trainer()
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "quantized.ckpt", weights_only=True)
-    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Window().eval())
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Window(**options).eval())
     with torch.no_grad():
         assert torch.equal(loaded(X), wanted)
 
