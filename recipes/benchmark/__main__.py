@@ -1,4 +1,4 @@
-"""Measurements: ``python -m recipes.benchmark accuracy|reconstruction|allocation|pipelines|inference``."""
+"""Measurements: ``python -m recipes.benchmark accuracy|reconstruction|allocation|pipelines|inference|scale``."""
 
 import os
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from .inference import SUBJECTS, measure_inference
 from .memory import measure_memory
 from .pipelines import bert, measure_pipelines, resnet20
 from .samples import measure_price, measure_samples
+from .scale import measure_scale, scale_table
 from .stages import measure_stages
 from .step import measure_step
 
@@ -221,6 +222,23 @@ def inference(
     print(f"written to {output}")
 
 
+def scale(output: Path = Path("runs/bench"), steps: int = 60) -> None:
+    """Measure the time of each stage at three sizes, in float passes, beside the laws of docs/scale.md.
+
+    Writes scale.json.
+
+    Args:
+        output: Folder for the results.
+        steps: Optimiser steps of AdaQuant for each unit.
+    """
+    set_up_logging("ERROR")
+    torch.set_num_threads(1)
+    rows = measure_scale(steps)
+    print(scale_table(rows))
+    write_record(output / "scale.json", {"rows": rows})
+    print(f"written to {output}")
+
+
 def _chosen_parts(only: str | None, parts: Sequence[str], option: str = "only") -> Sequence[str]:
     chosen = parts if only is None else tuple(only.split(","))
     if unknown := [part for part in chosen if part not in parts]:
@@ -252,6 +270,7 @@ if __name__ == "__main__":
             "allocation": allocation,
             "pipelines": pipelines,
             "inference": inference,
+            "scale": scale,
         },
         as_positional=False,
     )

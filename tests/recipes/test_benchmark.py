@@ -8,6 +8,7 @@ import torch
 
 from lightning_calibtip import AdaQuantOptions
 from recipes.benchmark import __main__ as benchmark
+from recipes.benchmark import scale
 from recipes.benchmark.accuracy import DEFAULT, KINDS, RANGES, AccuracySubject, measure_accuracy, summarize
 from recipes.benchmark.allocation import measure_correlation, measure_replay
 from recipes.benchmark.figure import accuracy_figure, benchmark_figure
@@ -169,3 +170,19 @@ def test_fine_tuning_learns_the_labels_of_its_images():
     before = loss()
     fine_tune(module, images, labels, rate=1e-2)
     assert loss() < 0.5 * before
+
+
+def test_the_time_of_stages_is_set_beside_their_laws(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "SIZES", (("resnet20", 8),))
+    monkeypatch.setattr(scale, "DEPTHS", {"resnet20": 1})
+    benchmark.scale(tmp_path, steps=2)
+    rows = json.loads((tmp_path / "scale.json").read_text())["rows"]
+    assert [row["stage"] for row in rows] == [
+        "Calibration", "Equalization", "BatchNormTuning", "AdaQuant, sequential", "BiasTuning", "AdaQuant, parallel",
+        "sensitivity",
+    ]  # fmt: skip
+    by_stage = {row["stage"]: row for row in rows}
+    # Two steps of all 8 samples are 2 passes; each of 6 layers at 3 candidates is half a pass.
+    assert by_stage["AdaQuant, parallel"]["law"] == 3 and by_stage["sensitivity"]["law"] == 9
+    assert all(row["passes"] > 0 and row["factor"] > 0 for row in rows)
+    assert "| AdaQuant, sequential |" in capsys.readouterr().out
