@@ -2,8 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -44,7 +44,20 @@ def _quiet_trainer(options: Mapping[str, Any], callbacks: list[pl.Callback]) -> 
     return pl.Trainer(**{**defaults, "callbacks": callbacks, **options})
 
 
-@isolate_rng()
+@contextmanager
+def _isolated_rng() -> Iterator[None]:
+    """``isolate_rng``, which restores nothing where something is raised."""
+    raised: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as error:
+            raised = error
+    if raised is not None:
+        raise raised
+
+
+@_isolated_rng()
 def run_stages(
     module: QuantizationModule,
     stages: Sequence[Stage],

@@ -229,13 +229,14 @@ def reconstruct(
         progress: Progress callback.
 
     Raises:
-        OSError: If a disk is full; likewise errors for want of memory.
+        OSError: If a disk is full; likewise errors for want of memory, and whatever else is no ``RuntimeError`` or
+            ``ValueError``, as PyTorch raises where there is no gradient.
     """
     try:
         return optimize_unit(unit, split_by_samples(unit, recorded), options, fixed, progress)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except (RuntimeError, ValueError) as error:
         note = f"it cannot be optimised ({type(error).__name__}: {error})"
         log.warning("%s: left as it was before AdaQuant: %s.", unit.name, note)
         layers = tuple(layer.name for layer in unit.layers)

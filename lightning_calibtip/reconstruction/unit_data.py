@@ -187,13 +187,15 @@ def split_by_samples(unit: Unit, data: UnitData) -> UnitDataset:
         data: What is recorded of it.
 
     Raises:
-        ValueError: If batches call the unit with differently nested arguments.
+        ValueError: If batches call the unit with differently nested arguments, or it returns no tensor of samples.
 
     Example:
         See ``UnitDataset``.
     """
     with torch.no_grad():
         outputs = unit.output_tensors(unit(data.inputs[0]))
+    if not outputs or not outputs[0].dim():
+        raise ValueError(f"{unit.name} returns no floating-point tensor of samples")
     # Rows of convolutions come channels-last, which code with views of its own may not take.
     for contiguous in (False, True) if unit.prefers_channels_last else (False,):
         for shares in (True, False):

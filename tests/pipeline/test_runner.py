@@ -289,6 +289,20 @@ def test_nothing_global_is_left_changed(tiny_classifier, images, tmp_path):
     assert [name for name in before if before[name] != after[name]] == []
 
 
+def test_nothing_global_is_left_changed_by_a_run_that_fails(tiny_classifier, images, monkeypatch):
+    def fail(*args):
+        torch.rand(3)
+        raise KeyError("something of the user's")
+
+    loader = DataLoader(TensorDataset(images, torch.arange(len(images)) % 4), batch_size=16, shuffle=True)
+    monkeypatch.setattr("lightning_calibtip.callbacks.calibration.Calibration.run", fail)
+    before = global_state()
+    with pytest.raises(KeyError, match="something of the user's"):
+        quantize(tiny_classifier, loader, pipeline="calibrate")
+    after = global_state()
+    assert [name for name in before if before[name] != after[name]] == []
+
+
 def test_a_checkpoint_that_reads_differently_is_no_checkpoint(tiny_classifier, loader, tmp_path, monkeypatch):
     run = quantize(tiny_classifier, loader, pipeline="calibrate")
     run.save(tmp_path / "quantized.ckpt")

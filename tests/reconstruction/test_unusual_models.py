@@ -138,6 +138,18 @@ class Awkward(nn.Module):
         return self.last((out[0] if isinstance(out, tuple) else out).float())
 
 
+def test_a_mistake_is_not_taken_for_a_unit_that_cannot_be_optimised(monkeypatch):
+    def mistaken(*args):
+        raise AttributeError("no such attribute")
+
+    model = nn.Sequential(nn.Linear(6, 3)).eval()
+    calibration = calibration_set(model, *torch.randn(64, 6).split(16))
+    network = calibrated_network(model, calibration)
+    monkeypatch.setattr("lightning_calibtip.reconstruction.adaquant.optimize_unit", mistaken)
+    with pytest.raises(AttributeError, match="no such attribute"):
+        adaquant(network, calibration, QUICK)
+
+
 @pytest.mark.parametrize("kind", ["constant", "row", "integer", "detached"])
 def test_a_unit_that_cannot_be_optimised_is_named_and_the_run_goes_on(kind, caplog):
     torch.manual_seed(0)
