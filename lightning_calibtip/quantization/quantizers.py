@@ -246,10 +246,10 @@ class AffineQuantizer(Quantizer):
 
     def __init__(self, name: str, spec: TensorSpec, rows: int) -> None:
         super().__init__(name, spec, rows)
-        self.scale = nn.Parameter(torch.ones(rows), requires_grad=False)
-        self.zero_point = nn.Parameter(torch.zeros(rows), requires_grad=False)
-        ratio = None if spec.equalized is None else nn.Parameter(torch.ones(spec.equalized.count), requires_grad=False)
-        self.register_parameter("ratio", ratio)
+        self.scale = nn.Parameter(torch.ones(rows, dtype=torch.float32), requires_grad=False)
+        self.zero_point = nn.Parameter(torch.zeros(rows, dtype=torch.float32), requires_grad=False)
+        ratio = None if spec.equalized is None else torch.ones(spec.equalized.count, dtype=torch.float32)
+        self.register_parameter("ratio", None if ratio is None else nn.Parameter(ratio, requires_grad=False))
 
     @property
     def acts_as_stored(self) -> bool:
@@ -305,8 +305,9 @@ class AffineQuantizer(Quantizer):
 
     def _ratio(self, x: Tensor) -> Tensor | None:
         """The divisors so that they run along the channels of ``x``, if these are equalized."""
-        channels, divisors = self.spec.equalized, self.divisors
-        return None if channels is None or divisors is None else along(divisors, x.dim(), channels.axis % x.dim())
+        if self.spec.equalized is None or self.divisors is None:
+            return None
+        return along(self.divisors.float(), x.dim(), self.spec.equalized.axis % x.dim())
 
     def decode(self, q: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.decode``."""

@@ -11,6 +11,7 @@ from lightning_calibtip.network.scheme import QuantizationScheme
 from lightning_calibtip.quantization.ranges import RangeOptions
 from lightning_calibtip.quantization.spec import PerGroup, TensorSpec
 from lightning_calibtip.reconstruction.adaquant import adaquant
+from lightning_calibtip.reconstruction.equalize import equalize
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
 from lightning_calibtip.reconstruction.units import find_units
 from tests.networks import calibrated_network, calibration_set
@@ -106,3 +107,18 @@ def test_the_quantizer_of_an_output_is_learned_like_that_of_an_input():
     assert torch.equal(point, point.round())
     with torch.no_grad():
         assert len(torch.unique(torch.cat([calibration.run(index) for index in range(len(calibration))]))) <= 8
+
+
+def test_a_network_of_doubles_is_reconstructed():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, rows = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), torch.randn(128, 6)
+        calibration = calibration_set(model, rows)
+        network = calibrated_network(model, calibration, weight_bits=2, edge_bits=None)
+        equalize(network, calibration)
+        results = adaquant(network, calibration, AdaQuantOptions(iterations=60))
+        assert model(rows).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert not any("cannot be optimised" in result.note for result in results) and lowers_errors(results)
