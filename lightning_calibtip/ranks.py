@@ -1,6 +1,6 @@
 """The processes of a distributed run, as far as quantization is concerned: who does what, and what all must know."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # Whether the processes of the group work together, by contexts; a process group alone says nothing: one of its
 # processes may quantize a model by itself.
@@ -103,6 +104,25 @@ def from_all(value: T) -> list[T]:
     found: list[Any] = [None] * rank_count()
     dist.all_gather_object(found, value)
     return found
+
+
+def share(tasks: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """What some work gives for each of some tasks, every rank doing its share of them. All ranks must call it with the
+    same tasks.
+
+    Args:
+        tasks: The tasks.
+        work: Called with a task; its tensors come back in the CPU's memory where several ranks work.
+
+    Example:
+        >>> share([1, 2, 3], lambda task: task**2)
+        [1, 4, 9]
+    """
+    if rank_count() == 1:
+        return [work(task) for task in tasks]
+    mine = [to_cpu(work(task)) for task in tasks[rank() :: rank_count()]]
+    parts = from_all(mine)
+    return [parts[position % rank_count()][position // rank_count()] for position in range(len(tasks))]
 
 
 def add_up(tensors: Sequence[Tensor]) -> None:

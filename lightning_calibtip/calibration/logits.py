@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ranks
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, named_logits
 
@@ -162,7 +163,8 @@ def measure_divergences(
     indices: Iterable[int],
     run: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Divergences of the model, as it is now, from its float outputs.
+    """Divergences of the model, as it is now, from its float outputs; of several ranks each runs its share of the
+    batches.
 
     Args:
         calibration: Calibration set, which runs the model.
@@ -180,4 +182,9 @@ def measure_divergences(
         tensor([0.])
     """
     run = run or calibration.run
-    return torch.cat([sample_divergences(run(index), targets[index], calibration.tokens(index)) for index in indices])
+
+    def divergences(index: int) -> Tensor:
+        return sample_divergences(run(index), targets[index], calibration.tokens(index))
+
+    found = ranks.share(list(indices), divergences)
+    return torch.cat([of_batch.to(targets[0][0].device) for of_batch in found])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet, batch_size
 from .fingerprint import describe_function
@@ -81,13 +82,18 @@ class Loss:
         """Measure.
 
         Args:
-            run: ``run(index)`` gives the output for a batch; that of the calibration set if None.
+            run: ``run(index)`` gives the output for a batch; that of the calibration set if None, of which each of
+                several ranks then runs its share of the batches.
         """
-        run = run or self.calibration.run
-        total = 0.0
-        for index, batch in enumerate(self.calibration.batches):
-            total += self._of_batch(run(index), index, batch) * batch_size(batch)
-        return total / self.calibration.samples
+        batches = self.calibration.batches
+
+        def total(index: int) -> float:
+            output = (run or self.calibration.run)(index)
+            return self._of_batch(output, index, batches[index]) * batch_size(batches[index])
+
+        indices = list(range(len(batches)))
+        totals = ranks.share(indices, total) if run is None else map(total, indices)
+        return sum(totals) / self.calibration.samples
 
     def _of_batch(self, output: Any, index: int, batch: Any) -> float:
         if callable(self.metric):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.fingerprint import digest_data, digest_states
 from ..calibration.logits import float_logits, measure_divergences
@@ -123,7 +124,13 @@ def _search_jointly(
         states = digest_states(layer.save() for layer in layers)
         run = digest([network.fingerprint, states, digest_data(calibration), options])
         losses = MeasuredLosses(state_folder / FILE_NAME, run)
-    measure = partial(losses.next, lambda: measure_divergences(calibration, logits, everything))
+
+    def divergences() -> Tensor:
+        # One process may have measured before what another one has not.
+        with ranks.alone():
+            return measure_divergences(calibration, logits, everything)
+
+    measure = partial(losses.next, divergences)
     search = _Search(measure, options.joint_evaluations, progress)
     with trial(layers, search.samples) as attempt:
         before = search.least

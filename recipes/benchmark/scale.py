@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .network import calibrate
 
 # Networks and numbers of samples.
 SIZES = (("resnet20", 256), ("resnet32", 512), ("resnet56", 256))
-_BATCH = 64
+_BATCH, _STEP_SAMPLES = 64, 32
 _CANDIDATES = (BitWidths(2, 4), BitWidths(3, 4), BitWidths(4, 4))
 
 
@@ -110,26 +111,34 @@ def _measure(model: str, samples: int, steps: int) -> tuple[Size, dict[str, floa
     torch.manual_seed(0)
     net = ResNet(DEPTHS[model]).eval()
     batches = list(torch.randn(samples, 3, 32, 32).split(_BATCH))
-    one = min(_seconds(lambda: _pass(net, batches)) for _ in range(3))
     # More epochs than one end early where they do not help.
     epochs = 1
     options = {"adaquant": {"iterations": steps}, "bias_tuning": {"epochs": epochs}, "seed": 0}
     calibration, *stages = make_stages("sequential", options)
     module = QuantizationModule(net, weight_bits=4, activation_bits=4)
-    # A stage's own seconds begin when its epoch has ended, and calibration observes during the epoch.
-    seconds = {"Calibration": _seconds(lambda: run_stages(module, [calibration], batches))}
-    run_stages(module, stages, batches)
+    plain = ResNet(DEPTHS[model]).eval()
+
+    def passes(work: Callable[[], Any]) -> float:
+        """Time of some work in float passes, which are timed before and after it: machines are not steady."""
+        before = _seconds(lambda: _pass(plain, batches))
+        of_work = _seconds(work)
+        return of_work / ((before + _seconds(lambda: _pass(plain, batches))) / 2)
+
+    _pass(plain, batches)
+    # Calibration observes during the epoch; of the others the epoch does nothing but keep the batches.
+    found = {"Calibration": passes(lambda: run_stages(module, [calibration], batches))}
     names = {"AdaQuant": "AdaQuant, sequential"}
-    seconds |= {names.get(stage.name, stage.name): stage.seconds for stage in stages}
+    for stage in stages:
+        found[names.get(stage.name, stage.name)] = passes(partial(run_stages, module, [stage], batches))
     network, calibration_set = calibrate(ResNet(DEPTHS[model]), batches, QuantizationScheme(4, 4))
     parallel = AdaQuantOptions(mode="parallel", iterations=steps)
-    seconds["AdaQuant, parallel"] = _seconds(lambda: adaquant(network, calibration_set, parallel))
+    found["AdaQuant, parallel"] = passes(lambda: adaquant(network, calibration_set, parallel))
     network.reset_to_float()
     loss = Loss(network, calibration_set)
-    seconds["sensitivity"] = _seconds(lambda: measure_sensitivity(network, loss, list(_CANDIDATES)))
+    found["sensitivity"] = passes(lambda: measure_sensitivity(network, loss, list(_CANDIDATES)))
     units = find_units(network, "block")
-    size = Size(len(units), len(network.searchable_layers), samples, steps, min(32, samples), epochs)
-    return size, {stage: each / one for stage, each in seconds.items()}
+    size = Size(len(units), len(network.searchable_layers), samples, steps, min(_STEP_SAMPLES, samples), epochs)
+    return size, found
 
 
 @torch.no_grad()
