@@ -1,13 +1,11 @@
 """The command line: fit, validate, quantize and export the user's own LightningModule and DataModule from YAML."""
 
 import logging
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
@@ -17,7 +15,6 @@ from .callbacks.progress import progress_options
 from .callbacks.stage import Stage
 from .export.onnx_file import export_onnx, require_packages
 from .export.report import ExportReport
-from .files.damage import describe_error
 from .module import QuantizationModule
 from .network.checkpoint import is_quantized
 from .network.scheme import QuantizationScheme
@@ -27,6 +24,7 @@ from .pipeline.options import PipelineOptions
 from .pipeline.presets import PipelineName, make_stages
 from .pipeline.run import QuantizationRun
 from .pipeline.runner import run_stages
+from .pipeline.trained_weights import load_weights
 from .report.loggers import log_checkpoint
 from .report.record import record_table
 
@@ -225,40 +223,6 @@ class QuantizationCLI(LightningCLI):
         path = self.config[command].get("ckpt_path") if command else None
         if not path or not is_quantized(path):
             super()._parse_ckpt_path()
-
-
-def load_weights(model: pl.LightningModule, path: str | Path) -> None:
-    """Load the weights of a Lightning checkpoint into a model.
-
-    Raises:
-        ValueError: If it is no checkpoint of this model, is quantized already, or holds more than tensors and plain
-            values.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> model = pl.LightningModule()
-        >>> with TemporaryDirectory() as folder:
-        ...     torch.save({"state_dict": {}}, f"{folder}/trained.ckpt")
-        ...     load_weights(model, f"{folder}/trained.ckpt")
-    """
-    if is_quantized(path):
-        raise ValueError(f"{path} is quantized already; give the checkpoint of the float model.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or no checkpoint ({describe_error(error)}).") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects besides tensors (hyperparameters?), which are not loaded: save it with "
-            "save_checkpoint(path, weights_only=True)."
-        ) from error
-    weights = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise ValueError(f"{path} is no Lightning checkpoint: it has no state_dict.")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a checkpoint of {type(model).__name__}: {error}") from error
 
 
 def _loaders(model: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> tuple[Iterable[Any], Any]:

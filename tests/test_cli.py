@@ -12,7 +12,8 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_calibtip import Calibration, CalibTIP, PipelineOptions, QuantizationScheme
-from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer, load_weights
+from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer
+from lightning_calibtip.pipeline.trained_weights import load_weights
 from tests.cli_model import Blobs, Classifier
 
 CONFIG = {

@@ -68,8 +68,9 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
 
 def _routes(plan: QuantizationPlan) -> Routes:
     """What is led to modules: operations that are layers, and those whose products are."""
-    names = [place for name in plan.layers for place in (name, name.rpartition(".")[0]) if is_operation(place)]
-    layers = {name: layer.used_by for name, layer in plan.layers.items() if layer.used_by is not None}
+    planned = [module for module in plan.modules if module.role == "layer"]
+    names = [place for each in planned for place in (each.name, each.name.rpartition(".")[0]) if is_operation(place)]
+    layers = {each.name: each.used_by for each in planned if each.used_by is not None}
     return Routes(tuple(dict.fromkeys(names)), layers)
 
 

@@ -4,6 +4,7 @@ Models of transformers look their attention up in a registry (``AttentionInterfa
 model's own eager attention, in which each of the two matrix products goes through a module below the attention module.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,43 @@ def add_products(attention: nn.Module) -> None:
     if not hasattr(attention, PRODUCTS[0]):
         for name in PRODUCTS:
             attention.add_module(name, make_product(name).train(attention.training))
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as it is added to scores: minus infinity where a mask of bool is True.
+
+    Raises:
+        TypeError: If the mask is of integers.
+
+    Example:
+        >>> additive_mask(torch.tensor([True, False]), torch.float32)
+        tensor([-inf, 0.])
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+    if not mask.is_floating_point():
+        raise TypeError(f"A mask of attention must be of bool or of floating point, got {mask.dtype}.")
+    return mask.to(dtype)
+
+
+def masked_softmax(scores: Tensor, masks: list[Tensor]) -> Tensor:
+    """Probabilities of the keys; zeros for a query to which all are masked, as in PyTorch's fused attention.
+
+    Args:
+        scores: Shape (..., L, S).
+        masks: What is added to the scores.
+
+    Example:
+        >>> masked_softmax(torch.zeros(1, 2), [torch.tensor([[0.0, -math.inf]])])
+        tensor([[1., 0.]])
+    """
+    if not masks:
+        return torch.softmax(scores, -1)
+    for mask in masks:
+        scores = scores + mask
+    nothing = torch.isneginf(scores).all(-1, keepdim=True)
+    # Filled before, too: the gradients of a softmax of nothing are not finite.
+    return torch.softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
 
 
 class _Products(TorchFunctionMode):

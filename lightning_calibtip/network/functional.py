@@ -1,6 +1,7 @@
 """Matrix products that a model computes by functions, as modules of their own, so that both operands can be quantized:
 fused attention, products of two activations, and linear functions of a layer's weight."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import add_products
+from .attention import add_products, additive_mask, masked_softmax
 from .layer_types import Operand, layer_type_of, register_layer
-from .operation_kinds import OperationKind, is_activation, is_operation, register_operation
-from .operations import tensors_of
+from .operation_kinds import OperationKind, is_operation, register_operation
+from .operations import computes_its_own, tensors_of
 from .routing import Routes, route, search_operations
 from .structure import Structure
+
+log = logging.getLogger(__name__)
 
 # The products of attention are computed in another order than by the fused function.
 _TOLERANCE = 1e-3
@@ -69,36 +72,38 @@ class FusedAttention(nn.Module):
         enable_gqa: bool = False,
     ) -> Tensor:
         """Compute what the function does, with the same arguments: tensors of shape (N, ..., L, E)."""
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         if query.dim() == 3:
             mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
             q, k, v = (x.unsqueeze(1) for x in (query, key, value))
-            return self.forward(q, k, v, mask, dropout_p, is_causal, scale, enable_gqa).squeeze(1)
-        if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+            return self.forward(q, k, v, mask, dropout_p, is_causal, scale).squeeze(1)
         factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         scores = self.query_key_product(query, key.transpose(-2, -1)) * factor
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            # Of a query that may attend to nothing the function returns zeros.
-            nothing = ~attn_mask.any(-1, keepdim=True)
-            scores = scores.masked_fill(~(attn_mask | nothing), -math.inf)
-            probabilities = torch.softmax(scores, -1).masked_fill(nothing, 0)
-        else:
-            probabilities = torch.softmax(scores if attn_mask is None else scores + attn_mask, -1)
+            # Here a mask says what counts; elsewhere, what does not.
+            attn_mask = ~attn_mask
+        probabilities = masked_softmax(scores, [] if attn_mask is None else [additive_mask(attn_mask, scores.dtype)])
         output: Tensor = self.probability_value_product(F.dropout(probabilities, dropout_p), value)
         return output
 
 
 def _is_attention(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     tensors = [*args, *(kwargs.get(name) for name in ("query", "key", "value"))]
-    return sum(map(is_activation, tensors)) >= 3
+    return sum(map(_is_matrix, tensors)) >= 3
 
 
 def _is_product(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     if func is torch.einsum:
         args = args[1:] if args and isinstance(args[0], str) else ()
-    return len(args) == 2 and not kwargs and all(map(is_activation, args))
+    return len(args) == 2 and not kwargs and all(map(_is_matrix, args))
+
+
+def _is_matrix(value: Any) -> bool:
+    # Parameters count, too: whether a weight is one changes when it is quantized, and positions must not.
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
 
 def _compute_product(module: nn.Module, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -146,19 +151,25 @@ def find_products(model: nn.Module, run: Callable[[], Any], record: Callable[[],
         ('fused_attention_0',)
     """
     linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    found = search_operations(model, run, lambda module: layer_type_of(module) is not None, linear, Routes())
+    found = search_operations(model, run, computes_its_own, linear, Routes())
+    # A weight that several modules take, or one that it is handed to, would not always be known again.
+    alone = {name: owners.pop() for name, owners in found.layers.items() if len(owners) == 1}
+    layers = {name: owner for name, owner in alone.items() if not owner or name.startswith(f"{owner}.")}
     names = [name for name in found.operations if is_operation(name) in _KINDS]
     fused = tuple(name for name in names if is_operation(name) == "fused_attention")
-    for wanted in (Routes(tuple(names), found.layers), Routes(tuple(names)), Routes(fused)):
-        route(model, wanted)
-        computed = _of_layers(record(), model) if wanted.operations else set()
-        route(model, Routes())
-        routes = Routes(tuple(name for name in wanted.operations if name in computed), wanted.layers)
-        route(model, routes)
-        same = bool(routes) and _is_close(run(), found.output)
-        route(model, Routes())
-        if same:
-            return routes
+    for wanted in (Routes(tuple(names), layers), Routes(tuple(names)), Routes(fused)):
+        try:
+            route(model, wanted)
+            computed = _of_layers(record(), model) if wanted.operations else set()
+            routes = Routes(tuple(name for name in wanted.operations if name in computed), wanted.layers)
+            route(model, Routes())
+            route(model, routes)
+            if routes and _is_close(run(), found.output):
+                return routes
+        except Exception as error:
+            log.warning("Not all products can be led to modules of their own (%s: %s).", type(error).__name__, error)
+        finally:
+            route(model, Routes())
     return Routes()
 
 
@@ -170,7 +181,9 @@ def _of_layers(structure: Structure, model: nn.Module) -> set[str]:
     for operator in structure.operators:
         inside = any(structure.calls[index].name in layers for index in operator.scope)
         if inside or any(read.storage in computed for read in operator.reads):
-            computed.update(write.storage for write in operator.writes)
+            # A view of a weight is no result.
+            reads = {(read.storage, read.version) for read in operator.reads}
+            computed.update(write.storage for write in operator.writes if (write.storage, write.version) not in reads)
     found = set()
     for name, calls in structure.calls_of.items():
         kind = is_operation(name)

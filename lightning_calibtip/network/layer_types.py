@@ -202,7 +202,8 @@ def names_products(pattern: str) -> bool:
         >>> names_products("*.fused_attention_0.*"), names_products("a*")
         (True, False)
     """
-    return "fused_attention" in pattern or "matrix_product" in pattern
+    parts = ("fused_attention", "matrix_product", "query_key", "probability_value")
+    return any(part in pattern for part in parts)
 
 
 def reads_indices(module: nn.Module) -> bool:

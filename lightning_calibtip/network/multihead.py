@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import PRODUCTS, add_products
+from .attention import PRODUCTS, add_products, additive_mask, masked_softmax
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -72,7 +72,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
         scores = self.query_key_product(q, k.transpose(-2, -1)) * (1 / math.sqrt(self.head_dim))
         masks = self._masks(attn_mask, key_padding_mask, q, k.shape[2] - given_keys)
-        probabilities = F.dropout(_masked_softmax(scores, masks), self.dropout, self.training)
+        probabilities = F.dropout(masked_softmax(scores, masks), self.dropout, self.training)
         attended = self.probability_value_product(probabilities, v).transpose(1, 2).flatten(2)
         if not is_batched:
             attended = attended.squeeze(0)
@@ -109,10 +109,10 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         """What is added to the scores of shape (N, heads, L, S): minus infinity where a key does not count."""
         masks = []
         if attn_mask is not None:
-            mask = F.pad(_additive(attn_mask, q.dtype), (0, added_keys))
+            mask = F.pad(additive_mask(attn_mask, q.dtype), (0, added_keys))
             masks.append(mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads)))
         if key_padding_mask is not None:
-            mask = F.pad(_additive(key_padding_mask, q.dtype), (0, added_keys))
+            mask = F.pad(additive_mask(key_padding_mask, q.dtype), (0, added_keys))
             masks.append(mask.reshape(q.shape[0], 1, 1, -1))
         return masks
 
@@ -125,15 +125,6 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             if (weight := state_dict.pop(f"{prefix}{name}_weight", None)) is not None:
                 state_dict[f"{prefix}{name}.weight"] = weight
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as it is added to scores."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-    if not mask.is_floating_point():
-        raise TypeError(f"A mask of attention must be of bool or of floating point, got {mask.dtype}.")
-    return mask.to(dtype)
 
 
 class UnpackedEncoder(nn.TransformerEncoder):
@@ -160,7 +151,7 @@ class UnpackedEncoder(nn.TransformerEncoder):
 
         The packed form leaves zeros at padding, and so does this, where PyTorch's would pack.
         """
-        masks = [None if each is None else _additive(each, src.dtype) for each in (mask, src_key_padding_mask)]
+        masks = [None if each is None else additive_mask(each, src.dtype) for each in (mask, src_key_padding_mask)]
         output = src
         for layer in self.layers:
             # Without the hint, split attention computes what the mask says.
@@ -195,17 +186,6 @@ class UnhintedDecoder(nn.TransformerDecoder):
         del given["self"]
         output: Tensor = super().forward(**given)
         return output
-
-
-def _masked_softmax(scores: Tensor, masks: list[Tensor]) -> Tensor:
-    """Probabilities of the keys; zeros for a query to which all are masked, as in PyTorch's fused attention."""
-    if not masks:
-        return torch.softmax(scores, -1)
-    for mask in masks:
-        scores = scores + mask
-    nothing = torch.isneginf(scores).all(-1, keepdim=True)
-    # Filled before, too: the gradients of a softmax of nothing are not finite.
-    return torch.softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
 
 
 def _splittable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:

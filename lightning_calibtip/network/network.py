@@ -383,10 +383,10 @@ def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
         >>> check_overrides(nn.Sequential(nn.Linear(2, 2)), QuantizationScheme(overrides={"0": 4}))
     """
     # Only running shows which operations there are.
-    engine = scheme.engine is not None
-    operations = [p for p in scheme.overrides or {} if names_products(p) or (engine and names_operations(p))]
+    engine, overrides = scheme.engine is not None, scheme.overrides or {}
+    known = {p: v for p, v in overrides.items() if not (names_products(p) or (engine and names_operations(p)))}
     layers = [*quantizable_layers(model), *possible_products(model), *possible_projections(model)]
-    scheme.check_overrides([*layers, *operations])
+    replace(scheme, overrides=known).check_overrides(layers)
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -22,7 +22,7 @@ class OperationKind:
         in_place: Those of the functions that change their first argument.
 
     Example:
-        See ``operations``, which registers two.
+        See ``operations`` and ``functional``, which register two each.
     """
 
     name: str

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .folding import is_batch_norm
 from .layer_types import Operand, layer_type_of, register_layer
 from .operation_kinds import OperationKind, is_activation, is_operation, register_operation
 from .routing import Routes, route, search_operations
@@ -110,7 +111,7 @@ def find_operations(model: nn.Module, run: Callable[[], Any], routed: Routes = R
         >>> find_operations(model, lambda: model(torch.ones(1, 2))).operations
         ('addition_0',)
     """
-    found = search_operations(model, run, lambda module: layer_type_of(module) is not None, {}, routed)
+    found = search_operations(model, run, computes_its_own, {}, routed)
     between = {name: in_place for name, in_place in found.operations.items() if is_operation(name) in BETWEEN_LAYERS}
     # A sum in place may be needed where it was; then it cannot be computed elsewhere.
     for names in (list(between), [name for name, in_place in between.items() if not in_place]):
@@ -121,6 +122,16 @@ def find_operations(model: nn.Module, run: Callable[[], Any], routed: Routes = R
         if same:
             return routes
     return routed
+
+
+def computes_its_own(module: nn.Module) -> bool:
+    """Whether what a module computes is a part of a layer, or of a BatchNorm, and no operation between layers.
+
+    Example:
+        >>> computes_its_own(nn.Linear(2, 2)), computes_its_own(nn.ReLU())
+        (True, False)
+    """
+    return layer_type_of(module) is not None or is_batch_norm(module)
 
 
 def _is_same(output: Any, wanted: Any) -> bool:

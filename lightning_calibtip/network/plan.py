@@ -206,7 +206,8 @@ class _Planner:
         user = self.structure.weight_taken_by(name)
         # The weight of one that does not run may be that of another layer, which does.
         if user is not None and user not in self.layers:
-            return f"its weight is multiplied by {user or 'the model itself'}, and not by the layer's own forward"
+            taken = f"by module {user}" if user else "by the model itself"
+            return f"its weight is multiplied {taken}, and not by the layer's own forward"
         weight = layer_type.weight
         if weight is None or parametrize.is_parametrized(module, weight):
             return ""

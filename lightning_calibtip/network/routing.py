@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +112,7 @@ class _Search(_Routing):
     def layer_of(self, scope: _Scope, weight: Any, bias: Any) -> nn.Module | None:
         for name, layer in self.layers.items():
             if _is_of(layer, weight, bias):
-                self.found.layers[name] = self.names[scope.module]
+                self.found.layers.setdefault(name, set()).add(self.names[scope.module])
         return super().layer_of(scope, weight, bias)
 
 
@@ -132,12 +132,12 @@ class Found:
 
     Args:
         operations: Full names, and whether the operation is in place.
-        layers: Layers whose weight another module multiplies with, and that module.
+        layers: Layers whose weight other modules multiply with, and these modules.
         output: What was run has returned.
     """
 
     operations: dict[str, bool] = field(default_factory=dict)
-    layers: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, set[str]] = field(default_factory=dict)
     output: Any = None
 
 
@@ -240,7 +240,9 @@ class _ScopedForward:
         self.warned = False
         # Of an instance, where something else has put one there.
         self.wrapped = module.__dict__.get("forward")
-        self.__signature__ = inspect.signature(module.forward)
+        # Functions of PyTorch itself have none.
+        with suppress(ValueError):
+            self.__signature__ = inspect.signature(module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = getattr(_routing, "mode", None)

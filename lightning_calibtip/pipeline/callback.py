@@ -1,11 +1,13 @@
 """CalibTIP: the whole pipeline as one callback of an ordinary training."""
 
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from ..calibration.calibration_set import FirstSamples
@@ -23,6 +25,7 @@ from .options import PipelineOptions
 from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
 from .runner import run_stages
+from .trained_weights import BEST, LAST, check_ckpt_path, chosen_checkpoint, holding_weights
 
 _FILENAME = "quantized"
 
@@ -43,8 +46,13 @@ class CalibTIP(pl.Callback):
         calibration_dataloader: Where they come from; the first of the training data if None (better without
             augmentation).
         filename: Name of the checkpoint without the suffix; ``<filename>_report`` beside it is the folder with
-            ``report.html``, ``result.json``, tables and pictures.
+            ``report.html``, ``result.json``, tables and pictures. Where there is one already it becomes
+            ``<filename>-v1``, ``-v2``, ..., as with Lightning's own checkpoints.
         metric: Name of the validation metric that the report shows; the first one logged if None.
+        ckpt_path: Which weights are quantized: ``"best"`` for those that the Trainer's ModelCheckpoint has found best,
+            ``"last"`` for those that the model has when training ends, or the path of a checkpoint. None: the best
+            where a ModelCheckpoint monitors a metric and no StochasticWeightAveraging averages weights at the end,
+            else the last. The report says which.
         export: Name of a target, see ``QuantizationScheme``, that the model is quantized for and exported to as
             ``model.onnx`` beside the checkpoint (``<filename>.onnx`` where a filename is given); None for no export.
         **scheme: Fields of ``QuantizationScheme``: ``weight_bits=4``, ``edge_bits=None``, ``overrides={"head": None}``,
@@ -75,6 +83,7 @@ class CalibTIP(pl.Callback):
         calibration_dataloader: Iterable[Any] | None = None,
         filename: str = _FILENAME,
         metric: str | None = None,
+        ckpt_path: str | Path | None = None,
         export: str | None = None,
         **scheme: Any,
     ) -> None:
@@ -82,7 +91,7 @@ class CalibTIP(pl.Callback):
             raise ValueError(f"calibration_samples must be at least 1, got {calibration_samples}.")
         self.calibration_samples = calibration_samples
         self.calibration_dataloader = calibration_dataloader
-        self.filename, self.metric = filename, metric
+        self.filename, self.metric, self.ckpt_path = filename, metric, ckpt_path
         self.pipeline, self.options = pipeline, PipelineOptions.of(options)
         check_names(QuantizationScheme, scheme, type(self).__name__)
         if export is not None:
@@ -98,6 +107,14 @@ class CalibTIP(pl.Callback):
         for stage in make_stages(self.pipeline, self.options):
             stage.check(self.scheme)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("result", "checkpoint_path", "report_folder"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is not there yet: it is set when fit has ended, but not after an "
+                "interruption and not under fast_dev_run."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before training: refuse what could not be finished after it."""
@@ -111,19 +128,26 @@ class CalibTIP(pl.Callback):
             raise MisconfigurationException(
                 f"Two CalibTIP callbacks would write {self.filename}.ckpt: give each a filename of its own."
             )
+        check_ckpt_path(trainer, self.ckpt_path)
         check_overrides(pl_module, self.scheme)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training is over: run the pipeline on a copy of the trained module."""
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            why = "fast_dev_run is on" if trainer.fast_dev_run else "the training was interrupted"  # type: ignore[attr-defined]
+            rank_zero_info(f"CalibTIP quantizes nothing: {why}.")
             return
         loader: Any = self.calibration_dataloader
         if loader is None:
             loader = trainer.train_dataloader
         if isinstance(loader, Mapping):
             raise MisconfigurationException("The training data are several loaders: pass calibration_dataloader=.")
-        module = QuantizationModule(pl_module, self.scheme)
+        chosen = chosen_checkpoint(trainer, self.ckpt_path)
+        own = self.ckpt_path in (None, BEST, LAST)
+        with holding_weights(pl_module, chosen, own) as weights:
+            rank_zero_info(f"CalibTIP quantizes the weights {'of ' if chosen else ''}{weights}.")
+            module = QuantizationModule(pl_module, self.scheme)
         module.take_batch_hooks(trainer.datamodule)  # type: ignore[attr-defined]
         device = trainer.strategy.root_device.type
         self.result = run_stages(
@@ -137,7 +161,7 @@ class CalibTIP(pl.Callback):
                 **same_processes(trainer),
                 **progress_options(trainer),
             },
-            {"pipeline": self.pipeline, **self.options.to_dict(), **self.scheme.to_dict()},
+            {"pipeline": self.pipeline, "weights": weights, **self.options.to_dict(), **self.scheme.to_dict()},
         )
         stages = [StageOutcome("float", 0.0, self.result.float_metrics, {}), *self.result.stages]
         for logger in trainer.loggers:
@@ -149,14 +173,21 @@ class CalibTIP(pl.Callback):
             log_items(trainer.loggers, f"calibtip/{stage_outcome.name}", stage_outcome.items, trainer.global_step)
         checkpoints = trainer.checkpoint_callback
         folder = getattr(checkpoints, "dirpath", None) or trainer.default_root_dir
-        self.checkpoint_path = Path(folder) / f"{self.filename}.ckpt"
+        self.checkpoint_path = trainer.strategy.broadcast(_free_path(Path(folder), self.filename))
         self.result.save(self.checkpoint_path, clean_up=False)
         if self.export is not None:
-            stem = "model" if self.filename == _FILENAME else self.filename
+            stem = self.checkpoint_path.stem
+            stem = stem.replace(_FILENAME, "model", 1) if self.filename == _FILENAME else stem
             self.result.export_after(self.checkpoint_path.with_name(f"{stem}.onnx"))
-        self.report_folder = self.checkpoint_path.with_name(f"{self.filename}_report")
+        self.report_folder = self.checkpoint_path.with_name(f"{self.checkpoint_path.stem}_report")
         metric = self.result.metric_or_first(self.metric)
         record = self.result.record("CalibTIP", type(pl_module).__name__, metric, self.options.seed)
         self.result.write_report(self.report_folder, record)
         self.result.log(trainer.loggers, self.checkpoint_path, "calibtip/", trainer.global_step)
         self.result.clean_up()
+
+
+def _free_path(folder: Path, filename: str) -> Path:
+    """Path of a checkpoint that does not exist yet."""
+    names = (filename if version == 0 else f"{filename}-v{version}" for version in count())
+    return next(path for path in (folder / f"{name}.ckpt" for name in names) if not path.exists())

@@ -274,7 +274,7 @@ class AffineQuantizer(Quantizer):
         """See ``Quantizer`` and ``affine.fake_quantize``."""
         spec, ratio = self.spec, self._ratio(x)
         if isinstance(spec.granularity, PerToken):
-            axes, even = spec.granularity.axes, self.unrounded(x.detach())
+            axes, even = spec.granularity.axes, self.unrounded(x).detach()
             scale, zero_point = self.choose_qparams(even.amin(axes, keepdim=True), even.amax(axes, keepdim=True))
             return fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax, None, ratio)
         rows, axis = self._rows(x)

@@ -206,6 +206,16 @@ def test_frozen_batch_norms_fold_or_are_listed():
     assert left == {"3": "no convolution or linear layer right before it"}
 
 
+def test_a_batch_norm_that_holds_other_modules_is_left_alone():
+    class Gated(nn.BatchNorm2d):
+        def __init__(self, features):
+            super().__init__(features)
+            self.gate = nn.Linear(7, 7)
+
+    _, folds, left = fold(nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4)), torch.randn(2, 3, 6, 6))
+    assert not folds and "changes the output" in left["1"]
+
+
 class LinearNorm(nn.Module):
     """As LeViT has it: the normalization reads all tokens as one batch."""
 

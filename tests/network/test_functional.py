@@ -118,6 +118,8 @@ NOTHING = torch.tensor([[True, False, True], [False, False, False], [True, True,
         ((HEADS, HEADS, HEADS), {"attn_mask": NOTHING}),
         ((HEADS, HEADS, HEADS), {"attn_mask": torch.randn(2, 1, 3, 3)}),
         ((HEADS[0], HEADS[0], HEADS[0]), {"attn_mask": NOTHING.expand(4, 3, 3)}),
+        ((HEADS[0], FEW[0], FEW[0]), {"enable_gqa": True}),
+        ((HEADS, HEADS, HEADS), {"attn_mask": torch.zeros(3, 3).masked_fill(~NOTHING, -torch.inf)}),
     ],
 )
 def test_fused_attention_computes_what_the_function_does(tensors, options):
@@ -220,3 +222,93 @@ def test_an_override_names_them():
     assert widths["fused_attention_0.probability_value_product"] == 8
     with pytest.raises(ValueError, match="matches no quantizable layer"):
         quantized(Attention(fused), *X.split(4), overrides={"*matrix_product_7": 4})
+
+
+class Tabled(nn.Module):
+    """Products with weights, whatever these are, before and between products of activations."""
+
+    def __init__(self, normed=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.first, self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(8, 8)
+        if normed:
+            self.table = nn.utils.parametrizations.weight_norm(self.table)
+
+    def forward(self, x):
+        x = x + 50 * torch.softmax(self.first(x), -1) @ self.table.weight
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(self.table(torch.softmax(q @ k.mT / 50, -1) @ v))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_positions_do_not_depend_on_whether_a_weight_is_a_parameter(normed, tmp_path, make_trainer, caplog):
+    model = Tabled(normed).eval()
+    with torch.no_grad():
+        exact = model(X)
+    module = quantized(model, *X.split(4))
+    assert {"matrix_product_1", "matrix_product_2"} == {n for n, layer in module.network.layers.items() if "_" in n}
+    with torch.no_grad():
+        wanted = module(X)
+        assert (wanted - exact).norm() / exact.norm() < 0.05
+    assert "now computes" not in caplog.text
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt", weights_only=True)
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Tabled(normed).eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), wanted)
+
+
+class Handed(nn.Module):
+    """A weight is handed to another module, or taken by two."""
+
+    class Head(nn.Module):
+        def forward(self, x, weight):
+            return F.linear(x, weight)
+
+    def __init__(self, heads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.taken, self.out = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+        self.heads = nn.ModuleList(self.Head() for _ in range(heads))
+
+    def forward(self, x):
+        x = self.first(x)
+        for head in self.heads:
+            x = head(x, self.taken.weight)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_weight_that_is_handed_to_other_modules_is_said_to_stay_float(heads):
+    module = quantized(Handed(heads).eval(), *X.split(4))
+    assert set(module.network.layers) == {"first", "out"}
+    assert module.network.float_layers["taken"].startswith("its weight is multiplied by module heads.0, and not")
+
+
+def test_a_layer_left_float_later_comes_back_from_a_checkpoint(tmp_path, make_trainer):
+    module = quantized(Attention(fused), *X.split(4))
+    module.network.leave_float("fused_attention_0.query_key_product", "for a test")
+    trainer = make_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt", weights_only=True)
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=Attention(fused).eval())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), module(X))
+
+
+def test_functions_in_place_of_a_forward_and_products_that_fail_are_left_alone(monkeypatch):
+    model = Attention(fused)
+    model.query = nn.Sequential(model.query, nn.Identity())
+    model.query[1].forward = torch.relu
+    module = quantized(model.eval(), *X.split(4))
+    assert module.network.layers.keys() >= PRODUCTS
+
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("sizes do not match")
+
+    model = Attention(fused).eval()
+    monkeypatch.setattr("lightning_calibtip.network.functional.FusedAttention.forward", fail)
+    assert not found_in(model, X)
+    with torch.no_grad():
+        assert model(X).shape == X.shape

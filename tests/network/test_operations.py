@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from lightning_calibtip import quantize
 from lightning_calibtip.network import routing
@@ -316,3 +317,10 @@ def test_overrides_reach_operations_by_their_names_only(pattern, bits):
     calibration = calibration_set(model, torch.randn(8, 2, 4, 4))
     network = calibrated_network(model, calibration, target="onnxruntime", overrides={pattern: 5})
     assert [spec.bits for spec in network.layers["1.addition_0"].config.inputs] == [bits, bits]
+
+
+def test_what_a_frozen_batch_norm_adds_is_its_own(x):
+    net = nn.Sequential(nn.Conv2d(2, 2, 3), FrozenBatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
+    assert found(net, x) == []
+    network = calibrated_network(net, calibration_set(net, x), target="onnxruntime")
+    assert [fold.normalization for fold in network.plan.folds] == ["1"] and set(network.layers) == {"0", "3"}

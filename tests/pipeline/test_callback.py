@@ -1,10 +1,11 @@
 import json
+import logging
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -160,10 +161,82 @@ def test_override_that_matches_nothing_and_equal_filenames_are_refused_before_tr
         make_trainer(CalibTIP(), CalibTIP(weight_bits=4)).fit(tiny_classifier, loader)
 
 
-def test_fast_dev_run_quantizes_nothing(tiny_classifier, loader, make_trainer):
+def test_fast_dev_run_quantizes_nothing(tiny_classifier, loader, make_trainer, caplog):
     callback = CalibTIP("calibrate")
-    make_trainer(callback, fast_dev_run=True).fit(tiny_classifier, loader)
-    assert not hasattr(callback, "result")
+    with caplog.at_level(logging.INFO):
+        make_trainer(callback, fast_dev_run=True).fit(tiny_classifier, loader)
+    assert "CalibTIP quantizes nothing: fast_dev_run is on." in caplog.text
+    for name in ("result", "checkpoint_path", "report_folder"):
+        assert not hasattr(callback, name)
+        with pytest.raises(AttributeError, match=rf"CalibTIP\.{name} is not there yet"):
+            getattr(callback, name)
+
+
+class Moving(TinyClassifier):
+    """Its weights say how many epochs it has seen, and the first epoch is the best."""
+
+    def on_train_epoch_start(self):
+        with torch.no_grad():
+            self.net.head.bias.fill_(float(self.current_epoch + 1))
+
+    def on_validation_epoch_end(self):
+        self.log("worse_and_worse", float(self.current_epoch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def quantized_bias(make_trainer, loader, tmp_path, callbacks=(), **options):
+    module = Moving()
+    callback = CalibTIP("calibrate", calibration_samples=16, weight_bits=8, activation_bits=8, **options)
+    best = ModelCheckpoint(tmp_path / "ckpt", monitor="worse_and_worse", save_last=True)
+    trainer = make_trainer(callback, best, *callbacks, max_epochs=3, enable_checkpointing=True)
+    trainer.fit(module, loader, loader)
+    # The trained module has its own weights again.
+    assert float(module.net.head.bias[0]) == 3
+    html = (callback.report_folder / "report.html").read_text()
+    return float(callback.result.module.network.layers["net.head"].float_bias[0]), html
+
+
+def test_best_and_last_weights_are_quantized_as_asked(make_trainer, loader, tmp_path):
+    bias, html = quantized_bias(make_trainer, loader, tmp_path / "default")
+    assert bias == 1 and "epoch=0" in html and "(epoch 0, step" in html
+    assert quantized_bias(make_trainer, loader, tmp_path / "best", ckpt_path="best")[0] == 1
+    bias, html = quantized_bias(make_trainer, loader, tmp_path / "last", ckpt_path="last")
+    assert bias == 3 and "as they are when training ends" in html
+    other = Moving()
+    torch.nn.init.constant_(other.net.head.bias, 7.0)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "other.ckpt")
+    bias, html = quantized_bias(make_trainer, loader, tmp_path / "path", ckpt_path=tmp_path / "other.ckpt")
+    assert bias == 7 and "other.ckpt" in html
+
+
+def test_weights_that_are_averaged_at_the_end_are_quantized(make_trainer, loader, tmp_path):
+    averaging = StochasticWeightAveraging(swa_lrs=1e-9, swa_epoch_start=1)
+    module = Moving()
+    callback = CalibTIP("calibrate", calibration_samples=16)
+    best = ModelCheckpoint(tmp_path, monitor="worse_and_worse")
+    make_trainer(callback, best, averaging, max_epochs=3, enable_checkpointing=True).fit(module, loader, loader)
+    quantized = callback.result.module.network.layers["net.head"].float_bias[0]
+    assert float(quantized) == float(module.net.head.bias[0]) > 1
+
+
+def test_weights_that_cannot_be_found_are_refused(make_trainer, loader, tmp_path):
+    with pytest.raises(MisconfigurationException, match="needs a ModelCheckpoint that monitors a metric"):
+        make_trainer(CalibTIP(ckpt_path="best"), max_epochs=1).fit(Moving(), loader, loader)
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path='.*nowhere.ckpt' means .*, which is no file"):
+        quantized_bias(make_trainer, loader, tmp_path, ckpt_path=tmp_path / "nowhere.ckpt")
+
+
+def test_a_second_fit_overwrites_nothing(tiny_classifier, loader, make_trainer):
+    paths = []
+    for _ in range(3):
+        callback = CalibTIP("calibrate", calibration_samples=16)
+        make_trainer(callback, max_epochs=1).fit(tiny_classifier, loader)
+        paths.append(callback.checkpoint_path)
+        assert callback.report_folder.name == f"{paths[-1].stem}_report"
+    assert [path.name for path in paths] == ["quantized.ckpt", "quantized-v1.ckpt", "quantized-v2.ckpt"]
+    assert all(path.exists() for path in paths)
 
 
 def test_streams_without_a_length_work(tiny_classifier, images, make_trainer):

@@ -133,3 +133,13 @@ def test_a_second_equalization_decides_anew():
     equalize(network, calibration, EqualizationOptions(absorb="only"))
     adaquant(network, calibration, AdaQuantOptions(iterations=5))
     assert network.layers["0"].input_ratio is None
+
+
+def test_ratios_learn_beside_ranges_of_each_token():
+    network, calibration = uneven_network(linear(), MANY, weight_bits=3, per_token=True)
+    equalize(network, calibration)
+    before = error(network, MANY)
+    first = network.layers["2"].input_ratio.detach().clone()
+    results = adaquant(network, calibration, AdaQuantOptions(iterations=100))
+    assert not [result.note for result in results if "cannot be optimised" in result.note]
+    assert error(network, MANY) < before and not torch.equal(network.layers["2"].input_ratio, first)
