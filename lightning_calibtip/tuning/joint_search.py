@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,10 @@ from ..quantization.observers import HistogramObserver
 from ..quantization.quantizers import AffineQuantizer
 from ..quantization.ranges import RangeOptions, weight_range
 from .measured import FILE_NAME, MeasuredLosses
+from .replayed_prefix import ReplayedPrefix, first_layer_of
+
+# Gives the way in which batches are run, when it is asked; None for whole passes.
+Runner = Callable[[], Callable[[int], Any] | None]
 
 log = logging.getLogger(__name__)
 
@@ -125,13 +129,12 @@ def _search_jointly(
         run = digest([network.fingerprint, states, digest_data(calibration), options])
         losses = MeasuredLosses(state_folder / FILE_NAME, run)
 
-    def divergences() -> Tensor:
+    def divergences(run: Callable[[int], Any] | None) -> Tensor:
         # One process may have measured before what another one has not.
         with ranks.alone():
-            return measure_divergences(calibration, logits, everything)
+            return measure_divergences(calibration, logits, everything, run)
 
-    measure = partial(losses.next, divergences)
-    search = _Search(measure, options.joint_evaluations, progress)
+    search = _Search(lambda run: losses.next(lambda: divergences(run())), options.joint_evaluations, progress)
     with trial(layers, search.samples) as attempt:
         before = search.least
         by_exponent = {p: search.measure(partial(_fit, network, p)) for p in EXPONENTS}
@@ -140,7 +143,7 @@ def _search_jointly(
             by_exponent[start] = search.measure(partial(_fit, network, start))
         start = min(by_exponent, key=lambda p: by_exponent[p])
         _fit(network, start)
-        _powell(network, search, options)
+        _powell(network, calibration, search, options)
     after = float(attempt.after.mean())
     log.info("Joint search: p = %.2f, divergence %.4g to %.4g.", start, before, after)
     return JointSearchResult(start, by_exponent, before, after, search.evaluations)
@@ -149,7 +152,7 @@ def _search_jointly(
 class _Search:
     """The network's loss, counted."""
 
-    def __init__(self, divergences: Callable[[], Tensor], most: int, progress: ProgressCallback) -> None:
+    def __init__(self, divergences: Callable[[Runner], Tensor], most: int, progress: ProgressCallback) -> None:
         self.divergences, self.most, self.progress = divergences, most, progress
         self.evaluations = 0
         self.least = float("inf")
@@ -159,20 +162,20 @@ class _Search:
         """Whether no evaluation is left; one is kept for the last judgement."""
         return self.evaluations >= self.most - 1
 
-    def samples(self) -> Tensor:
-        """Mean divergence, shape (1,)."""
+    def samples(self, run: Runner = lambda: None) -> Tensor:
+        """Mean divergence, shape (1,); ``run`` gives the way in which batches are run, None for whole passes."""
         self.evaluations += 1
-        found = self.divergences()
+        found = self.divergences(run)
         self.least = min(self.least, float(found.mean()))
         self.progress(min(self.evaluations, self.most), self.most, f"divergence {self.least:.4g}")
         return found
 
-    def measure(self, change: Callable[[], None]) -> float:
+    def measure(self, change: Callable[[], None], run: Runner = lambda: None) -> float:
         """Mean divergence after a change; infinity where none is left or it is no number."""
         if self.spent:
             return float("inf")
         change()
-        loss = float(self.samples().mean())
+        loss = float(self.samples(run).mean())
         return loss if np.isfinite(loss) else float("inf")
 
 
@@ -209,8 +212,9 @@ def _vertex(by_exponent: dict[float, float]) -> float:
     return float(np.clip(-slope / (2 * square), min(tried), max(tried)))
 
 
-def _powell(network: QuantizedNetwork, search: _Search, options: RangeOptions) -> None:
-    """Powell's method over one factor of the scales of each quantizer; leaves the best factors that were seen."""
+def _powell(network: QuantizedNetwork, calibration: CalibrationSet, search: _Search, options: RangeOptions) -> None:
+    """Powell's method over one factor of the scales of each quantizer, in the order of execution, so that what comes
+    before the layer in question need not be computed again; leaves the best factors that were seen."""
     from scipy.optimize import minimize
 
     quantizers = [
@@ -218,6 +222,9 @@ def _powell(network: QuantizedNetwork, search: _Search, options: RangeOptions) -
         for quantizer in network.quantizers
         if isinstance(quantizer, AffineQuantizer) and quantizer.acts_as_stored and not quantizer.spec.dynamic
     ]
+    firsts = {quantizer: first_layer_of(network, quantizer) for quantizer in quantizers}
+    quantizers.sort(key=lambda quantizer: firsts[quantizer])
+    prefix = ReplayedPrefix(network, calibration, quantizers, [firsts[quantizer] for quantizer in quantizers])
     scales = [quantizer.scale.detach().clone() for quantizer in quantizers]
     ones = np.ones(len(quantizers))
     best, best_factors = float("inf"), ones
@@ -230,13 +237,13 @@ def _powell(network: QuantizedNetwork, search: _Search, options: RangeOptions) -
         nonlocal best, best_factors
         if search.spent:
             raise _SpentError
-        found = search.measure(lambda: apply(factors))
+        found = search.measure(lambda: apply(factors), lambda: prefix.run_at(factors))
         if found < best:
             best, best_factors = found, np.array(factors)
         return found
 
     settings = {"maxiter": options.joint_iterations, "xtol": 0.02, "ftol": 1e-3}
-    with suppress(_SpentError):
+    with suppress(_SpentError), closing(prefix):
         minimize(loss, ones, method="Powell", bounds=[_BOUNDS] * len(quantizers), options=settings)
     apply(best_factors)
 
