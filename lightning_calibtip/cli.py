@@ -200,6 +200,11 @@ class QuantizationCLI(LightningCLI):
         }
 
     @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Take no abbreviations: a slip of the keys must not start a run."""
+        return super().init_parser(**{"allow_abbrev": False, **kwargs})
+
+    @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Give ``quantize`` an argument for each field of the scheme and of the options."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -246,4 +251,8 @@ def _loaders(model: pl.LightningModule, datamodule: pl.LightningDataModule | Non
 def main() -> None:
     """Run the command line. See ``QuantizationCLI``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    QuantizationCLI(trainer_class=QuantizationTrainer, save_config_callback=None)
+    QuantizationCLI(
+        trainer_class=QuantizationTrainer,
+        save_config_callback=None,
+        parser_kwargs={"prog": "python -m lightning_calibtip"},
+    )

@@ -260,3 +260,9 @@ def test_quantize_runs_in_as_many_processes_as_the_trainer_has(config, tmp_path)
     # One of them writes and prints.
     assert done.stdout.count(f"written to {tmp_path / 'out'}") == 1
     assert (tmp_path / "out" / "quantized.ckpt").exists()
+
+
+def test_abbreviations_start_nothing(config, capsys):
+    with pytest.raises(SystemExit):
+        run(["quantize", f"--config={config()}", "--weight_bit=4"])
+    assert "unrecognized arguments: --weight_bit=4" in capsys.readouterr().err
