@@ -172,19 +172,57 @@ class QuantizationTrainer(pl.Trainer):
         weights_only: bool | None = None,
     ) -> Any:
         """Validate, a quantized checkpoint too: the model is then wrapped as it was when quantized."""
-        if model is not None and isinstance(ckpt_path, str | Path) and is_quantized(ckpt_path):
-            model = QuantizationModule(model)
-        # Not known to all versions of Lightning.
-        options = {} if weights_only is None else {"weights_only": weights_only}
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, **options)
+        options = _if_known(weights_only)
+        return super().validate(_wrapped(model, ckpt_path), dataloaders, ckpt_path, verbose, datamodule, **options)
+
+    @override
+    def test(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: Any = None,
+        verbose: bool = True,
+        datamodule: pl.LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Test, a quantized checkpoint too. See ``validate``."""
+        options = _if_known(weights_only)
+        return super().test(_wrapped(model, ckpt_path), dataloaders, ckpt_path, verbose, datamodule, **options)
+
+    @override
+    def predict(
+        self,
+        model: pl.LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: pl.LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: Any = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Predict, with a quantized checkpoint too. See ``validate``."""
+        options = _if_known(weights_only)
+        wrapped = _wrapped(model, ckpt_path)
+        return super().predict(wrapped, dataloaders, datamodule, return_predictions, ckpt_path, **options)
+
+
+def _wrapped(model: pl.LightningModule | None, ckpt_path: Any) -> pl.LightningModule | None:
+    """The model as a checkpoint wants it."""
+    if model is not None and isinstance(ckpt_path, str | Path) and is_quantized(ckpt_path):
+        return QuantizationModule(model)
+    return model
+
+
+def _if_known(weights_only: bool | None) -> dict[str, Any]:
+    """An argument that not all versions of Lightning know, if it is given."""
+    return {} if weights_only is None else {"weights_only": weights_only}
 
 
 class QuantizationCLI(LightningCLI):
-    """The commands ``fit``, ``validate``, ``quantize`` and ``export``.
+    """The commands ``fit``, ``validate``, ``test``, ``predict``, ``quantize`` and ``export``.
 
     Example:
         >>> sorted(QuantizationCLI.subcommands())
-        ['export', 'fit', 'quantize', 'validate']
+        ['export', 'fit', 'predict', 'quantize', 'test', 'validate']
     """
 
     @staticmethod
@@ -195,6 +233,8 @@ class QuantizationCLI(LightningCLI):
         return {
             "fit": {*data, "train_dataloaders", "val_dataloaders"},
             "validate": {*data, "dataloaders"},
+            "test": {*data, "dataloaders"},
+            "predict": {*data, "dataloaders"},
             "quantize": {*data, "scheme", "options"},
             "export": data,
         }

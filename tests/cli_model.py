@@ -24,7 +24,9 @@ class Blobs(pl.LightningDataModule):
         return DataLoader(self.points, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.points, self.batch_size)
+        return DataLoader(self.points, batch_size=self.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 class Classifier(pl.LightningModule):
@@ -42,6 +44,12 @@ class Classifier(pl.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), 1e-2)

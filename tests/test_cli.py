@@ -11,7 +11,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_calibtip import Calibration, CalibTIP, PipelineOptions, QuantizationScheme
+from lightning_calibtip import Calibration, CalibTIP, PipelineOptions, QuantizationModule, QuantizationScheme
 from lightning_calibtip.cli import QuantizationCLI, QuantizationTrainer
 from lightning_calibtip.pipeline.trained_weights import load_weights
 from tests.cli_model import Blobs, Classifier
@@ -73,6 +73,14 @@ def test_fit_with_the_callback_quantize_its_checkpoint_and_validate_what_came_of
     assert {layer["weight_bits"] for layer in record["layers"]} == {4, 8}
     validated = run(["validate", f"--config={config()}", f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"])
     assert float(validated.trainer.callback_metrics["accuracy"]) == pytest.approx(record["quantized"])
+    tested = run(["test", f"--config={config()}", f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"])
+    assert float(tested.trainer.callback_metrics["test_accuracy"]) == pytest.approx(record["quantized"])
+    predicted = run(["predict", f"--config={config()}", f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"])
+    quantized = predicted.trainer.lightning_module
+    assert isinstance(quantized, QuantizationModule)
+    logits = torch.cat(predicted.trainer.predict_loop.predictions)
+    with torch.no_grad():
+        assert torch.equal(logits, quantized(predicted.datamodule.points.tensors[0]))
 
 
 def test_export_writes_what_quantize_has_made(config, tmp_path, capsys):
