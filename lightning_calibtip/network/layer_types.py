@@ -195,14 +195,18 @@ def names_operations(pattern: str) -> bool:
     return "addition" in pattern or "average_pool" in pattern
 
 
-def names_products(pattern: str) -> bool:
+def names_products(pattern: str, knows_attention: bool) -> bool:
     """Whether a pattern of layer names is meant for products that a model computes by functions.
 
+    Args:
+        pattern: The pattern.
+        knows_attention: Whether the model's products of attention have names before it runs.
+
     Example:
-        >>> names_products("*.fused_attention_0.*"), names_products("a*")
+        >>> names_products("*.fused_attention_0.*", True), names_products("*query_key*", True)
         (True, False)
     """
-    parts = ("fused_attention", "matrix_product", "query_key", "probability_value")
+    parts = ("fused_attention", "matrix_product", *(() if knows_attention else ("query_key", "probability_value")))
     return any(part in pattern for part in parts)
 
 

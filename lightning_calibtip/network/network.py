@@ -383,10 +383,10 @@ def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
         >>> check_overrides(nn.Sequential(nn.Linear(2, 2)), QuantizationScheme(overrides={"0": 4}))
     """
     # Only running shows which operations there are.
-    engine, overrides = scheme.engine is not None, scheme.overrides or {}
-    known = {p: v for p, v in overrides.items() if not (names_products(p) or (engine and names_operations(p)))}
-    layers = [*quantizable_layers(model), *possible_products(model), *possible_projections(model)]
-    replace(scheme, overrides=known).check_overrides(layers)
+    engine, products = scheme.engine is not None, [*possible_products(model), *possible_projections(model)]
+    later = [p for p in scheme.overrides or {} if names_products(p, bool(products)) or (engine and names_operations(p))]
+    known = {p: value for p, value in (scheme.overrides or {}).items() if p not in later}
+    replace(scheme, overrides=known).check_overrides([*quantizable_layers(model), *products])
 
 
 def _fingerprint(model: nn.Module) -> str:

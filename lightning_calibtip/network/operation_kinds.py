@@ -51,6 +51,7 @@ def is_activation(value: Any) -> bool:
     """Whether an argument of a function is a tensor that a model may have computed.
 
     Example:
+        >>> import torch
         >>> is_activation(torch.ones(2, 2)), is_activation(nn.Parameter(torch.ones(2, 2))), is_activation(1)
         (True, False, False)
     """
@@ -62,6 +63,7 @@ def kind_of_call(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """Kind of a function call; None if no module computes such ones.
 
     Example:
+        >>> import torch
         >>> kind_of_call(torch.relu, (torch.ones(2),), {}) is None
         True
     """

@@ -220,8 +220,11 @@ def test_an_override_names_them():
     widths = {name: layer.config.bit_widths.activation for name, layer in module.network.layers.items()}
     assert widths["fused_attention_0.query_key_product"] == 4
     assert widths["fused_attention_0.probability_value_product"] == 8
-    with pytest.raises(ValueError, match="matches no quantizable layer"):
-        quantized(Attention(fused), *X.split(4), overrides={"*matrix_product_7": 4})
+    module = quantized(Attention(fused), *X.split(4), overrides={"*query_key*": None})
+    assert "fused_attention_0.query_key_product" in module.network.float_layers
+    for pattern in ("*matrix_product_7", "*query_keys"):
+        with pytest.raises(ValueError, match="matches no quantizable layer"):
+            quantized(Attention(fused), *X.split(4), overrides={pattern: 4})
 
 
 class Tabled(nn.Module):
