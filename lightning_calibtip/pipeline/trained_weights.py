@@ -44,7 +44,8 @@ def chosen_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path | None) -> Path
     Args:
         trainer: Trainer that has trained.
         ckpt_path: ``"best"`` for what its ModelCheckpoint has found best, ``"last"`` for the weights as they are, a
-            path, or None: the best where a ModelCheckpoint monitors a metric and no weights are averaged at the end.
+            path, or None: the best where a ModelCheckpoint that monitors a metric has kept some, and no weights are
+            averaged at the end.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -52,14 +53,16 @@ def chosen_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path | None) -> Path
     Example:
         >>> chosen_checkpoint(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), None)
     """
+    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     if ckpt_path is None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         averages = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
         monitors = getattr(trainer.checkpoint_callback, "monitor", None) is not None
-        ckpt_path = BEST if monitors and not averages else LAST
+        # A ModelCheckpoint that has kept nothing is no reason to lose the run.
+        ckpt_path = BEST if monitors and best.is_file() and not averages else LAST
     if ckpt_path == LAST:
         return None
-    path = Path(getattr(trainer.checkpoint_callback, "best_model_path", "") if ckpt_path == BEST else ckpt_path)
+    path = best if ckpt_path == BEST else Path(ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(
             f"The weights to quantize are not there: ckpt_path={str(ckpt_path)!r} means {path}, which is no file. Take "

@@ -305,9 +305,9 @@ class AffineQuantizer(Quantizer):
 
     def _ratio(self, x: Tensor) -> Tensor | None:
         """The divisors so that they run along the channels of ``x``, if these are equalized."""
-        if self.spec.equalized is None or self.divisors is None:
+        if self.spec.equalized is None or (divisors := self.divisors) is None:
             return None
-        return along(self.divisors.float(), x.dim(), self.spec.equalized.axis % x.dim())
+        return along(divisors.float(), x.dim(), self.spec.equalized.axis % x.dim())
 
     def decode(self, q: Tensor) -> Tensor:
         """See ``Quantizer`` and ``affine.decode``."""

@@ -244,7 +244,7 @@ def _relative_ranges(values: Sequence[Tensor], specs: Sequence[TensorSpec]) -> T
     Of a product, the root of what the first operand's is over the second's: then both have channels of one range.
 
     Args:
-        values: Of each operand, shape (n, channels).
+        values: Values of each operand, shape (n, channels).
         specs: Formats of the operands.
     """
     widths = [_widths(of_operand, spec) for of_operand, spec in zip(values, specs, strict=True)]

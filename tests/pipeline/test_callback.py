@@ -221,6 +221,13 @@ def test_weights_that_are_averaged_at_the_end_are_quantized(make_trainer, loader
     assert float(quantized) == float(module.net.head.bias[0]) > 1
 
 
+def test_where_no_best_weights_were_kept_the_last_are_quantized(make_trainer, loader, tmp_path):
+    callback = CalibTIP("calibrate", calibration_samples=16)
+    keeps_nothing = ModelCheckpoint(tmp_path, monitor="worse_and_worse", save_top_k=0)
+    make_trainer(callback, keeps_nothing, max_epochs=1, enable_checkpointing=True).fit(Moving(), loader, loader)
+    assert float(callback.result.module.network.layers["net.head"].float_bias[0]) == 1
+
+
 def test_weights_that_cannot_be_found_are_refused(make_trainer, loader, tmp_path):
     with pytest.raises(MisconfigurationException, match="needs a ModelCheckpoint that monitors a metric"):
         make_trainer(CalibTIP(ckpt_path="best"), max_epochs=1).fit(Moving(), loader, loader)

@@ -66,6 +66,7 @@ def test_queries_are_divided_by_what_keys_are_multiplied_by(per_token):
     assert keys.ratio is queries.ratio and queries.ratio.max() / queries.ratio.min() > 5
     assert torch.allclose(queries.divisors * keys.divisors, torch.ones(8))
     x = torch.randn(2, 1, 5, 8)
+    # Float32 sums of 8 products, each off by a few times 2^-24 of at most 20.
     scores = queries.unrounded(x) @ keys.unrounded(x.transpose(-1, -2))
     assert torch.allclose(scores, x @ x.transpose(-1, -2), atol=1e-4)
     with torch.no_grad(), network.quantized(False):
