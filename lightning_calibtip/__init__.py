@@ -8,8 +8,11 @@ from .callbacks.batch_norm_tuning import BatchNormTuning
 from .callbacks.bias_tuning import BiasTuning
 from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
+from .callbacks.diagnosis import Diagnosis
 from .callbacks.equalization import Equalization
 from .callbacks.stage import Stage, StageResult
+from .diagnosis.diagnose import DiagnosisResult
+from .diagnosis.options import DiagnosisOptions
 from .export.onnx_file import export_onnx
 from .export.packed import export_packed, load_packed
 from .export.report import ExportReport
@@ -45,6 +48,9 @@ __all__ = [
     "BitAllocation",
     "CalibTIP",
     "Calibration",
+    "Diagnosis",
+    "DiagnosisOptions",
+    "DiagnosisResult",
     "Equalization",
     "EqualizationOptions",
     "ExportReport",

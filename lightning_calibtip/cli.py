@@ -1,7 +1,8 @@
-"""The command line: fit, validate, quantize and export the user's own LightningModule and DataModule from YAML."""
+"""The command line, from fit to export, for the user's own LightningModule and DataModule."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from .calibration.calibration_set import FirstSamples
+from .callbacks.diagnosis import Diagnosis
 from .callbacks.progress import progress_options
 from .callbacks.stage import Stage
+from .diagnosis.diagnose import DiagnosisResult
+from .diagnosis.options import DiagnosisOptions
 from .export.onnx_file import export_onnx, require_packages
 from .export.report import ExportReport
 from .module import QuantizationModule
@@ -27,6 +31,8 @@ from .pipeline.runner import run_stages
 from .pipeline.trained_weights import load_weights
 from .report.loggers import log_checkpoint
 from .report.record import record_table
+
+_DIAGNOSIS = {field.name for field in fields(DiagnosisOptions)}
 
 
 class QuantizationTrainer(pl.Trainer):
@@ -132,10 +138,7 @@ class QuantizationTrainer(pl.Trainer):
         Raises:
             ValueError: If the checkpoint is not quantized, or the target cannot run its formats.
         """
-        if not is_quantized(ckpt_path):
-            raise ValueError(
-                f"{ckpt_path} is not a quantized checkpoint: quantize it first, and export what that writes."
-            )
+        _require_quantized(ckpt_path, "export")
         if is_overridden("configure_model", model):
             model.configure_model()
         wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
@@ -148,6 +151,61 @@ class QuantizationTrainer(pl.Trainer):
         log_checkpoint(self.loggers, output)
         print(report)
         return report
+
+    def diagnose(
+        self,
+        model: pl.LightningModule,
+        ckpt_path: str,
+        datamodule: pl.LightningDataModule | None = None,
+        float_ckpt_path: str | None = None,
+        calibration_samples: int = 1024,
+        output: Path = Path("diagnosis"),
+        options: DiagnosisOptions | None = None,
+    ) -> DiagnosisResult:
+        """Say what each layer of a quantized checkpoint costs, why, and what can be done; apply remedies if asked.
+
+        Writes report.html and diagnosis.csv, and with ``--apply true`` the mended quantized.ckpt.
+
+        Args:
+            model: The LightningModule.
+            ckpt_path: Checkpoint that ``quantize`` or the CalibTIP callback has written.
+            datamodule: Its data, see ``quantize``; the model's own if None.
+            float_ckpt_path: Checkpoint with the trained float weights; None if the model has them.
+            calibration_samples: How many samples to look at.
+            output: Folder for the results.
+            options: Options of the diagnosis; on the command line each of its fields is an argument.
+
+        Raises:
+            ValueError: If the checkpoint is not quantized, or the float weights are missing.
+        """
+        _require_quantized(ckpt_path, "diagnose")
+        output.mkdir(parents=True, exist_ok=True)
+        if is_overridden("configure_model", model):
+            model.configure_model()
+        if float_ckpt_path is not None:
+            load_weights(model, float_ckpt_path)
+        wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
+        if not wrapped.network.has_float_weights:
+            raise ValueError(
+                "A diagnosis compares with the float model, whose weights are not in a quantized checkpoint: give "
+                "--float_ckpt_path the checkpoint of the training."
+            )
+        wrapped.take_batch_hooks(datamodule)
+        if datamodule is not None:
+            datamodule.trainer = self
+        calibration, validation = _loaders(model, datamodule)
+        stage = Diagnosis(options)
+        configuration = {"ckpt_path": ckpt_path, "float_ckpt_path": float_ckpt_path, **wrapped.hparams}
+        samples = FirstSamples(calibration, calibration_samples)
+        run = run_stages(wrapped, [stage], samples, validation, self._stage_options(), configuration)
+        assert stage.diagnosis is not None
+        if stage.diagnosis.applied:
+            run.save(output / "quantized.ckpt")
+        metric = run.metric_or_first(stage.options.metric)
+        run.write_report(output, run.record("diagnose", type(model).__name__, metric, None))
+        if run.writes:
+            print("\n".join([*(item.text for item in stage.items), stage.diagnosis.outcome, f"written to {output}"]))
+        return stage.diagnosis
 
     def _stage_options(self) -> dict[str, Any]:
         """Options that make the Trainers of the stages like this one."""
@@ -205,6 +263,18 @@ class QuantizationTrainer(pl.Trainer):
         return super().predict(wrapped, dataloaders, datamodule, return_predictions, ckpt_path, **options)
 
 
+def _require_quantized(ckpt_path: str, command: str) -> None:
+    """Refuse a checkpoint that is not quantized.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not is_quantized(ckpt_path):
+        raise ValueError(
+            f"{ckpt_path} is not a quantized checkpoint: quantize it first, and {command} what that writes."
+        )
+
+
 def _wrapped(model: pl.LightningModule | None, ckpt_path: Any) -> pl.LightningModule | None:
     """The model as a checkpoint wants it."""
     if model is not None and isinstance(ckpt_path, str | Path) and is_quantized(ckpt_path):
@@ -218,11 +288,11 @@ def _if_known(weights_only: bool | None) -> dict[str, Any]:
 
 
 class QuantizationCLI(LightningCLI):
-    """The commands ``fit``, ``validate``, ``test``, ``predict``, ``quantize`` and ``export``.
+    """The commands ``fit``, ``validate``, ``test``, ``predict``, ``quantize``, ``diagnose`` and ``export``.
 
     Example:
         >>> sorted(QuantizationCLI.subcommands())
-        ['export', 'fit', 'predict', 'quantize', 'test', 'validate']
+        ['diagnose', 'export', 'fit', 'predict', 'quantize', 'test', 'validate']
     """
 
     @staticmethod
@@ -237,6 +307,7 @@ class QuantizationCLI(LightningCLI):
             "predict": {*data, "dataloaders"},
             "quantize": {*data, "scheme", "options"},
             "export": data,
+            "diagnose": {*data, "options"},
         }
 
     @override
@@ -246,10 +317,12 @@ class QuantizationCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Give ``quantize`` an argument for each field of the scheme and of the options."""
+        """Give ``quantize`` an argument for each field of the scheme and of the options, ``diagnose`` of its own."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "quantize":
             add_scheme_and_options(parser)
+        elif subcommand == "diagnose":
+            parser.add_class_arguments(DiagnosisOptions, nested_key=None)
         return parser
 
     @override
@@ -259,6 +332,10 @@ class QuantizationCLI(LightningCLI):
         if subcommand == "quantize":
             scheme, options, _ = split_scheme_and_options(self.config_init[subcommand].as_dict())
             arguments |= {"scheme": scheme, "options": options}
+        elif subcommand == "diagnose":
+            given = self.config_init[subcommand].as_dict()
+            arguments["options"] = DiagnosisOptions(**{f.name: given[f.name] for f in fields(DiagnosisOptions)})
+            arguments = {name: value for name, value in arguments.items() if name not in _DIAGNOSIS}
         return arguments
 
     @override

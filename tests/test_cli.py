@@ -101,6 +101,28 @@ def test_export_writes_what_quantize_has_made(config, tmp_path, capsys):
     assert not (tmp_path / "rt.onnx").exists()
 
 
+def test_diagnose_explains_a_quantized_checkpoint_and_mends_it(config, tmp_path, capsys):
+    trained = run(["fit", f"--config={config()}"])
+    trained.trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    weights, few = f"--ckpt_path={tmp_path / 'trained.ckpt'}", ["--weight_bits=2", "--activation_bits=2"]
+    run(["quantize", f"--config={config()}", "--pipeline=calibrate", weights, *few, f"--output={tmp_path / 'out'}"])
+    diagnose = ["diagnose", f"--config={config()}", f"--ckpt_path={tmp_path / 'out' / 'quantized.ckpt'}"]
+    with pytest.raises(ValueError, match="give --float_ckpt_path the checkpoint of the training"):
+        run([*diagnose, f"--output={tmp_path / 'why'}"])
+    given = [f"--float_ckpt_path={tmp_path / 'trained.ckpt'}", f"--output={tmp_path / 'why'}"]
+    run([*diagnose, *given])
+    printed = capsys.readouterr().out
+    assert "gain of float weight" in printed and (tmp_path / "why" / "diagnosis.csv").exists()
+    assert not (tmp_path / "why" / "quantized.ckpt").exists()
+    # However the small network has lost: something is worth a remedy.
+    run([*diagnose, *given, "--apply=true", "--max_degradation=0", "--metric=accuracy", "--mode=max"])
+    record = json.loads((tmp_path / "why" / "result.json").read_text())
+    before = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["quantized"] >= before["quantized"] and record["float"] == before["float"]
+    if record["quantized"] > before["quantized"]:
+        assert (tmp_path / "why" / "quantized.ckpt").exists() and "worse than the float" in capsys.readouterr().out
+
+
 def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_path):
     path = Path(config())
     content = yaml.safe_load(path.read_text())

@@ -1,33 +1,24 @@
 """Sensitivity: the loss when one layer has a candidate's bit-widths and all others those of the base."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import ranks
 from ..calibration.activation_store import ActivationStore
-from ..calibration.calibration_set import output_logits
 from ..calibration.fingerprint import digest_data, digest_states
+from ..calibration.layer_by_layer import Run, owners_of, visit_layers
 from ..calibration.losses import Loss, LossFunction, check_metric
 from ..calibration.progress import ProgressCallback, no_progress
-from ..calibration.replay import CalledAgainError, Replay
 from ..files.digest import digest
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
-from ..network.shared import work_of
 from ..quantization.spec import BitWidths
 from .table import Conditions, SensitivityFile, SensitivityTable
 
 log = logging.getLogger(__name__)
-
-# Relative difference of outputs that other memory layouts may make.
-_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -88,11 +79,7 @@ def measure_sensitivity(
 ) -> SensitivityTable:
     """Measure the loss for every searchable layer and candidate.
 
-    Layers are measured in the order of execution. What comes before the measured layer is replayed from the
-    activations of the base, so that a measurement costs the layer and what follows it. Whether the replayed model
-    still gives the base's output is tried on one batch for each layer; where a model does not allow it (values that
-    leave the graph, side effects), a warning says so and the rest is measured by whole passes. So are layers inside
-    other layers, and those that the first batch does not reach.
+    Layers are measured in the order of execution, by replay of the base's activations; see ``visit_layers``.
 
     A layer keeps its present state for its present format (whatever stages have done to it before); it is switched to
     another format with the parameters that AdaQuant found for it there, if it has (``variants``), else with ranges
@@ -110,6 +97,7 @@ def measure_sensitivity(
         ValueError: If a loss is not finite (names layer and candidate), or the file at ``path`` is of another run.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from lightning_calibtip.calibration.calibration_set import CalibrationSet
         >>> from lightning_calibtip.network.scheme import QuantizationScheme
@@ -139,11 +127,11 @@ def measure_sensitivity(
     with TemporaryDirectory() as folder, SensitivityFile(path or Path(folder) / "table.csv", conditions) as file:
         begun = ranks.from_first(file.table)
         table = file.table or file.add_base(loss() if begun is None else begun.base_loss)
-        owners = _owners(network)
+        owners = owners_of(network, searchable)
         if begun is not None:
             table.losses.update(begun.losses)
 
-        def measure(layer: QuantizedLayer, run: Callable[[int], Any]) -> None:
+        def measure(layer: QuantizedLayer, run: Run) -> None:
             if owners[layer.name] != ranks.rank():
                 return
             try:
@@ -162,71 +150,13 @@ def measure_sensitivity(
             finally:
                 network.switch(layer.name, base)
 
-        measured = _measure_by_replay(network, loss, store or ActivationStore(), measure)
-        for name in searchable:
-            if name not in measured:
-                measure(network.layers[name], loss.calibration.run)
+        visit_layers(network, loss, searchable, measure, store)
         for measured_by_rank in ranks.from_all(table.losses):
             for name, of_layer in measured_by_rank.items():
                 for bits, value in of_layer.items():
                     if bits not in table.losses.get(name, {}):
                         file.add(name, bits, value)
     return table
-
-
-def _owners(network: QuantizedNetwork) -> dict[str, int]:
-    """The rank that measures each searchable layer: replay computes what follows a layer again for each candidate."""
-    assert network.structure is not None
-    structure, remaining = network.structure, 0.0
-    costs: dict[str, float] = {}
-    for name in reversed([name for name in structure.calls_of if name in network.layers]):
-        remaining += work_of(network.layers[name], structure)
-        costs[name] = remaining
-    searchable = network.searchable_layers
-    return dict(zip(searchable, ranks.deal([costs.get(name, remaining) for name in searchable]), strict=True))
-
-
-def _measure_by_replay(
-    network: QuantizedNetwork,
-    loss: Loss,
-    store: ActivationStore,
-    measure: Callable[[QuantizedLayer, Callable[[int], Any]], None],
-) -> set[str]:
-    """Measure as many layers as replay serves, all others being at the base; returns their names."""
-    assert network.structure is not None
-    searchable = set(network.searchable_layers)
-    running = [name for name in network.structure.calls_of if name in searchable]
-    names = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
-    stream = Replay(network.model, network.structure, loss.calibration, names, store, to_end=True)
-    wanted = _output(loss, loss.calibration.run)
-    measured = set()
-    for name in names:
-        try:
-            outputs = stream.record(name).outputs
-            if right := _is_close(_output(loss, stream.run), wanted):
-                measure(network.layers[name], stream.run)
-        except CalledAgainError:
-            right = False
-        if not right:
-            log.warning("%s: the model cannot be replayed from here on; the rest is measured by whole passes.", name)
-            break
-        measured.add(name)
-        assert outputs is not None
-        stream.finish(name, outputs)
-    stream.forget()
-    return measured
-
-
-@torch.no_grad()
-def _output(loss: Loss, run: Callable[[int], Any]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in output_logits(run(0))]
-
-
-def _is_close(output: list[Tensor], wanted: list[Tensor]) -> bool:
-    return all(
-        found.shape == right.shape and float((found - right).norm()) <= _TOLERANCE * float(right.norm())
-        for found, right in zip(output, wanted, strict=True)
-    )
 
 
 def keep_states(network: QuantizedNetwork) -> None:

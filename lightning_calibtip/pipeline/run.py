@@ -1,15 +1,17 @@
 """The outcome of a run: what was measured after each stage, and what it writes and shows."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from ..callbacks.diagnosis import Diagnosis
 from ..callbacks.stage import Stage
+from ..diagnosis.diagnose import DiagnosisResult
 from ..export.onnx_file import export_onnx
 from ..export.report import ExportReport, export_item
 from ..module import QuantizationModule
@@ -61,6 +63,8 @@ class QuantizationRun:
         ran: The stages themselves, which may still keep on disk what a run that breaks off is resumed from.
         writes: Whether this process writes files and logs: of several that have run together, only the first does.
         exports: Reports of what was exported so far.
+        run_further: Function that runs further stages on the same calibration and validation data, as ``run_stages``
+            does.
 
     Example:
         See ``run_stages``.
@@ -75,11 +79,39 @@ class QuantizationRun:
     ran: Sequence[Stage] = ()
     writes: bool = True
     exports: list[ExportReport] = field(default_factory=list)
+    run_further: Callable[[Sequence[Stage]], "QuantizationRun"] | None = None
 
     @property
     def metrics(self) -> dict[str, float]:
         """What validation logged after the last stage."""
         return self.stages[-1].metrics if self.stages else self.float_metrics
+
+    def diagnose(self, **options: Any) -> DiagnosisResult:
+        """Find out what each layer costs of the model's loss, why, and what can be done; apply remedies if asked.
+
+        Goes through the calibration data once more. The report shows the diagnosis from then on.
+
+        Args:
+            **options: Arguments of ``Diagnosis``: ``apply=True``, ``max_degradation=0.01``, ``metric="val_acc"``, ...
+
+        Raises:
+            ValueError: If a value is out of its range, or the calibration data can be gone through only once.
+            TypeError: If an option does not exist.
+            MisconfigurationException: If remedies are to be applied and the run had no validation data.
+
+        Example:
+            See ``Diagnosis``.
+        """
+        stage = Diagnosis(**options)
+        if self.run_further is None:
+            raise ValueError("This run does not know its data: use run_stages(run.module, [Diagnosis()], loader, ...).")
+        further = self.run_further([stage])
+        before = sum(stage.name.split()[0] == "Diagnosis" for stage in self.stages)
+        (outcome,) = further.stages
+        self.stages.append(replace(outcome, name=f"{outcome.name} {before + 1}" if before else outcome.name))
+        self.__dict__.pop("_items", None)
+        assert stage.diagnosis is not None
+        return stage.diagnosis
 
     def metric_or_first(self, metric: str | None) -> str | None:
         """The metric if validation logged it, else the first that it logged, if any; a wrong name costs no run."""

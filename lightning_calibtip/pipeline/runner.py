@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -65,6 +66,7 @@ def run_stages(
     validation: Any = None,
     trainer_options: Mapping[str, Any] | None = None,
     configuration: Mapping[str, Any] | None = None,
+    float_metrics: Mapping[str, float] | None = None,
 ) -> QuantizationRun:
     """Run stages one after the other, with the user's validation before and after each.
 
@@ -80,6 +82,7 @@ def run_stages(
         trainer_options: Further arguments of the ``Trainer`` (accelerator, precision, logger, callbacks, ...). Its
             loggers get the metrics after each stage, under ``<stage>/<metric>``.
         configuration: Settings to be kept with the run; its loggers get them as hyperparameters.
+        float_metrics: What validation logged for the float model, if that is known; measured if None.
 
     Raises:
         ValueError: If a stage's options do not go with the module's scheme, or its state folder holds something else.
@@ -103,6 +106,8 @@ def run_stages(
     # Kept, so that every stage sees the same samples, also of a loader that shuffles; and the Trainer would take a list
     # for several dataloaders.
     kept = list(calibration)
+    if not kept and float_metrics is not None:
+        raise ValueError("The calibration data are used up: give run_stages(run.module, stages, loader) a new loader.")
     batches: DataLoader[Any] = DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
 
     def validate() -> dict[str, float]:
@@ -140,7 +145,8 @@ def run_stages(
         stack.enter_context(warnings.catch_warnings())
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message)
-        float_metrics = evaluate("float", 0)
+        if float_metrics is None:
+            float_metrics = _of_float_model(module, partial(evaluate, "float", 0))
         for step, stage in enumerate(stages, start=1):
             stage_options = {
                 **options, "num_sanity_val_steps": 0, "limit_val_batches": 0, "use_distributed_sampler": False
@@ -156,9 +162,33 @@ def run_stages(
     samples = sum(batch_size(batch) for batch in batches)
     example = next(iter(batches), None)
     configuration = dict(configuration or module.hparams)
-    return QuantizationRun(
-        module, float_metrics, done, samples, configuration, example, tuple(stages), module.global_rank == 0
+    further = partial(
+        run_stages,
+        module,
+        calibration=calibration,
+        validation=validation,
+        trainer_options=trainer_options,
+        float_metrics=float_metrics,
     )
+    return QuantizationRun(
+        module,
+        dict(float_metrics),
+        done,
+        samples,
+        configuration,
+        example,
+        tuple(stages),
+        module.global_rank == 0,
+        run_further=further,
+    )
+
+
+def _of_float_model(module: QuantizationModule, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Metrics of the float model; of one that is quantized already without its float weights, as it is."""
+    if module.network.calibrated and module.network.has_float_weights:
+        with module.quantized(False):
+            return evaluate()
+    return evaluate()
 
 
 class _SameBatches(pl.Callback):

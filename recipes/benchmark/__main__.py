@@ -1,4 +1,4 @@
-"""Measurements: ``python -m recipes.benchmark accuracy|reconstruction|allocation|pipelines|inference|scale``."""
+"""Measurements: ``python -m recipes.benchmark --help`` lists them."""
 
 import os
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from recipes.output import set_up_logging
 
 from .accuracy import BITS, KINDS, NETWORKS, accuracy_table, load_subject, measure_accuracy, parse_bits, summarize
 from .allocation import measure_correlation, measure_replay, measure_solver
+from .diagnosis import SUBJECTS as DIAGNOSED
+from .diagnosis import diagnosis_table, measure_diagnosis
 from .figure import accuracy_figure, benchmark_figure, inference_figure
 from .growth import measure_growth
 from .inference import SUBJECTS, measure_inference
@@ -239,6 +241,33 @@ def scale(output: Path = Path("runs/bench"), steps: int = 60) -> None:
     print(f"written to {output}")
 
 
+def diagnosis(
+    data: Path, output: Path = Path("runs/bench"), only: str | None = None, max_degradation: float = 0.01
+) -> None:
+    """Measure what a diagnosis is worth: its three worst layers at 8 bits, its remedies applied, and its time.
+
+    Writes diagnosis.json.
+
+    Args:
+        data: Folder with the folders cifar10, imagenet and squad, as for accuracy.
+        output: Folder for the results.
+        only: Networks to measure, separated by commas: resnet20 (at W4A4), efficientnet_lite0 (W4A8), bert (W8A4); all
+            if not given.
+        max_degradation: Greatest difference from the float metric at which no further remedy is applied.
+
+    Raises:
+        ValueError: If a network is unknown.
+    """
+    set_up_logging("ERROR")
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for name in _chosen_parts(only, tuple(DIAGNOSED)):
+        rows.append(measure_diagnosis(load_subject(name, data), DIAGNOSED[name], max_degradation))
+        write_record(output / "diagnosis.json", {"rows": rows})
+    print(diagnosis_table(rows))
+    print(f"written to {output}")
+
+
 def _chosen_parts(only: str | None, parts: Sequence[str], option: str = "only") -> Sequence[str]:
     chosen = parts if only is None else tuple(only.split(","))
     if unknown := [part for part in chosen if part not in parts]:
@@ -271,6 +300,7 @@ if __name__ == "__main__":
             "pipelines": pipelines,
             "inference": inference,
             "scale": scale,
+            "diagnosis": diagnosis,
         },
         as_positional=False,
     )

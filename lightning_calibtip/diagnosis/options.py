@@ -1,0 +1,66 @@
+"""Options of a diagnosis."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..calibration.losses import LossFunction, check_metric
+
+
+@dataclass(frozen=True)
+class DiagnosisOptions:
+    """Options of a diagnosis.
+
+    Args:
+        loss: Loss whose rise is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, or a function
+            ``loss(output, batch)``, see ``Loss``.
+        samples: Number of calibration samples to measure on; None for a quarter of them, at least 32 and at most 256.
+        apply: Whether remedies are applied, the one of greatest measured gain first, until the user's own validation
+            metric is within ``max_degradation`` of the float model's.
+        max_degradation: Greatest difference from the float metric that is accepted, in the metric's own unit, at least
+            0.
+        metric: Name of the validation metric that decides; the first one logged if None.
+        mode: ``"max"`` where a greater metric is better, ``"min"`` where a smaller one is. None: the side of the float
+            model's metric on which the quantized model's lies before any remedy is the worse one.
+        tries: Number of remedies whose gain is measured before the best of them is applied, at least 1.
+
+    Raises:
+        ValueError: If a value is out of its range, or ``metric`` or ``mode`` are given without ``apply``.
+
+    Example:
+        >>> DiagnosisOptions(apply=True, metric="val_acc").max_degradation
+        0.01
+    """
+
+    # In this order jsonargparse takes the path of a function for the function.
+    loss: LossFunction | str = "kl"
+    samples: int | None = None
+    apply: bool = False
+    max_degradation: float = 0.01
+    metric: str | None = None
+    mode: Literal["max", "min"] | None = None
+    tries: int = 4
+
+    def __post_init__(self) -> None:
+        check_metric(self.loss)
+        for name in ("samples", "tries"):
+            value = getattr(self, name)
+            if value is None and name == "samples":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if isinstance(self.max_degradation, bool) or not self.max_degradation >= 0:
+            raise ValueError(f"max_degradation must be at least 0, got {self.max_degradation!r}.")
+        if self.mode not in (None, "max", "min"):
+            raise ValueError(f"mode must be 'max', 'min' or None, got {self.mode!r}.")
+        if not self.apply and (self.metric is not None or self.mode is not None):
+            raise ValueError("metric and mode decide when remedies are enough: they need apply=True.")
+
+    def samples_of(self, available: int) -> int:
+        """Number of samples to measure on, of so many.
+
+        Example:
+            >>> [DiagnosisOptions().samples_of(available) for available in (16, 100, 512, 4096)]
+            [16, 32, 128, 256]
+        """
+        wanted = min(256, max(32, available // 4)) if self.samples is None else self.samples
+        return min(wanted, available)

@@ -1,0 +1,107 @@
+"""A diagnosis: what the layers cost, why, and what to do; and what remedies have done."""
+
+from typing import Any
+
+from ..diagnosis.diagnose import DiagnosisResult
+from .drawing import figure_over_layers
+from .item import ReportItem
+
+COLUMNS = (
+    "layer",
+    "type",
+    "bits",
+    "share of the loss",
+    "weight alone",
+    "inputs alone",
+    "gain of float weight",
+    "gain of float inputs",
+    "output error",
+    "cause",
+    "remedies",
+)
+
+
+def diagnosis_items(result: DiagnosisResult) -> list[ReportItem]:
+    """What each layer costs, the worst first; and, where remedies were to be applied, what they did.
+
+    Args:
+        result: The diagnosis.
+
+    Example:
+        >>> [item.title for item in diagnosis_items(DiagnosisResult("kl", 32, 0.0, 0.5, ()))]
+        ['Diagnosis: what each layer costs of the loss (kl), and why']
+    """
+    rows = [
+        [
+            layer.name,
+            layer.type,
+            layer.bits.label,
+            layer.cost.share,
+            layer.cost.weight_alone,
+            layer.cost.inputs_alone,
+            layer.cost.weight_left_float,
+            layer.cost.inputs_left_float,
+            layer.statistics.output_error,
+            str(layer.cause),
+            " or ".join(remedy.code for remedy in layer.remedies),
+        ]
+        for layer in result.worst()
+    ]
+    title = f"Diagnosis: what each layer costs of the loss ({result.loss}), and why"
+    items = [ReportItem("diagnosis", title, COLUMNS, rows, lambda: draw_costs(result))]
+    if result.outcome:
+        applied = [[one.code, one.loss, one.metric, one.bytes] for one in result.applied]
+        columns = ("remedy", "loss", "metric", "bytes of weights")
+        items.append(
+            ReportItem("remedies", f"Remedies: {result.outcome}", columns, applied, lambda: draw_remedies(result))
+        )
+    return items
+
+
+def draw_costs(result: DiagnosisResult) -> Any:
+    """Draw what the weight and the inputs of each layer cost: alone quantized, and as part of the quantized model.
+
+    Args:
+        result: The diagnosis.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> len(draw_costs(DiagnosisResult("kl", 32, 0.0, 0.5, ())).axes)
+        1
+    """
+    names = [layer.name for layer in result.layers]
+    figure, axes = figure_over_layers(names, 3.5)
+    places = range(len(names))
+    costs = [layer.cost for layer in result.layers]
+    axes.bar([place - 0.2 for place in places], [cost.weight_left_float or 0 for cost in costs], 0.4, label="weight")
+    axes.bar([place + 0.2 for place in places], [cost.inputs_left_float or 0 for cost in costs], 0.4, label="inputs")
+    alone = (("C0", [cost.weight_alone for cost in costs], -0.2), ("C1", [cost.inputs_alone for cost in costs], 0.2))
+    for color, values, shift in alone:
+        known = [(place + shift, value) for place, value in zip(places, values, strict=True) if value is not None]
+        axes.plot([x for x, _ in known], [y for _, y in known], "_", color=color, markeredgewidth=2)
+    axes.set_ylabel("loss: fall if left in float (bars),\nrise if alone quantized (lines)")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def draw_remedies(result: DiagnosisResult) -> Any:
+    """Draw the loss after each remedy that was applied.
+
+    Args:
+        result: The diagnosis.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> len(draw_remedies(DiagnosisResult("kl", 32, 0.0, 0.5, ())).axes[0].lines)
+        1
+    """
+    names = ["(before)", *(one.code for one in result.applied)]
+    figure, axes = figure_over_layers(names, 3.0, "remedy")
+    axes.set_xlabel("remedy, in the order of application")
+    axes.plot(range(len(names)), [result.quantized_loss, *(one.loss for one in result.applied)], "o-")
+    axes.set_ylabel(f"loss ({result.loss})")
+    return figure
