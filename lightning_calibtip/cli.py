@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 from .calibration.calibration_set import FirstSamples
@@ -19,6 +18,7 @@ from .diagnosis.diagnose import DiagnosisResult
 from .diagnosis.options import DiagnosisOptions
 from .export.onnx_file import export_onnx, require_packages
 from .export.report import ExportReport
+from .lightning_types import overrides
 from .module import QuantizationModule
 from .network.checkpoint import is_quantized
 from .network.scheme import QuantizationScheme
@@ -83,7 +83,7 @@ class QuantizationTrainer(pl.Trainer):
         if scheme is not None and scheme.target is not None:
             require_packages()
         output.mkdir(parents=True, exist_ok=True)
-        if is_overridden("configure_model", model):
+        if overrides(model, "configure_model"):
             model.configure_model()
         if ckpt_path is not None:
             load_weights(model, ckpt_path)
@@ -139,7 +139,7 @@ class QuantizationTrainer(pl.Trainer):
             ValueError: If the checkpoint is not quantized, or the target cannot run its formats.
         """
         _require_quantized(ckpt_path, "export")
-        if is_overridden("configure_model", model):
+        if overrides(model, "configure_model"):
             model.configure_model()
         wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
         if datamodule is not None:
@@ -180,7 +180,7 @@ class QuantizationTrainer(pl.Trainer):
         """
         _require_quantized(ckpt_path, "diagnose")
         output.mkdir(parents=True, exist_ok=True)
-        if is_overridden("configure_model", model):
+        if overrides(model, "configure_model"):
             model.configure_model()
         if float_ckpt_path is not None:
             load_weights(model, float_ckpt_path)
@@ -354,7 +354,7 @@ def _loaders(model: pl.LightningModule, datamodule: pl.LightningDataModule | Non
     source.setup("fit")
     if hasattr(source, "calibration_dataloader"):
         calibration = source.calibration_dataloader()
-    elif is_overridden("train_dataloader", source):
+    elif overrides(source, "train_dataloader"):
         calibration = source.train_dataloader()
     else:
         raise ValueError(f"{type(source).__name__} has no train_dataloader to calibrate on: give --data a DataModule.")
@@ -362,7 +362,7 @@ def _loaders(model: pl.LightningModule, datamodule: pl.LightningDataModule | Non
         raise ValueError(
             f"The training data of {type(source).__name__} are several loaders: add a calibration_dataloader method."
         )
-    return calibration, source.val_dataloader() if is_overridden("val_dataloader", source) else None
+    return calibration, source.val_dataloader() if overrides(source, "val_dataloader") else None
 
 
 def main() -> None:

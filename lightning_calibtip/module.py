@@ -1,6 +1,5 @@
 """QuantizationModule: a LightningModule around the user's own, whose layers are quantized."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from typing_extensions import override
@@ -18,13 +17,17 @@ from . import ranks
 from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
 from .calibration.shared_batches import batches_of_all_ranks
 from .files.damage import describe_error
+from .lightning_types import is_a, overrides
+from .loaders import check_loader
 from .network.attention import transformers_models
 from .network.checkpoint import CHECKPOINT_KEY, pack_network, require_readable, unpack_network
 from .network.network import QuantizedNetwork
 from .network.scheme import QuantizationScheme
 from .network.summary import LayerSummary
 from .option_fields import with_changes
+from .quiet import ExpectedWarnings
 from .report.table import layer_table
+from .user_model import check_model, copy_of
 
 ValidationStep = Callable[["QuantizationModule", Any, int], Any]
 
@@ -99,6 +102,7 @@ class QuantizationModule(pl.LightningModule):
         self.save_hyperparameters(scheme.to_dict())
         if isinstance(model, QuantizationModule):
             raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
+        check_model(model)
         self.model = copy_of(model).eval()
         self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
@@ -108,9 +112,10 @@ class QuantizationModule(pl.LightningModule):
         self.latest_batches = range(0)
         self.automatic_optimization = False
         self._validation_step = validation_step
-        if isinstance(self.model, pl.LightningModule):
+        self._is_lightning = is_a(self.model, "LightningModule")
+        if self._is_lightning:
             for name in _DATA_HOOKS:
-                if is_overridden(name, self.model):
+                if overrides(self.model, name):
                     setattr(self, name, getattr(self.model, name))
 
     @override
@@ -165,7 +170,7 @@ class QuantizationModule(pl.LightningModule):
     def take_batch_hooks(self, datamodule: pl.LightningDataModule | None) -> None:
         """Let batches go through the hooks of a DataModule (transforms on the device, transfer), where it has any."""
         for name in _BATCH_HOOKS:
-            if datamodule is not None and is_overridden(name, datamodule):
+            if datamodule is not None and overrides(datamodule, name):
                 setattr(self, name, getattr(datamodule, name))
 
     @contextmanager
@@ -201,6 +206,17 @@ class QuantizationModule(pl.LightningModule):
             strategy.configure_ddp = lambda: None  # type: ignore[method-assign]
 
     @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Keep Lightning's warnings of what is meant in a calibration from the user."""
+        if self.trainer.state.fn != "fit":
+            return []
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        present = [callback for callback in callbacks if isinstance(callback, ExpectedWarnings)]
+        ignoring = present[0] if present else ExpectedWarnings()
+        ignoring.begin()
+        return [] if present else [ignoring]
+
+    @override
     def configure_optimizers(self) -> None:
         """Calibration needs no optimizer, and none of the user's runs."""
         return None
@@ -210,6 +226,11 @@ class QuantizationModule(pl.LightningModule):
         """Start a new calibration set."""
         self.calibration.batches.clear()
         self.calibration_done = False
+
+    @override
+    def on_train_start(self) -> None:
+        """Refuse data that give no batches."""
+        check_loader(self.trainer.train_dataloader, "train_dataloaders")
 
     @override
     def on_train_epoch_end(self) -> None:
@@ -248,8 +269,13 @@ class QuantizationModule(pl.LightningModule):
 
     @override
     def on_fit_end(self) -> None:
-        """Raise if no batch came; the data are needed no longer."""
+        """Raise if no batch came, warn if no stage ran; the data are needed no longer."""
         self.calibration.require()
+        if not self.network.calibrated:
+            rank_zero_warn(
+                "fit has seen the calibration data, but nothing was quantized: give the Trainer stages, "
+                "Trainer(callbacks=[Calibration(), AdaQuant()])."
+            )
         self.calibration.batches.clear()
 
     def _evaluation_step(self, name: str, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +308,7 @@ class QuantizationModule(pl.LightningModule):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped module's ``predict_step``; of a plain module, its output for the batch."""
-        if not isinstance(self.model, pl.LightningModule):
+        if not self._is_lightning:
             return self.calibration_step(args[0], args[1])
         return self._evaluation_step("predict_step", *args, **kwargs)
 
@@ -295,25 +321,6 @@ class QuantizationModule(pl.LightningModule):
             yield
         finally:
             del self.model.log, self.model.log_dict
-
-    on_validation_start = _delegated("on_validation_start")
-    on_validation_end = _delegated("on_validation_end")
-    on_validation_epoch_start = _delegated("on_validation_epoch_start")
-    on_validation_epoch_end = _delegated("on_validation_epoch_end")
-    on_validation_batch_start = _delegated("on_validation_batch_start")
-    on_validation_batch_end = _delegated("on_validation_batch_end")
-    on_test_start = _delegated("on_test_start")
-    on_test_end = _delegated("on_test_end")
-    on_test_epoch_start = _delegated("on_test_epoch_start")
-    on_test_epoch_end = _delegated("on_test_epoch_end")
-    on_test_batch_start = _delegated("on_test_batch_start")
-    on_test_batch_end = _delegated("on_test_batch_end")
-    on_predict_start = _delegated("on_predict_start")
-    on_predict_end = _delegated("on_predict_end")
-    on_predict_epoch_start = _delegated("on_predict_epoch_start")
-    on_predict_epoch_end = _delegated("on_predict_epoch_end")
-    on_predict_batch_start = _delegated("on_predict_batch_start")
-    on_predict_batch_end = _delegated("on_predict_batch_end")
 
     @classmethod
     @override
@@ -377,23 +384,6 @@ class QuantizationModule(pl.LightningModule):
             ) from error
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """Deep copy without the Trainer that a LightningModule may hold."""
-    holders = [module for module in model.modules() if isinstance(module, pl.LightningModule)]
-    trainers = [module._trainer for module in holders]
-    for module in holders:
-        module._trainer = None
-    try:
-        duplicate = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be copied: {error} Detach tensors that the module keeps as attributes "
-            "(losses, outputs), and replace torch.nn.utils.weight_norm by torch.nn.utils.parametrizations.weight_norm."
-        ) from error
-    finally:
-        for module, trainer in zip(holders, trainers, strict=True):
-            module._trainer = trainer
-    for parameter in duplicate.parameters():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    return duplicate
+for _loop in ("validation", "test", "predict"):
+    for _when in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end"):
+        setattr(QuantizationModule, f"on_{_loop}_{_when}", _delegated(f"on_{_loop}_{_when}"))

@@ -1,6 +1,7 @@
 """Frozen option dataclasses with some fields changed, where a wrong name is answered with the right one."""
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -19,7 +20,45 @@ def check_names(kind: Any, names: Iterable[str], place: str) -> None:
     Example:
         See ``with_changes``.
     """
-    known = [field.name for field in fields(kind) if field.init]
+    require_known(names, field_names(kind), place)
+
+
+def field_names(kind: Any) -> list[str]:
+    """Names of the fields that a dataclass is made from.
+
+    Example:
+        >>> from lightning_calibtip.calibration.options import StorageOptions
+        >>> field_names(StorageOptions)[0]
+        'activation_budget'
+    """
+    return [field.name for field in fields(kind) if field.init]
+
+
+def argument_names(call: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a function or method, without ``self`` and those that it takes by any name.
+
+    Example:
+        >>> argument_names(field_names)
+        ['kind']
+    """
+    parameters = inspect.signature(call).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD]
+
+
+def require_known(names: Iterable[str], known: Sequence[str], place: str) -> None:
+    """Raise ``TypeError`` if a name is none of those that are known; the message suggests the nearest and lists all.
+
+    Args:
+        names: Names as the user gave them.
+        known: All names that there are.
+        place: Where they were given, for the message.
+
+    Example:
+        >>> require_known(["bits"], ["weight_bits", "activation_bits"], "quantize")
+        Traceback (most recent call last):
+        ...
+        TypeError: quantize: unknown option 'bits'. The options are: weight_bits, activation_bits.
+    """
     for name in names:
         if name not in known:
             nearest = get_close_matches(str(name), known, 1)

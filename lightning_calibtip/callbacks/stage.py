@@ -9,12 +9,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from .. import ranks
 from ..calibration.finite import require_finite_outputs
 from ..calibration.progress import ProgressCallback, no_progress
+from ..lightning_types import is_a
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
 from ..network.shared import take_states_of_first
@@ -64,7 +64,7 @@ def check_strategy(name: str, trainer: pl.Trainer) -> None:
             f"{name} cannot run in processes that are spawned or forked, whose results are lost at their end: use "
             'strategy="ddp" in a script, or one device in a notebook.'
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not (is_a(trainer.strategy, "SingleDeviceStrategy") or is_a(trainer.strategy, "DDPStrategy")):
         raise MisconfigurationException(
             f"{name} needs the whole model in each process, got strategy {type(trainer.strategy).__name__}: train with "
             'strategy="ddp" or on one device, or save the model and call lightning_calibtip.quantize(model, loader).'

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..module import QuantizationModule, copy_of
+from ..module import QuantizationModule
 from ..network.hooks import INPUT_QUANTIZERS, OUTPUT_QUANTIZER
 from ..network.layer_types import reads_indices
 from ..network.layers import QuantizedLayer
 from ..quantization.quantizers import AffineQuantizer, Quantizer
 from ..quantization.spec import PerChannel, PerGroup, TensorSpec
+from ..user_model import copy_of
 
 # Opset whose QuantizeLinear and DequantizeLinear know 4-bit integers and blocks.
 OPSET = 21

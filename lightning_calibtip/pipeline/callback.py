@@ -14,11 +14,12 @@ from ..calibration.calibration_set import FirstSamples
 from ..callbacks.progress import progress_options
 from ..callbacks.stage import check_precision, check_strategy
 from ..export.onnx_file import require_packages
+from ..loaders import check_loader
 from ..module import QuantizationModule
 from ..network.network import check_overrides
 from ..network.scheme import QuantizationScheme
 from ..network.targets import DEFAULT_TARGET
-from ..option_fields import check_names
+from ..option_fields import argument_names, field_names, require_known
 from ..report.loggers import log_items
 from .distributed import same_processes
 from .options import PipelineOptions
@@ -93,7 +94,10 @@ class CalibTIP(pl.Callback):
         self.calibration_dataloader = calibration_dataloader
         self.filename, self.metric, self.ckpt_path = filename, metric, ckpt_path
         self.pipeline, self.options = pipeline, PipelineOptions.of(options)
-        check_names(QuantizationScheme, scheme, type(self).__name__)
+        own = argument_names(CalibTIP.__init__)
+        require_known(scheme, [*own, *field_names(QuantizationScheme)], type(self).__name__)
+        if calibration_dataloader is not None:
+            check_loader(calibration_dataloader, "calibration_dataloader")
         if export is not None:
             require_packages()
         if scheme.setdefault("target", export or DEFAULT_TARGET) != export and export is not None:

@@ -15,6 +15,7 @@ from ..diagnosis.diagnose import DiagnosisResult
 from ..export.onnx_file import export_onnx
 from ..export.report import ExportReport, export_item
 from ..module import QuantizationModule
+from ..quiet import quiet_trainers
 from ..report.histograms import histograms_item
 from ..report.item import ReportItem
 from ..report.layers import layers_item
@@ -208,15 +209,16 @@ class QuantizationRun:
         """
         if not self.writes:
             return
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            plugins=[AtomicCheckpointIO()],
-        )
+        with quiet_trainers():
+            trainer = pl.Trainer(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                plugins=[AtomicCheckpointIO()],
+            )
         trainer.strategy.connect(self.module)
         trainer.save_checkpoint(path, weights_only=True)
         if clean_up:

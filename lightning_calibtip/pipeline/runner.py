@@ -1,7 +1,6 @@
 """Running stages on a finished model, with the user's validation before and after each."""
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -21,7 +20,11 @@ from ..calibration.calibration_set import FirstSamples, batch_size
 from ..calibration.shared_batches import batches_of_first
 from ..callbacks.stage import Stage
 from ..files.state_folder import holding
+from ..loaders import check_loader
 from ..module import QuantizationModule
+from ..network.scheme import QuantizationScheme
+from ..option_fields import argument_names, field_names, require_known
+from ..quiet import quiet_trainers
 from .distributed import distributed_options, is_first_process
 from .options import PipelineOptions
 from .presets import make_stages
@@ -58,6 +61,7 @@ def _isolated_rng() -> Iterator[None]:
         raise raised
 
 
+@quiet_trainers()
 @_isolated_rng()
 def run_stages(
     module: QuantizationModule,
@@ -86,6 +90,7 @@ def run_stages(
 
     Raises:
         ValueError: If a stage's options do not go with the module's scheme, or its state folder holds something else.
+        TypeError: If the data give single samples instead of batches, or are several loaders.
         RuntimeError: If another process is at work in a stage's state folder.
 
     Example:
@@ -97,6 +102,9 @@ def run_stages(
         >>> [stage.name for stage in run.stages], run.calibration_samples
         (['Calibration'], 8)
     """
+    check_loader(calibration, "calibration")
+    if validation is not None:
+        check_loader(validation, "validation", several=True)
     options = distributed_options(dict(trainer_options or {}))
     callbacks = list(options.pop("callbacks", None) or [])
     loggers = _quiet_trainer(options, []).loggers
@@ -142,9 +150,6 @@ def run_stages(
         # Two runs in one folder must part before the first has worked for hours.
         for stage in stages if is_first_process() else ():
             stack.enter_context(holding(stage.state_folder))
-        stack.enter_context(warnings.catch_warnings())
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
         if float_metrics is None:
             float_metrics = _of_float_model(module, partial(evaluate, "float", 0))
         for step, stage in enumerate(stages, start=1):
@@ -220,18 +225,6 @@ class _PlanChecks(pl.Callback):
             stage.check_plan(pl_module)
 
 
-# What the Trainer says of every calibration, where it is meant to be so.
-_EXPECTED_WARNINGS = (
-    ".*configure_optimizers.* returned `None`",
-    ".*does not have many workers.*",
-    ".*defined a `validation_step` but have no `val_dataloader`.*",
-    ".*max_epochs. was not set.*",
-    r".*module\(s\) in eval mode at the start of training.*",
-    r".*isinstance\(treespec, LeafSpec\)..*deprecated.*",
-    ".*smaller than the logging interval.*",
-)
-
-
 def quantize(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -270,10 +263,16 @@ def quantize(
         >>> run.module.network.calibrated
         True
     """
+    require_known(module_options, [*_NAMES, *field_names(QuantizationScheme)], "quantize")
     options = PipelineOptions.of(options)
+    check_loader(calibration, "calibration")
     if calibration_samples is not None:
         calibration = FirstSamples(calibration, calibration_samples)
     module = QuantizationModule(model, **module_options)
     if configuration is None:
         configuration = {"pipeline": pipeline, **options.to_dict(), **module.hparams}
     return run_stages(module, make_stages(pipeline, options), calibration, validation, trainer_options, configuration)
+
+
+# Arguments of ``quantize``; the fields of the scheme come on top.
+_NAMES = [*argument_names(quantize), *(n for n in argument_names(QuantizationModule.__init__) if n != "model")]

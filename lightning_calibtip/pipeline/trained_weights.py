@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from ..files.damage import describe_error
+from ..lightning_types import is_a
 from ..network.checkpoint import is_quantized
 
 BEST, LAST = "best", "last"
@@ -56,7 +56,7 @@ def chosen_checkpoint(trainer: pl.Trainer, ckpt_path: str | Path | None) -> Path
     best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     if ckpt_path is None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks)
+        averages = any(is_a(callback, "StochasticWeightAveraging") for callback in callbacks)
         monitors = getattr(trainer.checkpoint_callback, "monitor", None) is not None
         # A ModelCheckpoint that has kept nothing is no reason to lose the run.
         ckpt_path = BEST if monitors and best.is_file() and not averages else LAST
