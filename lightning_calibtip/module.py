@@ -315,6 +315,9 @@ class QuantizationModule(pl.LightningModule):
     @contextmanager
     def _logging_through(self) -> Iterator[None]:
         """Inside, ``self.log`` of the wrapped module is that of this one, which the Trainer knows."""
+        if self._is_lightning:
+            # Lightning hands its Trainer on to modules of its own package only.
+            self.model.trainer = self._trainer  # type: ignore[assignment]
         self.model.log = self.log  # type: ignore[assignment]
         self.model.log_dict = self.log_dict  # type: ignore[assignment]
         try:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from .. import ranks
 from ..calibration.finite import require_finite_outputs
 from ..calibration.progress import ProgressCallback, no_progress
-from ..lightning_types import is_a
+from ..lightning_types import is_a, package_of
 from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
 from ..network.shared import take_states_of_first
@@ -53,8 +53,8 @@ def check_strategy(name: str, trainer: pl.Trainer) -> None:
         trainer: The Trainer.
 
     Raises:
-        MisconfigurationException: If its strategy is another one than a single device or DDP, or starts its processes
-            by spawning or forking.
+        MisconfigurationException: If its strategy is another one than a single device or DDP, starts its processes by
+            spawning or forking, or has several processes under ``pytorch_lightning``.
 
     Example:
         >>> check_strategy("CalibTIP", pl.Trainer(accelerator="cpu", logger=False))
@@ -63,6 +63,11 @@ def check_strategy(name: str, trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"{name} cannot run in processes that are spawned or forked, whose results are lost at their end: use "
             'strategy="ddp" in a script, or one device in a notebook.'
+        )
+    if package_of(trainer.strategy) != "lightning" and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"{name} works in several processes only with the Trainer of the package lightning: import it from "
+            "lightning.pytorch, or train with pytorch_lightning on one device."
         )
     if not (is_a(trainer.strategy, "SingleDeviceStrategy") or is_a(trainer.strategy, "DDPStrategy")):
         raise MisconfigurationException(
