@@ -262,15 +262,14 @@ def _find_data(
     return data, checkpoint
 
 
+COMMANDS = {
+    "accuracy": accuracy,
+    "reconstruction": reconstruction,
+    "allocation": allocation,
+    "pipelines": pipelines,
+    "inference": inference,
+    "scale": scale,
+}
+
 if __name__ == "__main__":
-    auto_cli(
-        {
-            "accuracy": accuracy,
-            "reconstruction": reconstruction,
-            "allocation": allocation,
-            "pipelines": pipelines,
-            "inference": inference,
-            "scale": scale,
-        },
-        as_positional=False,
-    )
+    auto_cli(COMMANDS, as_positional=False)
