@@ -262,7 +262,7 @@ def _find_data(
     return data, checkpoint
 
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "accuracy": accuracy,
     "reconstruction": reconstruction,
     "allocation": allocation,
