@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import lightning_calibtip
 from tests.docs.pages import PAGES, ROOT, anchors, links
 
 needs_mkdocs = pytest.mark.skipif(
@@ -33,6 +35,15 @@ def test_readme_is_short_and_names_every_page():
     assert len(readme.read_text().splitlines()) <= 150
     named = {(ROOT / link.partition("#")[0]).resolve() for link in links(readme)}
     assert {page for page in PAGES if page.name not in ("README.md", "index.md", "digits_to_onnx.md")} <= named
+
+
+def test_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lightning_calibtip.__version__
+    (paper,) = citation["references"]
+    assert [author["family-names"] for author in paper["authors"]][::4] == ["Hubara", "Soudry"] and paper[
+        "year"
+    ] == 2021
 
 
 def build(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
