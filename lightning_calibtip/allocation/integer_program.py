@@ -9,6 +9,8 @@ from typing import Any, Generic, TypeVar
 
 import pulp
 
+from ..extras import needs_extra
+
 Candidate = TypeVar("Candidate", bound=Hashable)
 Table = Mapping[str, Mapping[Candidate, float]]
 
@@ -67,7 +69,7 @@ class Solver:
         if self.name not in SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.name!r}.")
         if self.name == "highs" and not pulp.HiGHS().available():
-            raise ValueError("solver='highs' needs the package highspy: pip install highspy, or take 'cbc'.")
+            raise ValueError(needs_extra("solver='highs'", "highspy", "highs") + ", or take 'cbc'.")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise ValueError(f"time_limit must be a finite number of seconds above 0, got {self.time_limit}.")
         if not 0 <= self.gap < 1:

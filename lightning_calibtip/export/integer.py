@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+
+from ..extras import needs_extra
+
+try:
+    import onnx_ir as ir
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{needs_extra('Computing in integers', error.name, 'export')}.") from error
 
 from ..module import QuantizationModule
 from .integer_operators import OPERATORS, Integers, Sum

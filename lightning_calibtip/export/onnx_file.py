@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..extras import needs_extra
 from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.routing import routed_by_hooks
@@ -117,7 +118,7 @@ def require_packages(check: bool = True) -> None:
             import onnxruntime  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"Exporting needs {error.name}: pip install 'lightning_calibtip[export]'"
+            needs_extra("Exporting", error.name, "export")
             + (" (or leave the check out: check=False)." if error.name == "onnxruntime" else ".")
         ) from error
 

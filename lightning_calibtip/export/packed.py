@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..extras import needs_extra
 from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.checkpoint import digest_of, pack_network, unpack_network
@@ -40,6 +41,7 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
 
     Raises:
         RuntimeError: If the module is not calibrated.
+        ModuleNotFoundError: If safetensors is missing.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -52,6 +54,7 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
         >>> torch.equal(loaded(batch), run.module(batch))
         True
     """
+    _require_safetensors()
     from safetensors.torch import save
 
     if not module.network.calibrated:
@@ -91,6 +94,7 @@ def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None)
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is none of ``export_packed``, is damaged or was changed, or is of another model.
+        ModuleNotFoundError: If safetensors is missing.
 
     Example:
         See ``export_packed``.
@@ -116,6 +120,13 @@ def load_packed(path: str | Path, model: nn.Module, validation_step: Any = None)
     return module
 
 
+def _require_safetensors() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{needs_extra('A packed file', error.name, 'export')}.") from error
+
+
 def _unpacked(index: dict[str, Any], integers: Tensor, values: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Weights as a checkpoint has them, and everything else of the state dict."""
     weights: dict[str, Any] = {}
@@ -131,6 +142,7 @@ def _unpacked(index: dict[str, Any], integers: Tensor, values: Tensor) -> tuple[
 
 def _read(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Index, integers of all weights, and bytes of everything else."""
+    _require_safetensors()
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

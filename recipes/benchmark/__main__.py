@@ -291,16 +291,15 @@ def _find_data(
     return data, checkpoint
 
 
+COMMANDS: dict[str, Any] = {
+    "accuracy": accuracy,
+    "reconstruction": reconstruction,
+    "allocation": allocation,
+    "pipelines": pipelines,
+    "inference": inference,
+    "scale": scale,
+    "diagnosis": diagnosis,
+}
+
 if __name__ == "__main__":
-    auto_cli(
-        {
-            "accuracy": accuracy,
-            "reconstruction": reconstruction,
-            "allocation": allocation,
-            "pipelines": pipelines,
-            "inference": inference,
-            "scale": scale,
-            "diagnosis": diagnosis,
-        },
-        as_positional=False,
-    )
+    auto_cli(COMMANDS, as_positional=False)
