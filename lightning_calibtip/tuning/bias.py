@@ -152,9 +152,9 @@ def tune_bias(
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     note = attempt.note
     if groups and not attempt.kept:
-        tried = float((attempt.tried if given_up is None else given_up).mean())
+        losses = attempt.tried if given_up is None else given_up
         when = "" if given_up is None else " in the first epoch"
-        note = f"it did not surely lower the held-out divergence{when} ({before:.4g} to {tried:.4g})"
+        note = f"it did not surely lower the held-out divergence{when} ({before:.4g} to {float(losses.mean()):.4g})"
         log.warning("Bias tuning: biases restored, since %s.", note)
     return BiasTuningResult(before, after, attempt.kept, note)
 
