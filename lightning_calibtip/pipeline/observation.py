@@ -24,7 +24,7 @@ class ValidationObserver(pl.Callback):
 
     Example:
         >>> ValidationObserver().validation
-        Validation(higher_is_better={}, samples=())
+        Validation(higher_is_better={}, samples=[])
     """
 
     def __init__(self) -> None:

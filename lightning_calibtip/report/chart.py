@@ -14,10 +14,10 @@ from typing import Literal
 from .numbers import short
 
 # Height of the plot, room above and below its values, width of a layer, and width of a letter of a name, in pixels.
-HEIGHT, _PADDING, _LAYER, _LETTER = 180, 10, 16, 6.2
+HEIGHT, _PADDING, _LAYER, _LETTER = 180, 10, 16, 7
 
-# Letters that are shown of a name: the last ones, which tell layers apart.
-_LONGEST = 26
+# Letters that are shown of a name, and of the parts of one that is longer.
+_LONGEST, _OF_PART = 26, 3
 
 # Powers of ten of a logarithmic axis at most.
 _DECADES = 7
@@ -99,7 +99,7 @@ class Chart:
             has_bars = any(series.style == "area" for series in self.series)
             return low - (0.3 if has_bars else float(low == high)), high
         low, high = min(values, default=0.0), max(values, default=1.0)
-        return (min(low, 0.0), high or 1.0) if self.from_zero else _widened(low, high, 0.0)
+        return (min(low, 0.0), high or 1.0) if self.from_zero else _widened(low, high, 0.1)
 
     def x(self, value: float) -> float:
         """Horizontal place of a value, in per cent."""
@@ -135,8 +135,8 @@ class Chart:
 
     @property
     def layer_labels(self) -> list[str]:
-        """Names of the layers, the long ones cut in front."""
-        return [name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}" for name in self.layers]
+        """Names of the layers; of the long ones, as many of the first parts as must be are cut short."""
+        return [_shortened(name) for name in self.layers]
 
     @property
     def upright(self) -> bool:
@@ -148,7 +148,7 @@ class Chart:
         """Height with the labels of the x axis, in pixels."""
         if not self.layers or self.upright:
             return HEIGHT + 20
-        return HEIGHT + 10 + math.ceil(_LETTER * max(map(len, self.layer_labels)))
+        return HEIGHT + 10 + _LETTER * max(map(len, self.layer_labels))
 
     @property
     def least_width(self) -> int:
@@ -177,6 +177,15 @@ def over_layers(values: Sequence[float | None]) -> list[tuple[float, float]]:
         [(0, 4.0), (2, 8.0)]
     """
     return [(place, value) for place, value in enumerate(values) if value is not None]
+
+
+def _shortened(name: str) -> str:
+    parts = name.split(".")
+    for place in range(len(parts) - 1):
+        if len(".".join(parts)) > _LONGEST:
+            parts[place] = parts[place][:_OF_PART]
+    joined = ".".join(parts)
+    return joined if len(joined) <= _LONGEST else f"…{joined[1 - _LONGEST :]}"
 
 
 def _widened(low: float, high: float, share: float) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # Words in the names of metrics.
 _LOWER = "loss losses error err perplexity ppl mse rmse mae mape wer cer nll kl divergence fid"
@@ -82,8 +83,8 @@ def standard_error(name: str, values: Iterable[float], samples: int | None) -> f
         None where it is not known to be one.
 
     Example:
-        >>> standard_error("accuracy", [0.75, 0.5], 100)
-        0.0433...
+        >>> standard_error("accuracy", [0.5, 0.75], 100)
+        0.05
         >>> standard_error("accuracy", [0.7512], 100) is None
         True
     """
@@ -93,8 +94,7 @@ def standard_error(name: str, values: Iterable[float], samples: int | None) -> f
     tolerance = min(0.01 + 1e-6 * samples, 0.1)
     if any(not 0 <= p <= 1 or abs(p * samples - round(p * samples)) > tolerance for p in values):
         return None
-    error = math.sqrt(values[0] * (1 - values[0]) / samples)
-    return error or None
+    return _error_of_share(values[0], samples)
 
 
 def metric_records(
@@ -126,6 +126,27 @@ def metric_records(
             "standard_error": standard_error(name, values, validation.samples_of(name)),
         }
     return records
+
+
+def share_error(value: float | None, metric: Mapping[str, Any]) -> float | None:
+    """Standard error of a value of a metric that is known to be a share, see ``standard_error``.
+
+    Args:
+        value: The value, of any model.
+        metric: Record of the metric, from ``metric_records``.
+
+    Example:
+        >>> share_error(0.5, {"standard_error": 0.04, "validation_samples": 100})
+        0.05
+    """
+    if value is None or metric["standard_error"] is None:
+        return None
+    return _error_of_share(value, metric["validation_samples"])
+
+
+def _error_of_share(value: float, samples: int) -> float | None:
+    """None where all samples are alike, which tells nothing."""
+    return math.sqrt(value * (1 - value) / samples) or None
 
 
 def verdict(difference: float | None, higher_is_better: bool | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ..files.atomic import write_atomically
 from .chart import HEIGHT, Chart
 from .item import ReportItem
-from .metrics import verdict
+from .metrics import share_error, verdict
 from .numbers import number, percent, short, signed, sort_key
 from .settings import Setting
 
@@ -74,7 +74,7 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], settings
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for use in (number, signed, short, percent, sort_key, verdict):
+    for use in (number, signed, short, percent, sort_key, verdict, share_error):
         environment.filters[use.__name__] = use
     environment.filters["minus"] = _minus
     environment.filters["quoted"] = json.dumps

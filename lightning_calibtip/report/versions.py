@@ -3,7 +3,9 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("lightning-calibtip", "torch", "lightning", "torchmetrics")
+import torch
+
+_PACKAGES = ("lightning-calibtip", "lightning", "torchmetrics")
 
 
 def versions() -> dict[str, str]:
@@ -14,7 +16,8 @@ def versions() -> dict[str, str]:
         >>> "torch" in versions()
         True
     """
-    found = {"python": platform.python_version()}
+    # Only torch itself knows what it was built for.
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)
