@@ -74,6 +74,7 @@ class CostInputs:
         options: Bit-widths that each quantizable layer may have, by its name: the candidates, those that a pinned layer
             has, or ``BitWidths(None, None)`` of a layer that stays in float.
         latency_table: The user's table of latencies; None if there is none.
+        known_work: What each layer does for one sample, where it was measured before; None to measure it.
 
     Example:
         See ``bit_operations``, and ``register_cost`` for a cost of one's own.
@@ -83,6 +84,7 @@ class CostInputs:
     calibration: CalibrationSet
     options: Mapping[str, Sequence[BitWidths]]
     latency_table: LatencyTable | None = None
+    known_work: Mapping[str, Work] | None = None
 
     @cached_property
     def configs(self) -> dict[str, dict[BitWidths, LayerConfig]]:
@@ -98,9 +100,9 @@ class CostInputs:
         return layer.config if is_present else self.network.config_for(name, bits)
 
     @cached_property
-    def work(self) -> dict[str, Work]:
+    def work(self) -> Mapping[str, Work]:
         """What each layer does for one sample; measured when it is first asked for."""
-        return measure_work(self.network, self.calibration)
+        return measure_work(self.network, self.calibration) if self.known_work is None else self.known_work
 
     def has_weight(self, name: str) -> bool:
         """Whether a layer's type has a weight; a matrix product has none."""

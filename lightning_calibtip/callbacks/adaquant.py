@@ -20,6 +20,7 @@ from ..reconstruction.options import AdaQuantOptions
 from ..reconstruction.resume import FILES
 from ..report.reconstruction import reconstruction_item
 from .options import merge_fields, storage_options
+from .outcome import units_outcome
 from .stage import Stage, StageResult
 
 
@@ -105,7 +106,8 @@ class AdaQuant(Stage):
             "step_seconds": sum(result.seconds for result in results) / (ranks.rank_count() if is_dealt_out else 1),
             "captured_bytes": float(store.most_held),
         }
-        return StageResult(figures, [reconstruction_item(of, candidate) for candidate, of in by_candidate])
+        items = [reconstruction_item(of, candidate) for candidate, of in by_candidate]
+        return StageResult(figures, items, units_outcome(results, self.candidates is not None))
 
     def _reconstruct(
         self, module: QuantizationModule, store: ActivationStore

@@ -9,6 +9,7 @@ from ..calibration.options import StorageOptions
 from ..module import QuantizationModule
 from ..tuning.batch_norm import BatchNormTuningOptions, tune_batch_norm
 from .options import merge_fields, storage_options
+from .outcome import stage_outcome
 from .stage import Stage, StageResult
 
 
@@ -49,10 +50,12 @@ class BatchNormTuning(Stage):
         """Tune layer by layer, in the order of execution."""
         with self.storage.open() as store:
             result = tune_batch_norm(module.network, module.calibration, self.options, store, self.progress)
-        return StageResult(
-            {
-                "layers": float(len(result.layers)),
-                "divergence_before": result.divergence_before,
-                "divergence_after": result.divergence_after,
-            }
-        )
+        figures = {
+            "layers": float(len(result.layers)),
+            "divergence_before": result.divergence_before,
+            "divergence_after": result.divergence_after,
+        }
+        subject = f"Statistics of {len(result.layers)} folded BatchNorms"
+        if not result.layers:
+            return StageResult(figures, outcome="No BatchNorm is folded into a layer: nothing to tune.")
+        return StageResult(figures, outcome=stage_outcome(subject, "re-estimated", result))

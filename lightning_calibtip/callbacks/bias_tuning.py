@@ -8,6 +8,7 @@ from typing_extensions import override
 from ..module import QuantizationModule
 from ..tuning.bias import BiasTuningOptions, tune_bias
 from .options import merge_fields
+from .outcome import stage_outcome
 from .stage import Stage, StageResult
 
 
@@ -38,6 +39,8 @@ class BiasTuning(Stage):
     def run(self, module: QuantizationModule) -> StageResult:
         """Tune and keep the better state."""
         result = tune_bias(module.network, module.calibration, self.options, self.progress)
+        outcome = stage_outcome("Biases", "tuned", result)
         if math.isnan(result.divergence_before):
-            return StageResult({})
-        return StageResult({"divergence_before": result.divergence_before, "divergence_after": result.divergence_after})
+            return StageResult({}, outcome=outcome)
+        figures = {"divergence_before": result.divergence_before, "divergence_after": result.divergence_after}
+        return StageResult(figures, outcome=outcome)

@@ -15,6 +15,7 @@ from ..module import QuantizationModule
 from ..network.scheme import QuantizationScheme
 from ..report.allocation import allocation_items
 from .options import merge_fields, storage_options
+from .outcome import allocation_outcome
 from .stage import Stage, StageResult
 
 # Name of the table of measurements in a state folder.
@@ -107,4 +108,4 @@ class BitAllocation(Stage):
                 item.save(Path(options.output_folder))
         chosen = self.allocation.chosen
         losses = {"predicted_loss": chosen.predicted_loss, "measured_loss": chosen.measured_loss}
-        return StageResult({**losses, **chosen.costs}, items)
+        return StageResult({**losses, **chosen.costs}, items, allocation_outcome(chosen))

@@ -12,6 +12,7 @@ from ..reconstruction.equalizable import EqualizationOptions, check_absorb
 from ..reconstruction.equalize import equalize
 from ..report.equalization import equalization_item
 from .options import merge_fields, storage_options
+from .outcome import stage_outcome
 from .stage import Stage, StageResult
 
 
@@ -67,4 +68,7 @@ class Equalization(Stage):
             "divergence_before": result.divergence_before,
             "divergence_after": result.divergence_after,
         }
-        return StageResult(figures, [equalization_item(result.inputs)] if result.inputs else [])
+        if not result.inputs:
+            return StageResult(figures, outcome="No input has channels that can be equalized.")
+        subject = f"Channels of {figures['equalized'] if result.kept else len(result.inputs):.0f} inputs"
+        return StageResult(figures, [equalization_item(result.inputs)], stage_outcome(subject, "equalized", result))

@@ -83,6 +83,7 @@ class StageResult:
     Args:
         figures: Single values by name; loggers get them.
         items: Tables and pictures for the report and for loggers.
+        outcome: What became of the stage, in whole sentences for the report.
 
     Example:
         See ``Stage``.
@@ -90,6 +91,7 @@ class StageResult:
 
     figures: dict[str, float] = field(default_factory=dict)
     items: list[ReportItem] = field(default_factory=list)
+    outcome: str = ""
 
 
 class Stage(pl.Callback, ABC):

@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..report.chart import Chart, Series, over_layers
 from ..report.item import ReportItem
+from ..report.numbers import number, percent, short
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,15 @@ class ExportReport:
 
 
 def export_item(reports: Sequence[ExportReport]) -> ReportItem:
-    """Operators of the engine by layer, as a report item; figures of the file are in the title.
+    """Operators of the engine by layer, as a report item; figures of the file are in its note.
 
     Args:
         reports: Reports of the exports of one run, at least one.
 
     Example:
         >>> report = ExportReport(Path("model.onnx"), "onnxruntime", 50, 200, (LayerOperator("fc", "QGemm", True),))
-        >>> export_item([report]).title, export_item([report]).rows
-        ('Exported: model.onnx, 50 bytes (0.250 of float)', [['fc', 'QGemm', 'yes']])
+        >>> export_item([report]).note, export_item([report]).rows
+        ('50 B, 25.0% of the float model.', [['fc', 'QGemm', 'yes']])
     """
     report = reports[-1]
     rows = [[line.layer, line.operator, "yes" if line.integer else "no"] for line in report.operators]
@@ -117,9 +119,16 @@ def export_item(reports: Sequence[ExportReport]) -> ReportItem:
         axes.set_xlabel("layers")
         return figure
 
-    title = f"Exported: {report.path.name}, {report.file_bytes:,} bytes ({report.size_ratio:.3f} of float)"
+    def charts() -> list[Chart]:
+        counts = report.counts
+        series = Series("", over_layers(list(counts.values())), "bars")
+        return [Chart("Quantized layers by the operator that computes them", [series], list(counts), from_zero=True)]
+
+    sentences = [f"{short(report.file_bytes, 'B')}, {percent(report.size_ratio)} of the float model."]
     if report.agreement is not None:
-        title += f", {report.agreement:.2%} of decisions agree with torch"
+        sentences.append(f"{percent(report.agreement)} of decisions agree with torch on a calibration batch.")
     if report.latency is not None:
-        title += f", {1000 * report.latency:.3g} ms a batch on {report.threads} threads"
-    return ReportItem("export", title, ["layer", "operator", "integers"], rows, draw)
+        threads = f"{report.threads} thread{'s' if report.threads != 1 else ''}"
+        sentences.append(f"ONNX Runtime takes {number(1000 * report.latency)} ms for it on {threads}.")
+    columns, title = ["layer", "operator", "integers"], f"Exported: {report.path.name}"
+    return ReportItem("export", title, columns, rows, draw, charts=charts, note=" ".join(sentences))

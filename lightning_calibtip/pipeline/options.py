@@ -98,7 +98,7 @@ class PipelineOptions:
             >>> PipelineOptions(seed=3).to_dict()["seed"]
             3
         """
-        plain: dict[str, Any] = _plain(self)
+        plain: dict[str, Any] = plain_values(self)
         return plain
 
 
@@ -115,14 +115,22 @@ def _stage_options(value: Any, default: Any, name: str) -> Any:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON and YAML know it: dataclasses as mappings, functions by their names."""
+def plain_values(value: Any) -> Any:
+    """A value as JSON and YAML know it: dataclasses as mappings, functions by their names.
+
+    Args:
+        value: Any value.
+
+    Example:
+        >>> plain_values({"storage": StorageOptions(), "metric": len})["metric"]
+        'len'
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {declared.name: _plain(getattr(value, declared.name)) for declared in fields(value)}
+        return {declared.name: plain_values(getattr(value, declared.name)) for declared in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain_values(inner) for inner in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return getattr(value, "__qualname__", str(value))

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from ..allocation.work import Work
 from ..callbacks.diagnosis import Diagnosis
 from ..callbacks.stage import Stage
 from ..diagnosis.diagnose import DiagnosisResult
@@ -20,9 +21,12 @@ from ..report.histograms import histograms_item
 from ..report.item import ReportItem
 from ..report.layers import layers_item
 from ..report.loggers import log_checkpoint, log_items
+from ..report.metrics import Validation
 from ..report.page import Section, write_page
 from ..report.record import StageRecord, remove_previous_items, run_record, write_record
+from ..report.size import bit_operations
 from .checkpoint_io import AtomicCheckpointIO
+from .settings import run_settings
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ class StageOutcome:
         metrics: What the user's own validation logged after it.
         figures: What the stage itself measured.
         items: Report items of the stage.
+        outcome: What became of it, in whole sentences.
 
     Example:
         >>> StageOutcome("Calibration", 1.5, {"accuracy": 0.9}, {"layers": 20.0}).metrics["accuracy"]
@@ -48,6 +53,7 @@ class StageOutcome:
     metrics: dict[str, float]
     figures: dict[str, float]
     items: Sequence[ReportItem] = ()
+    outcome: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class QuantizationRun:
         exports: Reports of what was exported so far.
         run_further: Function that runs further stages on the same calibration and validation data, as ``run_stages``
             does.
+        validation: What is known of the validation besides the values that it logs.
+        work: What each layer does for one sample; None where it could not be counted.
+        checkpoints: Files that ``save`` has written so far.
 
     Example:
         See ``run_stages``.
@@ -81,6 +90,9 @@ class QuantizationRun:
     writes: bool = True
     exports: list[ExportReport] = field(default_factory=list)
     run_further: Callable[[Sequence[Stage]], "QuantizationRun"] | None = None
+    validation: Validation = field(default_factory=Validation)
+    work: Mapping[str, Work] | None = None
+    checkpoints: list[Path] = field(default_factory=list)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -130,11 +142,19 @@ class QuantizationRun:
         if metric is not None and metric not in self.float_metrics:
             raise KeyError(f"validation logged no {metric!r}, only {', '.join(self.float_metrics) or 'nothing'}.")
         stages = [
-            StageRecord(stage.name, stage.seconds, stage.metrics.get(metric or ""), stage.figures)
+            StageRecord(
+                stage.name,
+                stage.seconds,
+                stage.metrics.get(metric or ""),
+                stage.figures,
+                stage.metrics,
+                stage.outcome,
+            )
             for stage in self.stages
         ]
+        network = self.module.network
         record = run_record(
-            self.module.network,
+            network,
             recipe,
             model,
             metric or "no metric",
@@ -143,8 +163,15 @@ class QuantizationRun:
             self.float_metrics.get(metric or ""),
             stages,
             [item.name for item in self.items],
+            self.float_metrics,
+            self.validation,
+            None if self.work is None else bit_operations(network, self.work),
         )
-        return {**record, "exports": [report.to_dict() for report in self.exports]} if self.exports else record
+        if self.exports:
+            record["exports"] = [report.to_dict() for report in self.exports]
+        if "weights" in self.configuration:
+            record["weights"] = self.configuration["weights"]
+        return record
 
     @property
     def items(self) -> list[ReportItem]:
@@ -221,6 +248,7 @@ class QuantizationRun:
             )
         trainer.strategy.connect(self.module)
         trainer.save_checkpoint(path, weights_only=True)
+        self.checkpoints.append(Path(path).absolute())
         if clean_up:
             self.clean_up()
 
@@ -239,13 +267,16 @@ class QuantizationRun:
         if not self.writes:
             return
         folder, items = Path(folder), self.items
+        if self.checkpoints:
+            record = {**record, "checkpoint": str(self.checkpoints[-1])}
         # What an earlier run has left here is not of this one.
         remove_previous_items(folder)
         write_record(folder / "result.json", record)
         for item in items:
             item.save(folder)
         sections = [Section(item, open=item.name == "layers") for item in items]
-        write_page(folder / "report.html", record, sections, self.configuration)
+        stages = {outcome.name: stage for outcome, stage in zip(self.stages, self.ran, strict=False)}
+        write_page(folder / "report.html", record, sections, run_settings(self.configuration, stages))
 
     def log(self, loggers: Iterable[Any], checkpoint: str | Path, prefix: str = "", step: int | None = None) -> None:
         """Give loggers what they take of the whole run: the layers, the worst of them, the checkpoint and

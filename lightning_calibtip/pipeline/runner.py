@@ -26,6 +26,7 @@ from ..network.scheme import QuantizationScheme
 from ..option_fields import argument_names, field_names, require_known
 from ..quiet import quiet_trainers
 from .distributed import distributed_options, is_first_process
+from .observation import ValidationObserver, WorkObserver
 from .options import PipelineOptions
 from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
@@ -118,10 +119,15 @@ def run_stages(
         raise ValueError("The calibration data are used up: give run_stages(run.module, stages, loader) a new loader.")
     batches: DataLoader[Any] = DataLoader(kept, batch_size=None)  # type: ignore[arg-type]
 
-    def validate() -> dict[str, float]:
+    observer, work = ValidationObserver(), WorkObserver()
+
+    def validate(*observers: ValidationObserver) -> dict[str, float]:
         # The user's step may use self.logger; what it logs there belongs to no stage.
-        trainer = _quiet_trainer({**options, "logger": DummyLogger()}, callbacks)
-        logged = trainer.validate(module, validation, verbose=False)
+        trainer = _quiet_trainer({**options, "logger": DummyLogger()}, [*callbacks, *observers])
+        with ExitStack() as stack:
+            for each in observers:
+                stack.enter_context(each.noting(module))
+            logged = trainer.validate(module, validation, verbose=False)
         return {key: float(value) for results in logged for key, value in results.items()}
 
     def evaluate_meanwhile() -> dict[str, float]:
@@ -137,7 +143,7 @@ def run_stages(
     def evaluate(name: str, step: int) -> dict[str, float]:
         if validation is None:
             return {}
-        metrics = validate()
+        metrics = validate(observer) if step == 0 else validate()
         for logger in loggers:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
         log.info("%s: %s", name, metrics)
@@ -158,12 +164,13 @@ def run_stages(
             }  # fmt: skip
             if stage.evaluate is None and validation is not None:
                 stage.evaluate = evaluate_meanwhile
-            checks = [_SameBatches(kept), _PlanChecks(stages)] if step == 1 else []
+            checks = [_SameBatches(kept), _PlanChecks(stages), work] if step == 1 else []
             _quiet_trainer(stage_options, [*callbacks, *checks, stage]).fit(module, batches)
             before = sum(other.name == stage.name for other in stages[: step - 1])
             name = f"{stage.name} {before + 1}" if before else stage.name
             metrics = evaluate(name, step)
-            done.append(StageOutcome(name, stage.seconds, metrics, stage.result.figures, stage.result.items))
+            result = stage.result
+            done.append(StageOutcome(name, stage.seconds, metrics, result.figures, result.items, result.outcome))
     samples = sum(batch_size(batch) for batch in batches)
     example = next(iter(batches), None)
     configuration = dict(configuration or module.hparams)
@@ -184,6 +191,8 @@ def run_stages(
         example,
         tuple(stages),
         module.global_rank == 0,
+        validation=observer.validation,
+        work=work.work,
         run_further=further,
     )
 

@@ -69,6 +69,7 @@ class EqualizationResult:
         divergence_before: KL divergence from the float model before, in nats a sample.
         divergence_after: The same of the state that was kept.
         kept: Whether the equalized state was kept.
+        note: Why it was not; ``""`` if it was.
 
     Example:
         See ``equalize``.
@@ -78,6 +79,7 @@ class EqualizationResult:
     divergence_before: float
     divergence_after: float
     kept: bool
+    note: str = ""
 
 
 @torch.no_grad()
@@ -175,13 +177,16 @@ def equalize(
                     found.append(_equalize(tensor, groups[tensor], waiting.pop(tensor), absorber, options))
             floats.finish(unit, record)
         floats.forget()
+    before, after, note = float(attempt.before.mean()), float(attempt.after.mean()), ""
     if not attempt.kept:
-        log.warning("Equalization did not lower the divergence of the inputs' rounding: restored.")
+        tried = float(attempt.tried.mean())
+        note = f"it did not lower the divergence that the inputs' rounding makes ({before:.4g} to {tried:.4g})"
+        log.warning("Equalization: layers restored, since %s.", note)
         found = [replace(one, exponent=0.0, error_after=one.error_before) for one in found]
     network.set_absorbers(absorbers)
     for tensor, channels in groups.items():
         tensor.learnable = channels
-    return EqualizationResult(tuple(found), float(attempt.before.mean()), float(attempt.after.mean()), attempt.kept)
+    return EqualizationResult(tuple(found), before, after, attempt.kept, note)
 
 
 @contextmanager

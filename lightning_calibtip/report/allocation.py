@@ -5,9 +5,12 @@ from typing import Any
 
 from ..allocation.outcome import Allocation, Point
 from ..quantization.spec import BitWidths
+from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
-from .layers import draw_bit_widths
+from .layers import bit_width_charts, draw_bit_widths
+
+_NOTE_ON_RISES = "Where the loss does not rise, the point lies at the bottom."
 
 
 def allocation_items(allocation: Allocation) -> list[ReportItem]:
@@ -40,7 +43,7 @@ def _bit_widths_item(allocation: Allocation) -> ReportItem:
         return draw_bit_widths(chosen)
 
     columns = ["layer", "weight bits", "activation bits", "rise of the loss alone"]
-    return ReportItem("allocation", "Bit-widths chosen", columns, rows, draw)
+    return ReportItem("allocation", "Bit-widths chosen", columns, rows, draw, charts=lambda: bit_width_charts(chosen))
 
 
 def _sensitivity_item(allocation: Allocation) -> ReportItem:
@@ -67,7 +70,19 @@ def _sensitivity_item(allocation: Allocation) -> ReportItem:
         return figure
 
     columns = ["layer", *(bits.label for bits in candidates)]
-    return ReportItem("sensitivity", "Sensitivity of each layer", columns, rows, draw, table.write)
+
+    def charts() -> list[Chart]:
+        title = f"Rise of the {_loss_name(allocation)} with this layer alone at these bit-widths"
+        of_candidates = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
+        series = [
+            Series(bits.label, over_layers(rises), "points")
+            for bits, rises in zip(candidates, of_candidates, strict=True)
+        ]
+        return [Chart(title, series, names, log=True)]
+
+    return ReportItem(
+        "sensitivity", "Sensitivity of each layer", columns, rows, draw, table.write, charts, _NOTE_ON_RISES
+    )
 
 
 def _trade_off_item(allocation: Allocation) -> ReportItem:
@@ -103,7 +118,30 @@ def _trade_off_item(allocation: Allocation) -> ReportItem:
         figure.legend(loc="outside upper center", ncols=4, fontsize=9)
         return figure
 
-    return ReportItem("trade_off", "Trade-off of size and loss", columns, rows, draw)
+    return ReportItem(
+        "trade_off", "Trade-off of size and loss", columns, rows, draw, charts=lambda: _trade_off_charts(allocation)
+    )
+
+
+def _trade_off_charts(allocation: Allocation) -> list[Chart]:
+    curve = sorted(allocation.curve, key=lambda point: point.compression)
+    labels = [point.label for point in allocation.uniform]
+    charts = []
+    for name in (None, *allocation.chosen.metrics):
+
+        def points(of: Sequence[Point], name: str | None = name) -> list[tuple[float, float]]:
+            return [(p.compression, p.measured_loss if name is None else p.metrics[name]) for p in of]
+
+        series = [
+            Series("mixed", points(curve), "line"),
+            Series("uniform bit-widths", points(allocation.uniform), "points", labels),
+            Series("chosen", points([allocation.chosen]), "points"),
+        ]
+        if name is None:
+            series.append(Series("mixed, predicted", [(p.compression, p.predicted_loss) for p in curve], "dashed"))
+        title = name or f"Rise of the {_loss_name(allocation)}"
+        charts.append(Chart(title, series, x_label="size of the weights (share of float32)", log=name is None))
+    return charts
 
 
 def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]) -> None:

@@ -4,8 +4,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..reconstruction.equalize import EqualizedInput
+from .chart import Chart
 from .item import ReportItem
-from .reconstruction import draw_errors
+from .reconstruction import draw_errors, error_charts
+
+_NOTE = (
+    "The error is the squared difference of the outputs of the layers that read an input from the float ones, relative "
+    "to the mean square of the float outputs, on samples that were held out. Channels are divided by their range to "
+    "the power of the exponent."
+)
 
 
 def equalization_item(inputs: Sequence[EqualizedInput]) -> ReportItem:
@@ -36,7 +43,12 @@ def equalization_item(inputs: Sequence[EqualizedInput]) -> ReportItem:
         return draw_errors([found.name for found in inputs], before, after, "input", "equalization")
 
     columns = ["input", "read by", "how", "exponent", "error before", "error after"]
-    return ReportItem("equalization", "Equalization of inputs", columns, rows, draw)
+
+    def charts() -> list[Chart]:
+        before, after = [found.error_before for found in inputs], [found.error_after for found in inputs]
+        return error_charts([found.name for found in inputs], before, after, "equalization")
+
+    return ReportItem("equalization", "Equalization of inputs", columns, rows, draw, charts=charts, note=_NOTE)
 
 
 def _how(found: EqualizedInput) -> str:

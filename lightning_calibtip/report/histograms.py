@@ -14,11 +14,12 @@ from ..network.tensors import ObservedTensor
 from ..quantization.observers import HistogramObserver
 from ..quantization.quantizers import Quantizer
 from ..quantization.spec import PerGroup, PerTensor
+from .chart import Chart, Series
 from .drawing import plain_text
 from .item import ReportItem
 
-# Bars of a histogram.
-_BARS = 120
+# Bars of a histogram in pictures and in charts.
+_BARS, _BARS_OF_CHARTS = 120, 60
 
 
 def histograms_item(network: QuantizedNetwork, layers: int = 6) -> ReportItem:
@@ -60,7 +61,15 @@ def histograms_item(network: QuantizedNetwork, layers: int = 6) -> ReportItem:
         return figure
 
     columns = ["layer", "tensor", "bits", "least", "greatest", "range from", "range to"]
-    return ReportItem("histograms", "Weights and inputs of the layers that lose most", columns, rows, draw)
+    return ReportItem(
+        "histograms",
+        "Weights and inputs of the layers that lose most",
+        columns,
+        rows,
+        draw,
+        charts=lambda: [chart for layer in shown for chart in _charts(layer)],
+        note="Dashed lines are the ends of the quantizer's range; of several ranges, those of the widest.",
+    )
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,49 @@ def _rows(shown: _Shown) -> Iterator[list[Any]]:
         yield [layer.name, activation.description, bits, *seen, *(_range(activation.quantizer) or nothing)]
 
 
+def _charts(shown: _Shown) -> Iterator[Chart]:
+    layer = shown.layer
+    weight = layer.weight.detach().float().flatten().cpu()
+    if weight.numel():
+        low, high = float(weight.min()), float(weight.max())
+        counts = torch.histc(weight, _BARS_OF_CHARTS, low, high)
+        ends = torch.linspace(low, high, _BARS_OF_CHARTS + 1) if low < high else torch.tensor([low - 0.5, low + 0.5])
+        if low == high:
+            counts = counts.sum().view(1)
+        yield _histogram_chart(
+            f"{layer.name}: number of weights by value", counts, ends, _range(layer.weight_quantizer)
+        )
+    for activation in shown.activations:
+        if activation.histogram is not None:
+            counts, ends = _merged(*activation.histogram, _BARS_OF_CHARTS)
+            title = f"{layer.name}: number of values of its {activation.description}"
+            yield _histogram_chart(title, counts, ends, _range(activation.quantizer))
+
+
+def _histogram_chart(title: str, counts: Tensor, ends: Tensor, limits: tuple[float, float] | None) -> Chart:
+    points = list(zip(ends.tolist(), [*counts.tolist(), 0.0], strict=True))
+    return Chart(title, [Series("", points, "area")], log=True, marks=limits or (), mark_label="range")
+
+
+def _merged(kept: Tensor, low: float, high: float, bars: int) -> tuple[Tensor, Tensor]:
+    """Counts of an activation over about so many bars between its least and greatest value, and the bars' ends.
+
+    Args:
+        kept: The reach, and the counts over ``[-reach, reach]``.
+        low: Least value.
+        high: Greatest value.
+        bars: Number of bars.
+    """
+    reach, counts = float(kept[0]), kept[1:]
+    step = len(counts)
+    # Ever finer, until enough of the bars are in use.
+    while step % 2 == 0 and (high - low) / (2 * reach) * len(counts) / step < bars / 2:
+        step //= 2
+    places = torch.linspace(-reach, reach, len(counts) + 1)[::step]
+    used = (places[1:] >= low) & (places[:-1] <= high)
+    return counts.view(-1, step).sum(1)[used], torch.cat([places[:-1][used], places[1:][used][-1:]])
+
+
 def _draw_weight(axes: Any, layer: QuantizedLayer) -> None:
     axes.set_title(f"{plain_text(layer.name)}: weight", fontsize=8)
     weight, quantizer = layer.weight.detach(), layer.weight_quantizer
@@ -182,14 +234,8 @@ def _draw_activations(axes: Any, title: str, activations: Sequence[_Activation])
         return
     for activation in drawn:
         assert activation.histogram is not None
-        kept, low, high = activation.histogram
-        reach, counts = float(kept[0]), kept[1:]
-        edges = torch.linspace(-reach, reach, len(counts) + 1)
-        step = len(counts) // 1024
-        merged, places = counts.view(-1, step).sum(1), edges[::step]
-        used = (places[1:] >= low) & (places[:-1] <= high)
-        ends = torch.cat([places[:-1][used], places[1:][used][-1:]])
-        axes.stairs(merged[used].numpy(), ends.numpy(), fill=True, alpha=0.7)
+        counts, ends = _merged(*activation.histogram, _BARS)
+        axes.stairs(counts.numpy(), ends.numpy(), fill=True, alpha=0.7)
         if (limits := _range(activation.quantizer)) is not None:
             _mark(axes, *limits, "range")
     axes.set_yscale("log")

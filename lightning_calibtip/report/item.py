@@ -11,6 +11,7 @@ from typing import Any
 
 from ..files.atomic import write_atomically
 from ..files.cells import inert
+from .chart import Chart
 from .table import text_table
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class ReportItem:
         rows: Lines of the table, of plain values.
         draw: Function that makes the matplotlib figure.
         write: Function that writes the table to a file; plain CSV is written if None.
+        charts: Function that gives the charts of the page; if None, the page shows what ``draw`` makes.
+        note: What the columns mean, in whole sentences for the page.
 
     Example:
         >>> def draw():
@@ -51,6 +54,8 @@ class ReportItem:
     rows: Sequence[Sequence[Any]]
     draw: Callable[[], Any]
     write: Callable[[Path], None] | None = None
+    charts: Callable[[], Sequence[Chart]] | None = None
+    note: str = ""
 
     @property
     def text(self) -> str:
@@ -81,6 +86,19 @@ class ReportItem:
             log.info("%s is not drawn: %s (pip install matplotlib).", self.name, error)
             return None
         except Exception as error:
-            log.warning("%s cannot be drawn (%s: %s).", self.name, type(error).__name__, error)
+            self._warn(error)
             return None
         return content.getvalue()
+
+    @cached_property
+    def drawn_charts(self) -> Sequence[Chart]:
+        """Charts of the page, for which there must be values; none where making them fails, as with ``png``."""
+        try:
+            charts = [] if self.charts is None else self.charts()
+        except Exception as error:
+            self._warn(error)
+            return []
+        return [chart for chart in charts if any(series.finite for series in chart.series)]
+
+    def _warn(self, error: Exception) -> None:
+        log.warning("%s cannot be drawn (%s: %s).", self.name, type(error).__name__, error)

@@ -5,10 +5,14 @@ from typing import Any
 
 from ..network.network import QuantizedNetwork
 from ..quantization.spec import BitWidths
+from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
+from .reconstruction import WHAT_ERROR_IS
 
 COLUMNS = ("layer", "type", "is", "weight bits", "activation bits", "weights", "error before", "error after", "note")
+
+_NOTE = f"{WHAT_ERROR_IS} A layer of a block has the error of the whole block."
 
 
 def layers_item(network: QuantizedNetwork) -> ReportItem:
@@ -41,7 +45,26 @@ def layers_item(network: QuantizedNetwork) -> ReportItem:
     def draw() -> Any:
         return draw_bit_widths(bit_widths)
 
-    return ReportItem("layers", "Layers", COLUMNS, rows, draw)
+    return ReportItem("layers", "Layers", COLUMNS, rows, draw, charts=lambda: bit_width_charts(bit_widths), note=_NOTE)
+
+
+def bit_width_charts(bit_widths: Mapping[str, BitWidths]) -> list[Chart]:
+    """The bit-widths of weights and activations over the layers, for the page; see ``draw_bit_widths``.
+
+    Args:
+        bit_widths: Bit-widths by the name of the layer, in the order of execution.
+
+    Example:
+        >>> (chart,) = bit_width_charts({"conv1": BitWidths(8, 8), "conv2": BitWidths(4, None)})
+        >>> chart.series[1].points
+        [(0, 8)]
+    """
+    weights, activations = ([getattr(of, what) for of in bit_widths.values()] for what in ("weight", "activation"))
+    series = [
+        Series("weights", over_layers(weights), "bars"),
+        Series("activations", over_layers(activations), "points"),
+    ]
+    return [Chart("Bit-widths", series, list(bit_widths), from_zero=True)]
 
 
 def draw_bit_widths(bit_widths: Mapping[str, BitWidths]) -> Any:

@@ -2,22 +2,22 @@
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files.atomic import write_atomically
+from .chart import HEIGHT, Chart
 from .item import ReportItem
-
-# What is shown for a missing value; the page's script knows it too.
-MISSING = "-"
+from .metrics import share_error, verdict
+from .numbers import number, percent, short, signed, sort_key
+from .settings import Setting
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a report item, as picture and table, under its title.
+    """A part of the page: a report item, as charts and table, under its title.
 
     Args:
         item: What is shown.
@@ -30,23 +30,38 @@ class Section:
     item: ReportItem
     open: bool = False
 
+    @property
+    def charts(self) -> Sequence[Chart]:
+        """Charts of the item; none if it has only a picture."""
+        return self.item.drawn_charts
 
-def render_page(record: Mapping[str, Any], sections: Sequence[Section], configuration: Mapping[str, Any]) -> str:
+    @property
+    def picture(self) -> str | None:
+        """The picture as a data URI, if there is one."""
+        png = self.item.png
+        return None if png is None else f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def render_page(record: Mapping[str, Any], sections: Sequence[Section], settings: Sequence[Setting]) -> str:
     """The page as HTML.
 
     Args:
         record: Record of the run, see ``run_record``.
         sections: Parts of the page, in order.
-        configuration: Settings of the run, by name.
+        settings: Settings of the run.
 
     Raises:
         ModuleNotFoundError: Without jinja2 (which torch brings with it).
 
     Example:
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.network import QuantizedNetwork
+        >>> from lightning_calibtip.network.scheme import QuantizationScheme
         >>> from lightning_calibtip.report.reconstruction import reconstruction_item
-        >>> record = {"model": "net", "recipe": "test", "seed": 0, "calibration_samples": 1, "metric": "top1",
-        ...           "float": 0.9, "quantized": 0.8, "stages": [], "size": {"quantized_bytes": 1, "ratio": 0.5}}
-        >>> html = render_page(record, [Section(reconstruction_item([]))], {"weight_bits": 4})
+        >>> from lightning_calibtip.report.record import run_record
+        >>> network = QuantizedNetwork(nn.Sequential(nn.Linear(2, 3)), QuantizationScheme())
+        >>> record = run_record(network, "recipe", "net", "top1", 0, 32, 0.95, [])
+        >>> html = render_page(record, [Section(reconstruction_item([]))], [Setting("", "weight_bits", "4")])
         >>> "<h2>Error of each unit before and after AdaQuant</h2>" in html
         True
     """
@@ -59,38 +74,24 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], configur
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
-    environment.filters["sort_key"] = _sort_key
+    for use in (number, signed, short, percent, sort_key, verdict, share_error):
+        environment.filters[use.__name__] = use
+    environment.filters["minus"] = _minus
+    environment.filters["quoted"] = json.dumps
+    environment.globals["height"] = HEIGHT
+    float_metrics = {name: metric["float"] for name, metric in record["metrics"].items()}
     return environment.get_template("page.html").render(
-        record=record,
-        sections=[(section, _picture(section.item)) for section in sections],
-        configuration={name: json.dumps(value, default=str) for name, value in configuration.items()},
+        record=record, sections=sections, settings=settings, float_metrics=float_metrics
     )
 
 
 def write_page(
-    path: str | Path, record: Mapping[str, Any], sections: Sequence[Section], configuration: Mapping[str, Any]
+    path: str | Path, record: Mapping[str, Any], sections: Sequence[Section], settings: Sequence[Setting]
 ) -> None:
     """Write the page: completely or not at all. See ``render_page``."""
-    write_atomically(path, render_page(record, sections, configuration).encode())
+    write_atomically(path, render_page(record, sections, settings).encode())
 
 
-def _picture(item: ReportItem) -> str | None:
-    """The figure as a data URI, if there is one."""
-    return None if item.png is None else f"data:image/png;base64,{base64.b64encode(item.png).decode()}"
-
-
-def _sort_key(value: float) -> str:
-    """A number as JavaScript reads it."""
-    return str(value).replace("inf", "Infinity").replace("nan", "NaN")
-
-
-def _number(value: Any) -> str:
-    """A cell of a table."""
-    if value is None:
-        return MISSING
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
+def _minus(value: float | None, other: float | None) -> float | None:
+    """A difference, where both are known."""
+    return None if value is None or other is None else value - other

@@ -6,10 +6,16 @@ from typing import Any
 
 from ..quantization.spec import BitWidths
 from ..reconstruction.optimize import UnitResult
+from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
 
 _TITLE = "Error of each unit before and after AdaQuant"
+
+WHAT_ERROR_IS = (
+    "The error of a unit is the squared difference of its output from the float model's, relative to the mean square "
+    "of the float output, on calibration samples that were held out: 0 is exact, 1 as far off as an output of zeros."
+)
 
 
 def reconstruction_item(results: Sequence[UnitResult], candidate: BitWidths | None = None) -> ReportItem:
@@ -35,10 +41,37 @@ def reconstruction_item(results: Sequence[UnitResult], candidate: BitWidths | No
         return draw_errors(names, [r.error_before for r in results], [r.error_after for r in results], "unit")
 
     columns = ["unit", "layers", "error before", "error after", "seconds in steps", "outcome"]
-    if candidate is None:
-        return ReportItem("reconstruction", _TITLE, columns, rows, draw)
-    label = candidate.label
-    return ReportItem(f"reconstruction_{label.lower()}", f"{_TITLE} at {label}", columns, rows, draw)
+
+    def charts() -> list[Chart]:
+        errors = [r.error_before for r in results], [r.error_after for r in results]
+        return error_charts([r.name for r in results], *errors)
+
+    name, title = "reconstruction", _TITLE
+    if candidate is not None:
+        name, title = f"{name}_{candidate.label.lower()}", f"{title} at {candidate.label}"
+    return ReportItem(name, title, columns, rows, draw, charts=charts, note=WHAT_ERROR_IS)
+
+
+def error_charts(
+    names: Sequence[str], before: Sequence[float], after: Sequence[float], stage: str = "AdaQuant"
+) -> list[Chart]:
+    """Errors before and after a stage for the page; see ``draw_errors``.
+
+    Args:
+        names: Names of layers or units, in the order of execution.
+        before: Relative error of each.
+        after: The same afterwards.
+        stage: What has changed the errors.
+
+    Example:
+        >>> error_charts(["conv1"], [0.5], [0.25])[0].series[1].label
+        'after AdaQuant'
+    """
+    series = [
+        Series(f"before {stage}", over_layers(before), "line"),
+        Series(f"after {stage}", over_layers(after), "line"),
+    ]
+    return [Chart("Error, relative to the mean square of the output", series, names, log=True)]
 
 
 def draw_errors(

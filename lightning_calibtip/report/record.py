@@ -5,14 +5,19 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..files.atomic import write_atomically
 from ..network.network import QuantizedNetwork
 from .item import SUFFIXES
-from .size import model_size
+from .metrics import Validation, metric_records
+from .size import BitOperations, model_size
 from .table import text_table
+from .versions import versions
 
 RECORD_VERSION = 1
 RECORD_NAME = "result.json"
@@ -27,6 +32,8 @@ class StageRecord:
         seconds: Time that it took.
         metric: Metric after it; None where nothing was evaluated.
         figures: What the stage itself measured.
+        metrics: Everything that validation logged after it.
+        outcome: What became of the stage, in whole sentences.
 
     Example:
         >>> StageRecord("Calibration", 1.5, 0.8).figures
@@ -37,6 +44,8 @@ class StageRecord:
     seconds: float
     metric: float | None
     figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    outcome: str = ""
 
 
 def peak_rss_bytes() -> int | None:
@@ -98,6 +107,9 @@ def run_record(
     float_metric: float | None,
     stages: Sequence[StageRecord],
     report_items: Sequence[str] = (),
+    float_metrics: Mapping[str, float] | None = None,
+    validation: Validation | None = None,
+    operations: BitOperations | None = None,
 ) -> dict[str, Any]:
     """All figures of a run as plain values; metrics are fractions (0 to 1).
 
@@ -111,6 +123,9 @@ def run_record(
         float_metric: Metric of the float model; None where nothing was evaluated.
         stages: The stages, in order.
         report_items: Names of the report items that are written beside the record, see ``remove_previous_items``.
+        float_metrics: Everything that validation logged for the float model.
+        validation: What else is known of the validation.
+        operations: Bit operations of the model; None where they are not known.
 
     Example:
         >>> from torch import nn
@@ -132,11 +147,22 @@ def run_record(
         "float": float_metric,
         "calibrated": next((stage.metric for stage in stages if stage.name == "Calibration"), None),
         "quantized": stages[-1].metric if stages else None,
+        "metrics": metric_records(float_metrics or {}, [stage.metrics for stage in stages], validation or Validation()),
         "stages": [asdict(stage) for stage in stages],
         "size": {"float_bytes": size.float_bytes, "quantized_bytes": size.quantized_bytes, "ratio": size.ratio},
+        "bit_operations": None
+        if operations is None
+        else {
+            "float": operations.float_operations,
+            "quantized": operations.quantized_operations,
+            "ratio": operations.ratio,
+        },
         "layers": layer_records(network),
         "report_items": list(report_items),
         "peak_rss_bytes": peak_rss_bytes(),
+        "peak_cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
     }
 
 

@@ -60,6 +60,7 @@ class BatchNormTuningResult:
         divergence_before: KL divergence from the float model before, in nats a sample.
         divergence_after: The same of the state that was kept.
         kept: Whether the tuned state was kept.
+        note: Why it was not; ``""`` if it was.
 
     Example:
         See ``tune_batch_norm``.
@@ -69,6 +70,7 @@ class BatchNormTuningResult:
     divergence_before: float
     divergence_after: float
     kept: bool
+    note: str = ""
 
 
 @torch.no_grad()
@@ -165,10 +167,11 @@ def tune_batch_norm(
             quantized_stream.finish(layer.name, outputs)
     quantized_stream.forget()
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
+    note = ""
     if not attempt.kept:
-        tried = float(attempt.tried.mean())
-        log.warning("BatchNorm tuning did not lower the divergence (%.4g to %.4g): restored.", before, tried)
-    return BatchNormTuningResult(tuple(order), before, after, attempt.kept)
+        note = f"it did not lower the divergence ({before:.4g} to {float(attempt.tried.mean()):.4g})"
+        log.warning("BatchNorm tuning: layers restored, since %s.", note)
+    return BatchNormTuningResult(tuple(order), before, after, attempt.kept, note)
 
 
 def _going_on(stream: Replay) -> Callable[[int], Any]:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # What is greater does not fit the arithmetic of Adam; this is more than enough to ruin a model, which is put back then.
 _GREATEST_RATE = 1e30
 
+_NOTHING_TO_TUNE = "no layer has a bias"
+
 
 @dataclass(frozen=True)
 class BiasTuningOptions:
@@ -70,6 +72,7 @@ class BiasTuningResult:
             there was nothing to tune.
         divergence_after: The same of the state that was kept.
         kept: Whether the tuned state was kept.
+        note: Why it was not; ``""`` if it was.
 
     Example:
         See ``tune_bias``.
@@ -78,6 +81,7 @@ class BiasTuningResult:
     divergence_before: float
     divergence_after: float
     kept: bool
+    note: str = ""
 
 
 def tune_bias(
@@ -124,7 +128,7 @@ def tune_bias(
     calibration.require()
     options = options or BiasTuningOptions()
     if options.scale_rate == 0 and all(layer.bias is None for layer in network.layers.values()):
-        return BiasTuningResult(math.nan, math.nan, False)
+        return BiasTuningResult(math.nan, math.nan, False, _NOTHING_TO_TUNE)
     targets = float_logits(network, calibration)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(calibration), generator=generator).tolist()
@@ -144,18 +148,15 @@ def tune_bias(
                     attempt.fail("no fall in the first epoch")
                     break
         if not groups:
-            attempt.fail("no layer has a bias")
+            attempt.fail(_NOTHING_TO_TUNE)
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
+    note = attempt.note
     if groups and not attempt.kept:
-        tried = attempt.tried if given_up is None else given_up
+        losses = attempt.tried if given_up is None else given_up
         when = "" if given_up is None else " in the first epoch"
-        log.warning(
-            "Bias tuning did not surely lower the held-out divergence%s (%.4g to %.4g): biases restored.",
-            when,
-            before,
-            float(tried.mean()),
-        )
-    return BiasTuningResult(before, after, attempt.kept)
+        note = f"it did not surely lower the held-out divergence{when} ({before:.4g} to {float(losses.mean()):.4g})"
+        log.warning("Bias tuning: biases restored, since %s.", note)
+    return BiasTuningResult(before, after, attempt.kept, note)
 
 
 def _descend(

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from lightning_calibtip.allocation.work import measure_work
 from lightning_calibtip.report.figures import layer_error_figure, stage_figure
 from lightning_calibtip.report.item import ReportItem
 from lightning_calibtip.report.layers import layers_item
@@ -16,12 +17,15 @@ from lightning_calibtip.report.record import (
     run_record,
     write_record,
 )
-from lightning_calibtip.report.size import model_size
+from lightning_calibtip.report.size import BitOperations, bit_operations, model_size
 from lightning_calibtip.report.table import layer_table, text_table
 from tests.networks import calibrated_network, calibration_set
 from tests.report.branches import Branches
 
-STAGES = [StageRecord("Calibration", 1.5, 0.8), StageRecord("AdaQuant", 20.0, 0.9, {"step_seconds": 18.0})]
+STAGES = [
+    StageRecord("Calibration", 1.5, 0.8),
+    StageRecord("AdaQuant", 20.0, 0.9, {"step_seconds": 18.0}, {"top1": 0.9, "loss": 0.3}, "6 of 6 units were kept."),
+]
 
 
 @pytest.fixture
@@ -32,7 +36,9 @@ def network(tiny_resnet, images):
 @pytest.fixture
 def record(network):
     network.layers["head"].errors = (0.5, 0.25)
-    return run_record(network, "recipe", "tiny", "top1", 3, 48, 0.95, STAGES, ["layers", "histograms"])
+    operations = BitOperations(2048.0, 64.0)
+    items = ["layers", "histograms"]
+    return run_record(network, "recipe", "tiny", "top1", 3, 48, 0.95, STAGES, items, {"top1": 0.95}, None, operations)
 
 
 def test_size_counts_bits_scales_zero_points_and_what_stays_float(tiny_resnet, images):
@@ -82,6 +88,16 @@ def test_a_quantizer_that_layers_share_is_counted_once():
     assert model_size(network).quantized_bytes == 2 * (12 // 2) + 4 * 2 * 3 + qparams
 
 
+def test_bit_operations_are_those_of_each_layers_own_formats(tiny_resnet, images):
+    calibration = calibration_set(tiny_resnet, images)
+    network = calibrated_network(tiny_resnet, calibration, overrides={"blocks.0.conv2": (2, 8), "head": None})
+    found = bit_operations(network, measure_work(network, calibration))
+    # 48 images of 8 x 8 pixels: the stem has 9 weights for each output, the others 54; the head 6 inputs.
+    stem, conv, head = 64 * 6 * 9, 64 * 6 * 54, 24
+    assert found.float_operations == 32 * 32 * (stem + 4 * conv + head)
+    assert found.quantized_operations == 8 * 8 * stem + (3 * 4 * 4 + 2 * 8) * conv + 32 * 32 * head
+
+
 def test_record_has_every_field(record):
     assert record["version"] == 1
     assert (record["recipe"], record["model"], record["metric"], record["seed"]) == ("recipe", "tiny", "top1", 3)
@@ -91,7 +107,14 @@ def test_record_has_every_field(record):
         "seconds": 20.0,
         "metric": 0.9,
         "figures": {"step_seconds": 18.0},
+        "metrics": {"top1": 0.9, "loss": 0.3},
+        "outcome": "6 of 6 units were kept.",
     }
+    assert record["metrics"]["loss"] == {
+        "float": None, "quantized": 0.3, "higher_is_better": False, "validation_samples": None, "standard_error": None,
+    }  # fmt: skip
+    assert record["bit_operations"] == {"float": 2048.0, "quantized": 64.0, "ratio": 1 / 32}
+    assert record["versions"]["torch"] == torch.__version__ and record["date"].startswith("20")
     assert set(record["size"]) == {"float_bytes", "quantized_bytes", "ratio"}
     assert record["calibration_samples"] == 48
     assert len(record["layers"]) == 6 and record["report_items"] == ["layers", "histograms"]
