@@ -81,4 +81,6 @@ class Diagnosis(Stage):
         self.diagnosis = result
         figures = {"loss": result.applied[-1].loss if result.applied else result.quantized_loss}
         figures |= {"loss_before": result.quantized_loss, "remedies": float(len(result.applied))}
-        return StageResult(figures, diagnosis_items(result))
+        worst = ", ".join(layer.name for layer in result.worst(3))
+        outcome = f"The layers that cost most are {worst}. {result.outcome}".strip()
+        return StageResult(figures, diagnosis_items(result), outcome)

@@ -22,7 +22,7 @@ from ..report.item import ReportItem
 from ..report.layers import layers_item
 from ..report.loggers import log_checkpoint, log_items
 from ..report.metrics import Validation
-from ..report.page import Section, write_page
+from ..report.page import Section, pages_of, write_page
 from ..report.record import StageRecord, remove_previous_items, run_record, write_record
 from ..report.size import bit_operations
 from .checkpoint_io import AtomicCheckpointIO
@@ -86,7 +86,7 @@ class QuantizationRun:
     calibration_samples: int
     configuration: Mapping[str, Any] = field(default_factory=dict)
     example: Any = None
-    ran: Sequence[Stage] = ()
+    ran: list[Stage] = field(default_factory=list)
     writes: bool = True
     exports: list[ExportReport] = field(default_factory=list)
     run_further: Callable[[Sequence[Stage]], "QuantizationRun"] | None = None
@@ -122,6 +122,7 @@ class QuantizationRun:
         before = sum(stage.name.split()[0] == "Diagnosis" for stage in self.stages)
         (outcome,) = further.stages
         self.stages.append(replace(outcome, name=f"{outcome.name} {before + 1}" if before else outcome.name))
+        self.ran.append(stage)
         self.__dict__.pop("_items", None)
         assert stage.diagnosis is not None
         return stage.diagnosis
@@ -269,12 +270,13 @@ class QuantizationRun:
         folder, items = Path(folder), self.items
         if self.checkpoints:
             record = {**record, "checkpoint": str(self.checkpoints[-1])}
+        sections = [Section(item, open=item.name in ("layers", "diagnosis")) for item in items]
+        record = {**record, "report_pages": pages_of(sections)}
         # What an earlier run has left here is not of this one.
         remove_previous_items(folder)
         write_record(folder / "result.json", record)
         for item in items:
             item.save(folder)
-        sections = [Section(item, open=item.name == "layers") for item in items]
         stages = {outcome.name: stage for outcome, stage in zip(self.stages, self.ran, strict=False)}
         write_page(folder / "report.html", record, sections, run_settings(self.configuration, stages))
 

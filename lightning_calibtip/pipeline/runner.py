@@ -189,7 +189,7 @@ def run_stages(
         samples,
         configuration,
         example,
-        tuple(stages),
+        list(stages),
         module.global_rank == 0,
         validation=observer.validation,
         work=work.work,

@@ -1,8 +1,10 @@
 """A diagnosis: what the layers cost, why, and what to do; and what remedies have done."""
 
+from functools import partial
 from typing import Any
 
 from ..diagnosis.diagnose import DiagnosisResult
+from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
 
@@ -18,6 +20,18 @@ COLUMNS = (
     "output error",
     "cause",
     "remedies",
+)
+
+
+_PAGE = "diagnosis"
+
+WHAT_COSTS_ARE = (
+    "The loss is {float_loss:.4g} of the float model and {quantized_loss:.4g} of the quantized one, on {samples} "
+    "calibration samples. Alone: its rise over the float model's where only this weight, or only the inputs of this "
+    "layer, are quantized. Gain: its fall from the quantized model's where only they are left in float. The share of "
+    "the loss is the mean of both, weight and inputs together; layers interact, so that gains of single layers are "
+    "noisy and some negative. The output error is that of the layer alone quantized, relative to the mean square of "
+    "its float output. Remedies are written as they are given to this package."
 )
 
 
@@ -48,14 +62,61 @@ def diagnosis_items(result: DiagnosisResult) -> list[ReportItem]:
         for layer in result.worst()
     ]
     title = f"Diagnosis: what each layer costs of the loss ({result.loss}), and why"
-    items = [ReportItem("diagnosis", title, COLUMNS, rows, lambda: draw_costs(result))]
+    note = WHAT_COSTS_ARE.format(
+        float_loss=result.float_loss, quantized_loss=result.quantized_loss, samples=result.samples
+    )
+    charts = partial(cost_charts, result)
+    item = ReportItem("diagnosis", title, COLUMNS, rows, partial(draw_costs, result), None, charts, note, _PAGE)
+    items = [item]
     if result.outcome:
         applied = [[one.code, one.loss, one.metric, one.bytes] for one in result.applied]
         columns = ("remedy", "loss", "metric", "bytes of weights")
-        items.append(
-            ReportItem("remedies", f"Remedies: {result.outcome}", columns, applied, lambda: draw_remedies(result))
+        draw, charts = partial(draw_remedies, result), partial(remedy_charts, result)
+        item = ReportItem(
+            "remedies", "Remedies", columns, applied, draw, None, charts, _sentence(result.outcome), _PAGE
         )
+        items.append(item)
     return items
+
+
+def cost_charts(result: DiagnosisResult) -> list[Chart]:
+    """What the weight and the inputs of each layer cost, for the page; see ``draw_costs``.
+
+    Args:
+        result: The diagnosis.
+
+    Example:
+        >>> [chart.title for chart in cost_charts(DiagnosisResult("kl", 32, 0.0, 0.5, ()))]
+        ['Rise of the loss if quantized alone', 'Fall of the loss if left in float']
+    """
+    names, costs = [layer.name for layer in result.layers], [layer.cost for layer in result.layers]
+    alone = [
+        Series("weight", over_layers([cost.weight_alone for cost in costs]), "line"),
+        Series("inputs", over_layers([cost.inputs_alone for cost in costs]), "line"),
+    ]
+    left = [
+        Series("weight", over_layers([cost.weight_left_float for cost in costs]), "line"),
+        Series("inputs", over_layers([cost.inputs_left_float for cost in costs]), "line"),
+    ]
+    return [
+        Chart("Rise of the loss if quantized alone", alone, names),
+        Chart("Fall of the loss if left in float", left, names),
+    ]
+
+
+def remedy_charts(result: DiagnosisResult) -> list[Chart]:
+    """The loss after each remedy that was applied, for the page; see ``draw_remedies``.
+
+    Args:
+        result: The diagnosis.
+
+    Example:
+        >>> remedy_charts(DiagnosisResult("kl", 32, 0.0, 0.5, ()))[0].layers
+        ['(before)']
+    """
+    names = ["(before)", *(one.code for one in result.applied)]
+    losses = [result.quantized_loss, *(one.loss for one in result.applied)]
+    return [Chart("Loss after each remedy", [Series("loss", over_layers(losses), "line")], names)]
 
 
 def draw_costs(result: DiagnosisResult) -> Any:

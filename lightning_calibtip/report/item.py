@@ -36,6 +36,7 @@ class ReportItem:
         write: Function that writes the table to a file; plain CSV is written if None.
         charts: Function that gives the charts of the page; if None, the page shows what ``draw`` makes.
         note: What the columns mean, in whole sentences for the page.
+        page: Name of a page of its own, ``<page>.html`` beside the report; ``""`` for a place in the report.
 
     Example:
         >>> def draw():
@@ -56,6 +57,7 @@ class ReportItem:
     write: Callable[[Path], None] | None = None
     charts: Callable[[], Sequence[Chart]] | None = None
     note: str = ""
+    page: str = ""
 
     @property
     def text(self) -> str:

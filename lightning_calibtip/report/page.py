@@ -43,7 +43,7 @@ class Section:
 
 
 def render_page(record: Mapping[str, Any], sections: Sequence[Section], settings: Sequence[Setting]) -> str:
-    """The page as HTML.
+    """The page as HTML. Items with a page of their own are only linked to.
 
     Args:
         record: Record of the run, see ``run_record``.
@@ -65,6 +65,26 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], settings
         >>> "<h2>Error of each unit before and after AdaQuant</h2>" in html
         True
     """
+    float_metrics = {name: metric["float"] for name, metric in record["metrics"].items()}
+    here = [section for section in sections if not section.item.page]
+    return _template("page.html").render(
+        record=record, sections=here, settings=settings, float_metrics=float_metrics, pages=pages_of(sections)
+    )
+
+
+def pages_of(sections: Sequence[Section]) -> list[str]:
+    """Names of the pages that some items have to themselves.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from lightning_calibtip.report.reconstruction import reconstruction_item
+        >>> pages_of([Section(replace(reconstruction_item([]), page="diagnosis"))])
+        ['diagnosis']
+    """
+    return list(dict.fromkeys(section.item.page for section in sections if section.item.page))
+
+
+def _template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -79,17 +99,19 @@ def render_page(record: Mapping[str, Any], sections: Sequence[Section], settings
     environment.filters["minus"] = _minus
     environment.filters["quoted"] = json.dumps
     environment.globals["height"] = HEIGHT
-    float_metrics = {name: metric["float"] for name, metric in record["metrics"].items()}
-    return environment.get_template("page.html").render(
-        record=record, sections=sections, settings=settings, float_metrics=float_metrics
-    )
+    return environment.get_template(name)
 
 
 def write_page(
     path: str | Path, record: Mapping[str, Any], sections: Sequence[Section], settings: Sequence[Setting]
 ) -> None:
-    """Write the page: completely or not at all. See ``render_page``."""
+    """Write the page, and beside it those that some items have to themselves: each completely or not at all. See
+    ``render_page``."""
     write_atomically(path, render_page(record, sections, settings).encode())
+    for page in pages_of(sections):
+        own = [section for section in sections if section.item.page == page]
+        content = _template("own_page.html").render(record=record, sections=own, page=page)
+        write_atomically(Path(path).with_name(f"{page}.html"), content.encode())
 
 
 def _minus(value: float | None, other: float | None) -> float | None:

@@ -182,7 +182,8 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 def remove_previous_items(folder: str | Path) -> None:
     """Remove the tables and pictures of an earlier run from its folder, so that none of them passes for a later run's.
 
-    Only files of the report items that the folder's ``result.json`` names are removed; everything else is left alone.
+    Only files of the report items and pages that the folder's ``result.json`` names are removed; everything else is
+    left alone.
 
     Args:
         folder: Folder that a report is about to be written to.
@@ -203,13 +204,14 @@ def remove_previous_items(folder: str | Path) -> None:
     except (OSError, ValueError):
         # There is no record, or it is none of ours.
         return
-    names = record.get("report_items") if isinstance(record, dict) else None
-    for name in names if isinstance(names, list) else ():
-        # A name that leads out of the folder is none that a run has written.
-        if isinstance(name, str) and name == Path(name).name:
-            for suffix in SUFFIXES:
-                if (path := folder / f"{name}{suffix}").is_file():
-                    path.unlink()
+    for key, suffixes in (("report_items", SUFFIXES), ("report_pages", (".html",))):
+        names = record.get(key) if isinstance(record, dict) else None
+        for name in names if isinstance(names, list) else ():
+            # A name that leads out of the folder is none that a run has written.
+            if isinstance(name, str) and name == Path(name).name:
+                for suffix in suffixes:
+                    if (path := folder / f"{name}{suffix}").is_file():
+                        path.unlink()
 
 
 def _valid(value: Any) -> Any:

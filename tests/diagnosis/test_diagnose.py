@@ -126,6 +126,12 @@ def test_a_run_is_diagnosed_and_its_report_shows_it(tiny_classifier, loader, tmp
     assert {row[0] for row in item.rows} == set(run.module.network.layers)
     run.write_report(tmp_path, run.record("test", "tiny", "val_acc", 0))
     assert result.worst(1)[0].name in (tmp_path / "diagnosis.csv").read_text()
+    page = (tmp_path / "diagnosis.html").read_text()
+    assert "<svg" in page and "overrides=" in page and 'href="report.html"' in page
+    assert 'href="diagnosis.html"' in (tmp_path / "report.html").read_text()
+    again = quantize(tiny_classifier, loader, loader, "calibrate", weight_bits=4, trainer_options=CPU)
+    again.write_report(tmp_path, again.record("test", "tiny", "val_acc", 0))
+    assert not (tmp_path / "diagnosis.html").exists() and not (tmp_path / "diagnosis.csv").exists()
 
 
 def test_remedies_are_applied_until_the_metric_is_close_enough(tiny_classifier, loader):
