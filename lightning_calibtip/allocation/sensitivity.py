@@ -195,7 +195,8 @@ def _measure_by_replay(
     """Measure as many layers as replay serves, all others being at the base; returns their names."""
     assert network.structure is not None
     searchable = set(network.searchable_layers)
-    running = [name for name in network.structure.calls_of if name in searchable]
+    # What would be stored of a part is a weight, once for each batch.
+    running = [name for name in network.structure.calls_of if name in searchable and not network.layers[name].type.part]
     names = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
     stream = Replay(network.model, network.structure, loss.calibration, names, store, to_end=True)
     wanted = _output(loss, loss.calibration.run)

@@ -10,6 +10,8 @@ from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .operation_kinds import is_operation
+from .product_parameters import hold_product_parameters
+from .product_weights import parameter_name
 from .quantization_plan import ModulePlan, QuantizationPlan
 from .routing import Routes, route
 from .tensors import ObservedTensor
@@ -41,6 +43,7 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
         (['0', '2'], 'AffineQuantizer')
     """
     _add_products(model, plan)
+    hold_product_parameters(model, _product_parameters(plan))
     route(model, _routes(plan))
     _check(model, plan)
     # This model may share more than the one that was planned for; nothing but the planned ties stays shared.
@@ -64,6 +67,16 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
     for name in sorted(plan.layers, key=lambda name: plan.layers[name].tied_to is not None):
         layers[name] = _attach(model, plan.layers[name], tensors, layers)
     return {name: layers[name] for name in plan.layers}
+
+
+def _product_parameters(plan: QuantizationPlan) -> dict[str, dict[str, int]]:
+    """Parameters that are modules of their own: the dimension that products sum over, by module and parameter."""
+    found: dict[str, dict[str, int]] = {}
+    for each in plan.modules:
+        if each.sums_over is not None:
+            owner, _, parameter = parameter_name(each.name).rpartition(".")
+            found.setdefault(owner, {})[parameter] = each.sums_over
+    return found
 
 
 def _routes(plan: QuantizationPlan) -> Routes:
