@@ -70,7 +70,7 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
 def _hold_parameters(model: nn.Module, structure: Structure) -> bool:
     """Give modules to the parameters of products; returns whether there are some."""
     found = find_product_parameters(model, structure, list(quantizable_layers(model)))
-    hold_product_parameters(model, found)
+    hold_product_parameters(model, found, structure.calls_of)
     return bool(found)
 
 

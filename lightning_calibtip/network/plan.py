@@ -86,7 +86,7 @@ class _Planner:
             kinds = [
                 other for other in others if (self._type(other).weight is None) != (self._type(name).weight is None)
             ]
-            edges.update(kinds[:1])
+            edges.update(kinds[:1] if name == running[0] else kinds[-1:])
         return edges
 
     def _is_operation(self, name: str) -> bool:

@@ -1,12 +1,13 @@
 """Parameters that modules multiply with in products of their own, found by running."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 
 import torch
 from torch import nn
 
 from .layer_types import layer_type_of
+from .product_inputs import hold_inputs, input_name
 from .product_weights import hold_weights, module_name
 from .structure import Operator, Structure, Value
 
@@ -73,17 +74,18 @@ def find_product_parameters(
     return found
 
 
-def hold_product_parameters(model: nn.Module, found: dict[str, dict[str, int]]) -> None:
-    """Give modules of their own to what ``find_product_parameters`` has found, where that has not been done; what the
-    model does not have is passed over.
+def hold_product_parameters(model: nn.Module, found: dict[str, dict[str, int]], inputs: Container[str]) -> None:
+    """Give modules of their own to what ``find_product_parameters`` has found, and to what that is multiplied with,
+    where that has not been done; what the model does not have is passed over.
 
     Args:
         model: Changed in place.
         found: Dimensions that products sum over, by the names of the module and of its parameter.
+        inputs: Names of the modules whose ``forward`` computes the products, so that it can be told what is multiplied.
 
     Example:
         >>> model = nn.Sequential(nn.ParameterList([torch.ones(2, 2)]))
-        >>> hold_product_parameters(model, {"0": {"0": 1}})
+        >>> hold_product_parameters(model, {"0": {"0": 1}}, inputs=[])
         >>> list(model.state_dict())
         ['0.0_matrix.weight']
     """
@@ -95,6 +97,8 @@ def hold_product_parameters(model: nn.Module, found: dict[str, dict[str, int]]) 
         }
         if present:
             hold_weights(modules[name], present)
+            if name in inputs:
+                hold_inputs(modules[name], list(present))
 
 
 def possible_product_parameters(model: nn.Module) -> list[str]:
@@ -102,9 +106,9 @@ def possible_product_parameters(model: nn.Module) -> list[str]:
 
     Example:
         >>> possible_product_parameters(nn.Bilinear(2, 2, 2))
-        ['weight_matrix']
+        ['weight_matrix', 'weight_input']
     """
-    return list(map(module_name, _own_parameters(model)))
+    return [name(parameter) for parameter in _own_parameters(model) for name in (module_name, input_name)]
 
 
 def factors_of(operator: Operator) -> tuple[Value, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .layer_types import Operand, register_layer
+from .product_inputs import ProductInput, input_name
 from .product_weights import held_weights, hold_weights
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
@@ -22,17 +23,13 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 SEQUENCE = "sequence"
 
 
-class SequenceInput(nn.Module):
+class SequenceInput(ProductInput):
     """What a recurrent layer reads, as a module of its own, so that it can be quantized.
 
     Example:
         >>> SequenceInput()(torch.ones(1))
         tensor([1.])
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the input."""
-        return x
 
 
 # Whether the first dimension runs over samples or over time depends on the layer.
@@ -81,7 +78,8 @@ def float_part(module: nn.Module) -> str:
     held = held_weights(module)
     if held and isinstance(module, _RECURRENT):
         return "its hidden states and its biases stay float"
-    return f"what it multiplies with {', '.join(held)} stays float" if held else ""
+    held = {name: weight for name, weight in held.items() if input_name(name) not in module._modules}
+    return f"what is multiplied with its {', '.join(held)} stays float" if held else ""
 
 
 def _hold(module: nn.Module, names: list[str]) -> None:
