@@ -95,6 +95,15 @@ def test_both_factors_are_quantized_and_no_product_stays_float(net, make_trainer
     for name, value in seen.items():
         assert len(value.unique()) <= 256 and layers[f"{name}_input"].config.inputs[0].bits == 8
     assert [seen[name].shape for name in ("router", "experts.up", "experts.down")] == [(16, 6), (16, 6), (4, 16, 10)]
+    # The products read what the modules give.
+    for name in seen:
+        hook = module.model.get_submodule(f"{name}_input").register_forward_hook(
+            lambda module, args, output: output * 0
+        )
+        with torch.no_grad():
+            without = module(batches[0])
+        hook.remove()
+        assert float((without - net(batches[0])).norm() / net(batches[0]).norm()) > 0.05
     lines = {line.name: line for line in module.layer_summary()}
     assert lines["experts"].parameters == 40 and lines["experts"].note == "not a quantizable type of layer"
 
