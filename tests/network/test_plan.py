@@ -74,7 +74,7 @@ def test_a_plan_is_frozen_and_survives_json(model, tokens):
 
 def test_a_plan_tells_the_fate_of_every_module(model, tokens):
     decided = plan(model, observe(model, lambda: model(tokens)), QuantizationScheme(weight_bits=4))
-    assert list(decided.layers) == ["embed", "a", "b", "fc", "table_matrix", "out"]
+    assert list(decided.layers) == ["embed", "a", "b", "fc", "table_matrix", "table_input", "out"]
     assert [(fold.layer, fold.normalization) for fold in decided.folds] == [("a", "norm")]
     assert decided.unfolded_norms == {"late_norm": "no convolution or linear layer right before it"}
     assert decided.float_matmuls == {} and decided.tied == {"out": "embed"}

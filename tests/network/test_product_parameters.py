@@ -117,7 +117,7 @@ def test_a_checkpoint_computes_the_same_bits(net, make_trainer, batches, tmp_pat
     with torch.no_grad():
         assert torch.equal(loaded(batches[0]), module(batches[0]))
     assert "experts.up_matrix.parametrizations.weight.original" in loaded.model.state_dict()
-    with pytest.raises(ValueError, match="this one has no module .*experts.down_input"):
+    with pytest.raises(ValueError, match=r"this one has no module .*experts\.down_input"):
         QuantizationModule.load_from_checkpoint(tmp_path / "model.ckpt", model=nn.Sequential(nn.Linear(3, 6)))
 
 
