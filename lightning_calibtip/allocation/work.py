@@ -38,7 +38,7 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
     """Count the work of every quantizable layer on the first calibration batch.
 
     Multiply-accumulates are half of what torch's ``FlopCounterMode`` counts while the layer runs. Layers that do not
-    run, and embeddings, have none.
+    run, embeddings, and weights and inputs that are layers of their own, as those of an LSTM, have none.
 
     Args:
         network: Network that has been prepared.
@@ -88,7 +88,8 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
     finally:
         for handle in handles:
             handle.remove()
-    if idle := [name for name in names if operations[name] == 0 and elements[name] > 0]:
+    parts = {name for name, layer in network.layers.items() if layer.type.part}
+    if idle := [name for name in names if operations[name] == 0 and (elements[name] > 0 or name in parts)]:
         log.warning("%s: no multiply-accumulates can be counted; they cost no bit operations.", ", ".join(idle))
     samples = batch_size(calibration.batches[0])
     return {name: Work(operations[name] / 2 / samples, elements[name] / samples) for name in names}

@@ -37,7 +37,7 @@ def visit_layers(
     What comes before the layer is replayed, so that a measurement costs the layer and what follows it. Whether the
     replayed model still gives the same output is tried on one batch for each layer; where a model does not allow it
     (values that leave the graph, side effects), a warning says so and the rest is measured by whole passes. So are
-    layers inside other layers, and those that the first batch does not reach.
+    layers inside other layers, weights that are parts of other modules, and what the first batch does not reach.
 
     Args:
         network: Calibrated network, quantized or shown in float.
@@ -65,7 +65,9 @@ def _visit_by_replay(
 ) -> set[str]:
     """Visit as many layers as replay serves; returns their names."""
     assert network.structure is not None
-    running = [name for name in network.structure.calls_of if name in set(names)]
+    # What would be stored of a part is a weight, once for each batch.
+    parts = {name for name in names if network.layers[name].type.part}
+    running = [name for name in network.structure.calls_of if name in set(names) - parts]
     units = [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
     stream = Replay(network.model, network.structure, loss.calibration, units, store, to_end=True)
     wanted = _output(loss, loss.calibration.run)

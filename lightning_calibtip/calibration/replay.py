@@ -295,6 +295,8 @@ class Replay:
             and all(other in self._finished for other in self.units if _is_inside(other, name))
             and not any(_is_inside(name, stored) for stored in self._stored)
             and name not in self._finished
+            # One that reads nothing gives a weight, which would be stored once for each batch.
+            and calls[0].reads
             and self._is_closed(name)
         ]
         return [name for name in names if not any(_is_inside(name, other) and name != other for other in names)]

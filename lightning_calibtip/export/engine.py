@@ -21,6 +21,8 @@ INTEGER_OPERATORS = {
 }  # fmt: skip
 _FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "AveragePool",
                     "GlobalAveragePool", "ConvTranspose"}  # fmt: skip
+# What multiplies with the weights of a module that are layers of their own.
+_FLOAT_PRODUCTS = {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Einsum", "LSTM", "GRU", "RNN"}
 
 
 def make_session(path: str | Path, threads: int | None = None, optimized: Path | None = None) -> Any:
@@ -72,12 +74,13 @@ def median_seconds(session: Any, feeds: Mapping[str, np.ndarray], runs: int = 10
     return statistics.median(seconds)
 
 
-def optimized_operators(path: str | Path, layers: Collection[str]) -> list[LayerOperator]:
+def optimized_operators(path: str | Path, layers: Collection[str], owners: Collection[str] = ()) -> list[LayerOperator]:
     """Operators that ONNX Runtime computes the layers by, in the order of its optimized graph.
 
     Args:
         path: File of ``export_onnx``, whose nodes are named after the layers.
         layers: Full names of the layers.
+        owners: Full names of the modules whose own products have weights that are layers; ``""`` for the model itself.
 
     Example:
         See ``export_onnx``.
@@ -89,7 +92,13 @@ def optimized_operators(path: str | Path, layers: Collection[str]) -> list[Layer
     integers = {tensor.name for tensor in graph.initializer if tensor.data_type not in (1, 10, 11, 16)}
     found: dict[str, LayerOperator] = {}
     for node in graph.node:
-        layer = node.name.partition("/")[0]
+        layer = node.name.partition("/")[0] if "/" in node.name else ""
+        if layer in owners and (node.op_type in INTEGER_OPERATORS or node.op_type in _FLOAT_PRODUCTS):
+            name, is_integer = layer or "the model itself", node.op_type in INTEGER_OPERATORS
+            # Only if all of them are.
+            if name not in found or not is_integer:
+                found[name] = LayerOperator(name, node.op_type, is_integer)
+            continue
         is_lookup = node.op_type == "Gather" and node.input[0] in integers
         if layer in layers and (node.op_type in INTEGER_OPERATORS | _FLOAT_OPERATORS or is_lookup):
             is_integer = is_lookup or node.op_type in INTEGER_OPERATORS

@@ -251,7 +251,9 @@ def _checked(
         file.write_bytes(content)
         try:
             session = make_session(file, threads)
-            operators = optimized_operators(file, list(module.network.layers))
+            parts = {name for name, layer in module.network.layers.items() if layer.type.part}
+            owners = {name.rpartition(".")[0] for name in parts}
+            operators = optimized_operators(file, [name for name in module.network.layers if name not in parts], owners)
             names = [value.name for value in session.get_inputs()]
             values = list(kwargs.items()) if kwargs else list(zip(names, args, strict=False))
             feeds = {name: value.detach().cpu().numpy() for name, value in values}

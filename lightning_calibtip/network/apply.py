@@ -10,6 +10,9 @@ from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .operation_kinds import is_operation
+from .product_inputs import input_name
+from .product_parameters import hold_product_parameters
+from .product_weights import parameter_name
 from .quantization_plan import ModulePlan, QuantizationPlan
 from .routing import Routes, route
 from .tensors import ObservedTensor
@@ -41,6 +44,7 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
         (['0', '2'], 'AffineQuantizer')
     """
     _add_products(model, plan)
+    _hold_parameters(model, plan)
     route(model, _routes(plan))
     _check(model, plan)
     # This model may share more than the one that was planned for; nothing but the planned ties stays shared.
@@ -64,6 +68,20 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
     for name in sorted(plan.layers, key=lambda name: plan.layers[name].tied_to is not None):
         layers[name] = _attach(model, plan.layers[name], tensors, layers)
     return {name: layers[name] for name in plan.layers}
+
+
+def _hold_parameters(model: nn.Module, plan: QuantizationPlan) -> None:
+    """Give modules to the parameters that the plan names, as observing would."""
+    names = {module.name for module in plan.modules}
+    inputs: set[str] = set()
+    found: dict[str, dict[str, int]] = {}
+    for each in plan.modules:
+        if each.sums_over is not None:
+            owner, _, parameter = parameter_name(each.name).rpartition(".")
+            found.setdefault(owner, {})[parameter] = each.sums_over
+            if input_name(parameter_name(each.name)) in names:
+                inputs.add(owner)
+    hold_product_parameters(model, found, inputs)
 
 
 def _routes(plan: QuantizationPlan) -> Routes:

@@ -14,6 +14,7 @@ from .attention import add_products, additive_mask, masked_softmax
 from .layer_types import Operand, layer_type_of, register_layer
 from .operation_kinds import OperationKind, is_operation, register_operation
 from .operations import computes_its_own, tensors_of
+from .product_parameters import follow_moves
 from .routing import Routes, route, search_operations
 from .structure import Structure
 
@@ -184,6 +185,8 @@ def _of_layers(structure: Structure, model: nn.Module) -> set[str]:
             # A view of a weight is no result.
             reads = {(read.storage, read.version) for read in operator.reads}
             computed.update(write.storage for write in operator.writes if (write.storage, write.version) not in reads)
+    # A parameter that was picked from by what was computed is none, either.
+    computed -= follow_moves(structure.operators, set(structure.parameters.values()))
     found = set()
     for name, calls in structure.calls_of.items():
         kind = is_operation(name)

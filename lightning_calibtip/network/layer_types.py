@@ -49,6 +49,7 @@ class LayerType:
         adds_bias: Whether its parameter ``bias``, if it has one, is added to its sums of products.
         input_axis: Dimension of the weight that runs over the channels of the first operand (of a group of them, where
             the layer has ``groups``); None if there is none.
+        part: Whether it is a weight or an input of the module that holds it, which is the unit of reconstruction.
 
     A product of two operands that both name a ``channel_axis`` multiplies and sums channel by channel: one operand's
     channels may be divided by ratios if the other's are multiplied by them.
@@ -68,6 +69,7 @@ class LayerType:
     between_layers: bool = False
     adds_bias: bool = False
     input_axis: int | None = None
+    part: bool = False
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -94,6 +96,7 @@ def register_layer(
     between_layers: bool = False,
     adds_bias: bool = False,
     input_axis: int | None = None,
+    part: bool = False,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -110,6 +113,7 @@ def register_layer(
         adds_bias: Whether its parameter ``bias`` is added to its sums of products.
         input_axis: Dimension of its weight that runs over the channels of its first input, whose ``Operand`` says
             which of its dimensions they are; None if the channels cannot be equalized.
+        part: Whether it is a weight or an input of the module that holds it, see ``LayerType``.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -136,7 +140,7 @@ def register_layer(
     name = None if channel_axis is None else weight
     axes = tuple(output_token_axes)
     _LAYER_TYPES[layer_type] = LayerType(
-        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis
+        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis, part
     )
 
 
@@ -211,14 +215,14 @@ def names_products(pattern: str, knows_attention: bool) -> bool:
 
 
 def reads_indices(module: nn.Module) -> bool:
-    """Whether a layer has a weight but no input to quantize, as an embedding does.
+    """Whether a layer looks rows of its weight up and has no input to quantize, as an embedding does.
 
     Example:
         >>> reads_indices(nn.Embedding(3, 2)), reads_indices(nn.Linear(3, 2))
         (True, False)
     """
     layer_type = layer_type_of(module)
-    return layer_type is not None and not layer_type.operands
+    return layer_type is not None and not layer_type.operands and not layer_type.part
 
 
 _CONVOLUTIONS = ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d))

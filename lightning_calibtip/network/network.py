@@ -1,6 +1,5 @@
 """A model with quantized layers: observed, planned, applied; calibrated, switched, shown as the float model."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths, LayerConfig
 from .apply import apply
 from .attention import PRODUCTS, possible_products, route_attention
+from .fingerprint import fingerprint_of
 from .layer_types import (
     layer_type_of,
     names_operations,
@@ -26,11 +26,13 @@ from .layer_types import (
 from .layers import QuantizedLayer
 from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
-from .plan import NOTHING_QUANTIZED, layer_config, plan, weights_of
+from .plan import layer_config, plan, weights_of
+from .product_parameters import possible_product_parameters
 from .quantization_plan import QuantizationPlan
+from .recurrent import hold_recurrent_weights
 from .scheme import QuantizationScheme
 from .structure import Structure
-from .summary import LayerSummary, summarize
+from .summary import LayerSummary, summarize, warn_of_float, warn_of_layers, warn_of_modules
 from .tensors import ObservedTensor
 
 log = logging.getLogger(__name__)
@@ -75,8 +77,9 @@ class QuantizedNetwork:
             if isinstance(module, Quantizer):
                 raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
         self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = fingerprint_of(model)
         split_multihead_attention(model)
+        hold_recurrent_weights(model)
         route_attention(model)
         candidates = quantizable_layers(model)
         require_full_precision(candidates)
@@ -113,13 +116,7 @@ class QuantizedNetwork:
             target = self.scheme.engine
             between_layers = target is not None and target.between_bits is not None
             decided = plan(self.model, observe(self.model, run, between_layers), self.scheme)
-            for name, reason in decided.unfolded_norms.items():
-                log.warning("BatchNorm %s is not folded: %s.", name, reason)
-            for name, reason in decided.float_matmuls.items():
-                log.warning("%s %s: that stays float.", name or "The model itself", reason)
-            for name, reason in decided.float_layers.items():
-                if not self.scheme.is_overridden(name) and reason != NOTHING_QUANTIZED:
-                    log.warning("Layer %s stays float: %s.", name, reason)
+            warn_of_float(decided, self.scheme)
             self.apply(decided)
         with self._mode(quantized=False):
             self.structure = record(self.model, run)
@@ -206,8 +203,13 @@ class QuantizedNetwork:
     def leave_float(self, name: str, reason: str) -> None:
         """Take a layer out of quantization, for a reason that the summary gives; warns, since it was meant to be
         quantized."""
+        warn_of_layers(self._leave_float(name, reason))
+
+    def _leave_float(self, name: str, reason: str) -> dict[str, str]:
+        """The layers that are taken out, and why."""
+        left: dict[str, str] = {}
         for other in [key for key, layer in self.layers.items() if layer.tied_to and layer.tied_to.name == name]:
-            self.leave_float(other, f"its weight is that of {name}, which stays float")
+            left |= self._leave_float(other, f"its weight is that of {name}, which stays float")
         if name in self.layers:
             layer = self.layers.pop(name)
             layer.detach()
@@ -216,7 +218,7 @@ class QuantizedNetwork:
         assert self._plan is not None
         own = self.model.get_submodule(name).parameters(recurse=False)
         self._plan = self._plan.with_float_layer(name, reason, sum(parameter.numel() for parameter in own))
-        log.warning("Layer %s stays float: %s.", name, reason)
+        return {**left, name: reason}
 
     @property
     def quantizers(self) -> list[Quantizer]:
@@ -275,9 +277,11 @@ class QuantizedNetwork:
         unreached = [name for name in self.layers if name not in reached | owners]
         if not reached:
             raise RuntimeError("No calibration batch has reached any quantizable layer; check calibration_step().")
+        left: dict[str, str] = {}
         for name in unreached:
             if name in self.layers:
-                self.leave_float(name, self._why_unreached(self.layers[name]))
+                left |= self._leave_float(name, self._why_unreached(self.layers[name]))
+        warn_of_layers(left)
         self._note_late_products()
         for layer in self.layers.values():
             layer.variants.clear()
@@ -295,12 +299,12 @@ class QuantizedNetwork:
     def _note_late_products(self) -> None:
         """List the products of attention that first ran after the plan was made."""
         assert self._plan is not None
-        known = {*self.layers, *(module.name for module in self._plan.modules)}
+        known, late = {*self.layers, *(module.name for module in self._plan.modules)}, {}
         for name, module in self.model.named_modules():
             if name.endswith(PRODUCTS) and layer_type_of(module) and name not in known:
                 reason = "first ran after the first calibration batch"
-                self._plan = self._plan.with_float_matmul(name, type(module).__name__, reason)
-                log.warning("%s %s: it stays float.", name, reason)
+                self._plan, late[name] = self._plan.with_float_matmul(name, type(module).__name__, reason), reason
+        warn_of_modules(late)
 
     def reset_to_float(self) -> None:
         """Put all layers back to their float weights, with ranges alone, at their present bit-widths.
@@ -386,14 +390,5 @@ def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
     engine, products = scheme.engine is not None, [*possible_products(model), *possible_projections(model)]
     later = [p for p in scheme.overrides or {} if names_products(p, bool(products)) or (engine and names_operations(p))]
     known = {p: value for p, value in (scheme.overrides or {}).items() if p not in later}
-    replace(scheme, overrides=known).check_overrides([*quantizable_layers(model), *products])
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of all parameters and buffers, to know the float model again."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    named = [*quantizable_layers(model), *products, *possible_product_parameters(model)]
+    replace(scheme, overrides=known).check_overrides(named)

@@ -20,6 +20,7 @@ from .folding import prove_folds
 from .functional import find_products
 from .layer_types import layer_type_of, quantizable_layers
 from .operations import find_operations
+from .product_parameters import find_product_parameters, hold_product_parameters
 from .routing import Routes, route
 from .structure import Activation, ModuleCall, Operator, Structure, Value
 
@@ -33,8 +34,8 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
     """Record what happens to one batch, and find out which BatchNorms can be folded.
 
     The attention of transformers' models is routed through modules for its matrix products, see ``attention``, and so
-    are products that the model computes by functions, see ``functional``; the model computes the same as before, and
-    nothing else of it is changed.
+    are products that the model computes by functions, see ``functional``; parameters of other products become modules,
+    see ``product_parameters``. The model computes the same as before, and nothing else of it is changed.
 
     Args:
         model: The float model, in eval mode.
@@ -54,6 +55,8 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
         structure, routes = record(model, run), Routes()
         if find_float_matmuls(structure, list(quantizable_layers(model))):
             routes = find_products(model, run, lambda: record(model, run))
+        if _hold_parameters(model, structure):
+            structure = record(model, run)
         if between_layers:
             routes = find_operations(model, run, routes)
         if routes:
@@ -62,6 +65,13 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
         structure.led_layers = dict(routes.layers)
         structure.folds, structure.unfolded_norms = prove_folds(model, structure, run)
     return structure
+
+
+def _hold_parameters(model: nn.Module, structure: Structure) -> bool:
+    """Give modules to the parameters of products; returns whether there are some."""
+    found = find_product_parameters(model, structure, list(quantizable_layers(model)))
+    hold_product_parameters(model, found, structure.calls_of)
+    return bool(found)
 
 
 @contextmanager
@@ -127,6 +137,9 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
         weight = module._parameters.get((layer_type and layer_type.weight) or "")
         if weight is not None:
             structure.weights[name] = recorder.value(weight).storage
+        for key, parameter in module._parameters.items():
+            if parameter is not None and _has_storage(parameter):
+                structure.parameters[f"{name}.{key}".removeprefix(".")] = recorder.value(parameter).storage
         handles.append(module.register_forward_pre_hook(entering(name), with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(leaving, with_kwargs=True))
     try:

@@ -11,7 +11,9 @@ from .between import grid_root, integer_operations, unquantized_outputs
 from .dataflow import shared_operands
 from .float_matmuls import find_float_matmuls
 from .layer_types import LayerType, layer_type_of, quantizable_layers
+from .product_weights import ProductWeight
 from .quantization_plan import ModulePlan, QuantizationPlan, class_name
+from .recurrent import float_part
 from .scheme import QuantizationScheme
 from .structure import Structure, Value
 from .tensors import activation_name
@@ -61,7 +63,7 @@ class _Planner:
         scheme.check_overrides(list(self.layers))
         operations = [name for name in structure.calls_of if self._is_operation(name)]
         running = [name for name in structure.calls_of if name in self.layers and name not in operations]
-        edges = {running[0], running[-1]} if running else set()
+        edges = self._edges(running)
         self.bit_widths = {
             name: scheme.operation_bit_widths(name) if name in operations else scheme.bit_widths_of(name, name in edges)
             for name in self.layers
@@ -73,6 +75,19 @@ class _Planner:
         self.configs = {name: self._config(name) for name in self.layers}
         self.float_layers = {name: reason for name in self.layers if (reason := self._why_float(name))}
         self._decide_between_layers(operations)
+
+    def _edges(self, running: list[str]) -> set[str]:
+        """The first and the last of the layers that run. Of a module whose weights and inputs are layers, these are the
+        first of both."""
+        edges = set(running[:1] + running[-1:])
+        for name in [name for name in edges if self._type(name).part]:
+            owner = name.rpartition(".")[0]
+            others = [other for other in running if other.rpartition(".")[0] == owner and self._type(other).part]
+            kinds = [
+                other for other in others if (self._type(other).weight is None) != (self._type(name).weight is None)
+            ]
+            edges.update(kinds[:1] if name == running[0] else kinds[-1:])
+        return edges
 
     def _is_operation(self, name: str) -> bool:
         return name in self.layers and self._type(name).between_layers
@@ -130,6 +145,8 @@ class _Planner:
                 found.append(replace(described, role="normalization", reason=self.structure.unfolded_norms[name]))
             elif name in matmuls:
                 found.append(replace(described, role="matmul", reason=matmuls[name]))
+            elif reason := float_part(module):
+                found.append(replace(described, reason=reason))
             elif own and ".parametrizations." not in f".{name}.":
                 found.append(replace(described, reason="not a quantizable type of layer"))
         order = {name: position for position, name in enumerate(self.structure.calls_of)}
@@ -139,8 +156,10 @@ class _Planner:
         name = described.name
         copies = self.ties.copies.get(name, ())
         note = _COPIED if copies else ""
+        sums_over = module.sums_over if isinstance(module, ProductWeight) else None
         if name in self.float_layers:
-            return replace(described, role="layer", reason=self.float_layers[name], copies=copies)
+            reason = self.float_layers[name]
+            return replace(described, role="layer", reason=reason, copies=copies, sums_over=sums_over)
         tied_to = self.ties.tied.get(name)
         return replace(
             described,
@@ -153,6 +172,7 @@ class _Planner:
             reads=reads[name],
             pinned=name in self.pinned,
             used_by=self.structure.led_layers.get(name),
+            sums_over=sums_over,
         )
 
     def _agreed_ties(self) -> Ties:

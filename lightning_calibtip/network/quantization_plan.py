@@ -34,6 +34,8 @@ class ModulePlan:
         used_by: Name of the module that takes the layer's weight for a function of its own, which is led to the layer.
         absorbs: Name of the activation whose ratios, if its channels are equalized, the module takes in when it is
             exported.
+        sums_over: Of a parameter that is a module of its own, the dimension that its products sum over, see
+            ``ProductWeight``.
 
     Example:
         See ``plan``.
@@ -52,6 +54,7 @@ class ModulePlan:
     pinned: bool = False
     absorbs: str | None = None
     used_by: str | None = None
+    sums_over: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -115,6 +115,7 @@ class Structure:
         unfolded_norms: The other BatchNorms, and why each is left alone.
         led_layers: Layers whose weights another module takes for a function, which is led to them; and that module.
         weights: Storages of the layers' weights.
+        parameters: Storages of all parameters, by their full names.
 
     Example:
         >>> import torch
@@ -134,6 +135,7 @@ class Structure:
     unfolded_norms: dict[str, str] = field(default_factory=dict)
     led_layers: dict[str, str] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def calls_of(self) -> dict[str, list[ModuleCall]]:

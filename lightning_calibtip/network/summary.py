@@ -1,10 +1,18 @@
 """Status of each layer of a model, as lines of a table."""
 
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..quantization.spec import LayerConfig, PerGroup
 from .plan import NOTHING_QUANTIZED
 from .quantization_plan import ModulePlan, QuantizationPlan
+from .scheme import QuantizationScheme
+
+log = logging.getLogger(__name__)
+
+# How many names of layers stand for all of a kind.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,90 @@ def _format(config: LayerConfig) -> str:
     if config.output is not None:
         parts.append(f"output at {config.output.bits} bits")
     return ", ".join(parts)
+
+
+def float_kinds(lines: Iterable[LayerSummary]) -> list[str]:
+    """What stays float, one line for each kind: how many of a type, why, and the first of their names.
+
+    Args:
+        lines: Lines of the summary.
+
+    Example:
+        >>> norm = "not a quantizable type of layer"
+        >>> float_kinds(LayerSummary(f"norm{i}", "LayerNorm", "float", None, None, 8, norm) for i in range(4))
+        ['float: 4 LayerNorm (not a quantizable type of layer): norm0, norm1, norm2, ...']
+    """
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        if line.kind == "float":
+            kinds.setdefault((line.type, line.note), []).append(line.name)
+    return [f"float: {len(names)} {kind} ({note}): {_some(names)}" for (kind, note), names in kinds.items()]
+
+
+def warn_of_float(plan: QuantizationPlan, scheme: QuantizationScheme) -> None:
+    """Log what stays float although it might have been quantized, one warning for each reason.
+
+    Args:
+        plan: The plan.
+        scheme: The user's scheme, whose overrides need no warning.
+
+    Example:
+        See ``QuantizedNetwork``, which warns of its plan.
+    """
+    for reason, names in _by_reason(plan.unfolded_norms).items():
+        one, several = f"BatchNorm {names[0]} is not folded", f"{len(names)} BatchNorms are not folded"
+        log.warning("%s: %s.", _subject(one, several, names), reason)
+    warn_of_modules(plan.float_matmuls)
+    warn_of_layers(
+        {
+            name: reason
+            for name, reason in plan.float_layers.items()
+            if not scheme.is_overridden(name) and reason != NOTHING_QUANTIZED
+        }
+    )
+
+
+def warn_of_modules(reasons: Mapping[str, str]) -> None:
+    """Log which modules compute products in float, one warning for each reason.
+
+    Args:
+        reasons: What each does, by its name: ``"computes bmm"``.
+
+    Example:
+        >>> warn_of_modules({})
+    """
+    for reason, names in _by_reason(reasons).items():
+        if len(names) == 1:
+            log.warning("%s %s: that stays float.", names[0] or "The model itself", reason)
+        else:
+            log.warning("%d modules (%s), each of which %s: that stays float.", len(names), _some(names), reason)
+
+
+def warn_of_layers(layers: Mapping[str, str]) -> None:
+    """Log which layers stay float, one warning for each reason.
+
+    Args:
+        layers: Why each does, by its name.
+
+    Example:
+        >>> warn_of_layers({})
+    """
+    for reason, names in _by_reason(layers).items():
+        one, several = f"Layer {names[0]} stays float", f"{len(names)} layers stay float"
+        log.warning("%s: %s.", _subject(one, several, names), reason)
+
+
+def _subject(one: str, several: str, names: Sequence[str]) -> str:
+    return one if len(names) == 1 else f"{several} ({_some(names)})"
+
+
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    named = [name or "the model itself" for name in names[:_NAMED]]
+    return ", ".join([*named, *(["..."] if len(names) > _NAMED else [])])

@@ -25,7 +25,7 @@ def give_ratios(layers: Sequence[QuantizedLayer], fixed: AbstractSet[Quantizer])
     """
     names = {layer.name for layer in layers}
     readers: dict[ObservedTensor, list[QuantizedLayer]] = {}
-    for layer in layers:
+    for layer in [layer for layer in layers if layer.tensors]:
         readers.setdefault(layer.tensors[0], []).append(layer)
     for tensor, reading in readers.items():
         present = reading[0].input_quantizers

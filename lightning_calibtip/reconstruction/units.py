@@ -14,7 +14,7 @@ from ..network.blocks import find_blocks
 from ..network.layer_types import LayerType, reads_indices
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
-from ..network.structure import Activation
+from ..network.structure import Activation, Structure
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,9 @@ class Unit:
 
 
 def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str] = ()) -> list[Unit]:
-    """Units in the order of execution: every quantized layer but embeddings is in exactly one.
+    """Units in the order of execution: every quantized layer but embeddings is in exactly one. Weights and inputs that
+    are layers of their own, as those of an LSTM, form one with the module that they are parts of; where that is the
+    whole model, or does not run by itself, they are left out.
 
     Args:
         network: Prepared and calibrated network.
@@ -102,9 +104,17 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
 
     named = _named_blocks([name for name in structure.calls_of if inside(name)], blocks)
     found = find_blocks(structure, lambda name: bool(inside(name))) if granularity == "block" else []
-    members = {name: inside(name) for name in [*named, *_apart_from(found, named)]}
+    whole = [*named, *_apart_from(found, named)]
+    parts = [name for name in running if network.layers[name].type.part]
+    whole += _wholes(parts, whole, structure)
+    # Of wholes inside each other, the outermost.
+    whole = [name for name in whole if not any(name.startswith(f"{other}.") for other in whole)]
+    members = {name: inside(name) for name in whole}
     taken = {name for names in members.values() for name in names}
-    alone = [name for name in running if name not in taken and not network.layers[name].type.between_layers]
+    left = [name for name in running if name not in taken and not network.layers[name].type.between_layers]
+    for name in [name for name in left if name in parts]:
+        log.info("%s belongs to no module that could be a unit: it is not reconstructed.", name)
+    alone = [name for name in left if name not in parts]
     names = {**members, **{name: [name] for name in alone}}
     return [
         Unit(
@@ -116,6 +126,19 @@ def find_units(network: QuantizedNetwork, granularity: str, blocks: Sequence[str
         for name in structure.calls_of
         if name in names
     ]
+
+
+def _wholes(parts: Sequence[str], blocks: Sequence[str], structure: Structure) -> list[str]:
+    """The innermost modules that run around parts outside of the blocks, and hold none of these."""
+    found: dict[str, None] = {}
+    for part in parts:
+        owner = part.rpartition(".")[0]
+        while owner and owner not in structure.calls_of:
+            owner = owner.rpartition(".")[0]
+        around = any(part.startswith(f"{block}.") or block.startswith(f"{owner}.") for block in blocks)
+        if owner and not around:
+            found[owner] = None
+    return list(found)
 
 
 def _named_blocks(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

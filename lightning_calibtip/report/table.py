@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..network.summary import LayerSummary
+from ..network.summary import LayerSummary, float_kinds
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -40,7 +40,8 @@ def _text(cell: object) -> str:
 
 
 def layer_table(lines: Sequence[LayerSummary]) -> str:
-    """The layer summary as a text table: the status of each layer, and a count at the end.
+    """The layer summary as a text table: the status of each layer, and at the end a count, and a line for each kind of
+    what stays float.
 
     Args:
         lines: Lines of the summary.
@@ -57,4 +58,4 @@ def layer_table(lines: Sequence[LayerSummary]) -> str:
     counts = {kind: sum(s.kind == kind for s in lines) for kind in ("quantized", "folded", "float")}
     closing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     header = ["layer", "type", "is", "weight bits", "activation bits", "weights", "note"]
-    return f"{text_table(header, rows)}\n{closing}"
+    return "\n".join([text_table(header, rows), closing, *float_kinds(lines)])

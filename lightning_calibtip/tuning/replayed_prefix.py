@@ -111,7 +111,8 @@ class ReplayedPrefix:
 
 
 def running_layers(network: QuantizedNetwork) -> list[str]:
-    """Names of the quantized layers that run, in the order of execution, none inside another.
+    """Names of the quantized layers that run, in the order of execution, none inside another, and no weights that are
+    layers of their own.
 
     Args:
         network: Prepared network.
@@ -120,7 +121,8 @@ def running_layers(network: QuantizedNetwork) -> list[str]:
         See ``search_jointly``.
     """
     assert network.structure is not None
-    running = [name for name in network.structure.calls_of if name in network.layers]
+    parts = {name for name, layer in network.layers.items() if layer.type.part}
+    running = [name for name in network.structure.calls_of if name in network.layers and name not in parts]
     return [name for name in running if not any(name.startswith(f"{other}.") for other in running)]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_calibtip import Calibration, QuantizationModule
 from lightning_calibtip.calibration.calibration_set import output_logits
@@ -169,7 +170,9 @@ class First(nn.Module):
 
 def test_what_the_users_code_multiplies_in_float_is_listed_with_a_warning(make_trainer, caplog):
     torch.manual_seed(0)
-    net, name, operators = nn.Sequential(nn.LSTM(8, 8, batch_first=True), First(), nn.Linear(8, 3)), "0", "rnn"
+    # Weights that are computed are not the module's own.
+    lstm = weight_norm(nn.LSTM(8, 8, batch_first=True), "weight_hh_l0")
+    net, name, operators = nn.Sequential(lstm, First(), nn.Linear(8, 3)), "0", "rnn"
     x = torch.randn(6, 5, 8)
     module = calibrated(net.eval(), make_trainer, x.split(2))
     assert list(module.network.plan.float_matmuls) == [name] and operators in module.network.plan.float_matmuls[name]
