@@ -72,10 +72,8 @@ def diagnosis_items(result: DiagnosisResult) -> list[ReportItem]:
         applied = [[one.code, one.loss, one.metric, one.bytes] for one in result.applied]
         columns = ("remedy", "loss", "metric", "bytes of weights")
         draw, charts = partial(draw_remedies, result), partial(remedy_charts, result)
-        item = ReportItem(
-            "remedies", "Remedies", columns, applied, draw, None, charts, _sentence(result.outcome), _PAGE
-        )
-        items.append(item)
+        note = result.outcome[:1].upper() + result.outcome[1:]
+        items.append(ReportItem("remedies", "Remedies", columns, applied, draw, None, charts, note, _PAGE))
     return items
 
 
