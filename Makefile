@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test docs clean
+.PHONY: quickstart test test-oldest docs clean
 
 quickstart: $(VENV)/recipes.stamp
 	$(BIN)/python -m recipes.quickstart
@@ -13,6 +14,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -n 2
+
+# The same tests with the oldest releases that pyproject.toml allows, in an environment of their own.
+test-oldest: $(OLDEST)/dev.stamp
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(OLDEST)/bin/python -m pytest -n 2
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -32,5 +37,10 @@ $(VENV)/dev.stamp: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	touch $@
 
+$(OLDEST)/dev.stamp: pyproject.toml .ci/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c .ci/oldest.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

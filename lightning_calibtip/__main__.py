@@ -1,4 +1,4 @@
-"""``python -m lightning_calibtip fit|validate|test|predict|quantize|export --config ...``."""
+"""``python -m lightning_calibtip fit|validate|test|predict|quantize|diagnose|export --config ...``."""
 
 import importlib.util
 import sys

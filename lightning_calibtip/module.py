@@ -186,7 +186,9 @@ class QuantizationModule(pl.LightningModule):
 
     def print_summary(self) -> None:
         """Print the layer summary as a table."""
-        self.print(layer_table(self.layer_summary()))
+        # Without a Trainer there is one process.
+        show = print if self._trainer is None else self.print
+        show(layer_table(self.layer_summary()))
 
     # What follows is called by the Trainer.
 

@@ -101,6 +101,14 @@ def test_export_writes_what_quantize_has_made(config, tmp_path, capsys):
     assert not (tmp_path / "rt.onnx").exists()
 
 
+def test_fast_dev_run_tries_everything_and_writes_nothing(config, tmp_path):
+    trainer = {"fast_dev_run": 2}
+    output = tmp_path / "out"
+    cli = run(["quantize", f"--config={config(trainer=trainer)}", "--weight_bits=4", f"--output={output}"])
+    assert not output.exists() and not list(tmp_path.glob("**/*.ckpt"))
+    assert cli.trainer.limit_val_batches == 2
+
+
 def test_diagnose_explains_a_quantized_checkpoint_and_mends_it(config, tmp_path, capsys):
     trained = run(["fit", f"--config={config()}"])
     trained.trainer.save_checkpoint(tmp_path / "trained.ckpt")
