@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from ..diagnosis.diagnose import DiagnosisResult
+from ..diagnosis.diagnose import AppliedRemedy, DiagnosisResult
 from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
@@ -13,13 +13,13 @@ COLUMNS = (
     "type",
     "bits",
     "share of the loss",
+    "cause",
+    "remedies",
     "weight alone",
     "inputs alone",
     "gain of float weight",
     "gain of float inputs",
     "output error",
-    "cause",
-    "remedies",
 )
 
 
@@ -51,13 +51,13 @@ def diagnosis_items(result: DiagnosisResult) -> list[ReportItem]:
             layer.type,
             layer.bits.label,
             layer.cost.share,
+            str(layer.cause),
+            " or ".join(remedy.code for remedy in layer.remedies),
             layer.cost.weight_alone,
             layer.cost.inputs_alone,
             layer.cost.weight_left_float,
             layer.cost.inputs_left_float,
             layer.statistics.output_error,
-            str(layer.cause),
-            " or ".join(remedy.code for remedy in layer.remedies),
         ]
         for layer in result.worst()
     ]
@@ -72,8 +72,7 @@ def diagnosis_items(result: DiagnosisResult) -> list[ReportItem]:
         applied = [[one.code, one.loss, one.metric, one.bytes] for one in result.applied]
         columns = ("remedy", "loss", "metric", "bytes of weights")
         draw, charts = partial(draw_remedies, result), partial(remedy_charts, result)
-        note = result.outcome[:1].upper() + result.outcome[1:]
-        items.append(ReportItem("remedies", "Remedies", columns, applied, draw, None, charts, note, _PAGE))
+        items.append(ReportItem("remedies", "Remedies", columns, applied, draw, None, charts, result.outcome, _PAGE))
     return items
 
 
@@ -112,7 +111,7 @@ def remedy_charts(result: DiagnosisResult) -> list[Chart]:
         >>> remedy_charts(DiagnosisResult("kl", 32, 0.0, 0.5, ()))[0].layers
         ['(before)']
     """
-    names = ["(before)", *(one.code for one in result.applied)]
+    names = ["(before)", *map(_short, result.applied)]
     losses = [result.quantized_loss, *(one.loss for one in result.applied)]
     return [Chart("Loss after each remedy", [Series("loss", over_layers(losses), "line")], names)]
 
@@ -158,9 +157,14 @@ def draw_remedies(result: DiagnosisResult) -> Any:
         >>> len(draw_remedies(DiagnosisResult("kl", 32, 0.0, 0.5, ())).axes[0].lines)
         1
     """
-    names = ["(before)", *(one.code for one in result.applied)]
+    names = ["(before)", *map(_short, result.applied)]
     figure, axes = figure_over_layers(names, 3.0, "remedy")
     axes.set_xlabel("remedy, in the order of application")
     axes.plot(range(len(names)), [result.quantized_loss, *(one.loss for one in result.applied)], "o-")
     axes.set_ylabel(f"loss ({result.loss})")
     return figure
+
+
+def _short(remedy: AppliedRemedy) -> str:
+    """How it is written, without what all overrides have in common."""
+    return remedy.code.removeprefix("overrides={").removesuffix("}")
