@@ -221,6 +221,21 @@ def test_weights_that_are_averaged_at_the_end_are_quantized(make_trainer, loader
     assert float(quantized) == float(module.net.head.bias[0]) > 1
 
 
+def test_exponential_moving_averages_are_quantized(make_trainer, loader, tmp_path):
+    averaging = pytest.importorskip("lightning.pytorch.callbacks", reason="needs lightning")
+    if not hasattr(averaging, "EMAWeightAveraging"):
+        pytest.skip("This release of Lightning has no EMAWeightAveraging.")
+    # After each of three epochs the bias is one more; the mean of what it was is what is left in the model.
+    for name, options in {"default": {}, "last": {"ckpt_path": "last"}}.items():
+        callback = CalibTIP("calibrate", calibration_samples=16, **options)
+        averages = averaging.EMAWeightAveraging(decay=0.5, update_starting_at_step=0)
+        model = Moving()
+        trainer = make_trainer(callback, averages, default_root_dir=tmp_path / name, max_epochs=3)
+        trainer.fit(model, loader, loader)
+        bias = float(callback.result.module.network.layers["net.head"].float_bias[0])
+        assert bias == float(model.net.head.bias[0]) and 0 < bias < 3
+
+
 def test_where_no_best_weights_were_kept_the_last_are_quantized(make_trainer, loader, tmp_path):
     callback = CalibTIP("calibrate", calibration_samples=16)
     keeps_nothing = ModelCheckpoint(tmp_path, monitor="worse_and_worse", save_top_k=0)
