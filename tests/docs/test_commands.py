@@ -164,6 +164,7 @@ def test_commands_within_the_text_are_read_by_their_programs(settings):
 
 def test_options_within_the_text_exist(settings):
     names = {"--stages", "--ckpt_path"}
+    names |= {f"--{name}" for name in inspect.signature(QuantizationTrainer.diagnose).parameters}
     for recipe in ("bert_squad", "causal_lm", "resnet_cifar10", "resnet_imagenet"):
         names |= set(make_parser(importlib.import_module(f"recipes.{recipe}.__main__").main)._option_string_actions)
     for command in COMMANDS.values():

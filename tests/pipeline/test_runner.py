@@ -206,7 +206,7 @@ def test_the_configuration_of_a_run_is_what_was_given(tiny_classifier, loader):
 
 
 def test_unknown_options_are_errors_before_anything_runs(tiny_classifier, loader):
-    with pytest.raises(TypeError, match="QuantizationModule: unknown option 'weight_bit'; did you mean 'weight_bits'"):
+    with pytest.raises(TypeError, match="quantize: unknown option 'weight_bit'; did you mean 'weight_bits'"):
         quantize(tiny_classifier, loader, weight_bit=4)
     with pytest.raises(TypeError, match=r"options\.calibration: unknown option 'percent'"):
         quantize(tiny_classifier, loader, options={"calibration": {"percent": 99}})

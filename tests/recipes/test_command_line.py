@@ -119,4 +119,4 @@ def test_groups_of_weights_alone_go_through_a_recipe(tiny_cifar, cifar_checkpoin
     assert {layer["weight_bits"] for layer in record["layers"]} == {4, 8}
     assert all(layer["error_after"] <= layer["error_before"] for layer in record["layers"])
     configuration = (tmp_path / "out" / "report.html").read_text()
-    assert "group_size" in configuration and "adaquant" in configuration
+    assert "group_size" in configuration and "AdaQuant" in configuration
