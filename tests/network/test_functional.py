@@ -203,17 +203,43 @@ def swin():
     return SwinTransformer([2, 2], 8, [2, 1], [2, 2], [2, 2], num_classes=3, stochastic_depth_prob=0.0)
 
 
-@pytest.mark.parametrize("make", [vit, swin])
-def test_no_float_product_is_left_in_networks_of_torchvision(make):
+def timm_vit():
+    models = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
+    return models.VisionTransformer(8, 4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+
+
+def timm_swin():
+    models = pytest.importorskip("timm.models.swin_transformer", reason="timm is not installed")
+    return models.SwinTransformer(8, 2, embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=2, num_classes=3)
+
+
+class Encoder(nn.Module):
+    """Pixels of a picture as a sequence for torch's own encoder."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.encoder = nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x.flatten(2).mT)).mean(1))
+
+
+@pytest.mark.parametrize(("make", "attentions"), [(vit, 2), (swin, 3), (timm_vit, 2), (timm_swin, 3), (Encoder, 2)])
+def test_no_float_product_is_left_in_vision_transformers_and_encoders(make, attentions):
     torch.manual_seed(0)
     model, images = make().eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(images)
     module = quantized(model, images)
     assert not module.network.plan.float_matmuls and not module.network.float_layers
     seen = products_of(module, images)
-    attentions = 2 if make is vit else 3
     linear = sum(type(part).__mro__[1] is nn.Linear for part in module.model.modules() if len(type(part).__mro__) > 2)
     assert len(seen) >= 2 * attentions + linear > 10
     assert all(all(operands) for _, operands in seen), seen
+    with torch.no_grad(), module.quantized(False):
+        torch.testing.assert_close(module(images), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_an_override_names_them():
