@@ -16,8 +16,8 @@ from lightning_calibtip import (
 )
 from lightning_calibtip.network.channels import along_weight
 from lightning_calibtip.quantization.affine import fake_quantize
+from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
 from lightning_calibtip.quantization.observers import MinMaxObserver
-from lightning_calibtip.quantization.quantizers import AffineQuantizer
 from lightning_calibtip.reconstruction.objectives import Objective
 from lightning_calibtip.reconstruction.rounding import Rounding
 from tests.networks import as_loader

@@ -51,7 +51,7 @@ class TensorObserver:
         has_tokens: Whether the dimensions before the last are samples and tokens.
 
     Example:
-        >>> from lightning_calibtip.quantization.quantizers import AffineQuantizer
+        >>> from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
         >>> from lightning_calibtip.quantization.spec import TensorSpec
         >>> quantizer = AffineQuantizer("x", TensorSpec(2, symmetric=True), rows=1)
         >>> observer = TensorObserver(quantizer, channel_axis=-1)
@@ -140,7 +140,7 @@ def count_levels(quantizer: Quantizer, x: Tensor) -> Tensor:
         Counts from ``qmin`` to ``qmax``, float64.
 
     Example:
-        >>> from lightning_calibtip.quantization.quantizers import AffineQuantizer
+        >>> from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
         >>> from lightning_calibtip.quantization.spec import TensorSpec
         >>> quantizer = AffineQuantizer("x", TensorSpec(2), rows=1)
         >>> count_levels(quantizer, torch.tensor([0.0, 1.0, 2.2, 9.0]))

@@ -11,7 +11,8 @@ from ..module import QuantizationModule
 from ..network.hooks import INPUT_QUANTIZERS, OUTPUT_QUANTIZER
 from ..network.layer_types import reads_indices
 from ..network.layers import QuantizedLayer
-from ..quantization.quantizers import AffineQuantizer, Quantizer
+from ..quantization.affine_quantizer import AffineQuantizer
+from ..quantization.quantizers import Quantizer
 from ..quantization.spec import PerChannel, PerGroup, TensorSpec
 from ..user_model import copy_of
 

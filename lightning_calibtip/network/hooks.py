@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..quantization.affine import decode, encode
-from ..quantization.quantizers import AffineQuantizer, Quantizer
+from ..quantization.affine_quantizer import AffineQuantizer
+from ..quantization.quantizers import Quantizer
 from ..quantization.spec import LayerConfig
 from .routing import not_routed
 from .tensors import ObservedTensor

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..quantization.quantizers import AffineQuantizer, Quantizer, make_quantizer
+from ..quantization.affine_quantizer import AffineQuantizer
+from ..quantization.quantizers import Quantizer, make_quantizer
 from ..quantization.ranges import RangeOptions, weight_range
 from ..quantization.spec import Channels, LayerConfig
 from .channels import along_weight, with_equalization

@@ -13,7 +13,7 @@ from ..network.network import QuantizedNetwork
 from ..network.scheme import QuantizationScheme
 from ..network.structure import Structure
 from ..network.tensors import ObservedTensor
-from ..quantization.quantizers import AffineQuantizer
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.spec import Channels
 
 # An engine writes their results as integers, with one scale.

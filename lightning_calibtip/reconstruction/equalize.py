@@ -19,8 +19,8 @@ from ..network.hooks import make_room_for_bias
 from ..network.network import QuantizedNetwork
 from ..network.tensors import ObservedTensor
 from ..network.trial import trial
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.observers import make_observer
-from ..quantization.quantizers import AffineQuantizer
 from ..quantization.ranges import lp_optimal_range
 from ..quantization.spec import Channels, TensorSpec
 from .equalizable import EqualizationOptions, check_absorb, equalizable_inputs, may_divide

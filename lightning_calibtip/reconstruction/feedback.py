@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..network.channels import groups_of
 from ..network.layers import QuantizedLayer
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.feedback import round_with_feedback
-from ..quantization.quantizers import AffineQuantizer
 from .rounding import Rounding, register_rounding
 from .unit_data import MiniBatch
 from .units import Unit

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..network.channels import along_weight, with_equalization
 from ..network.layers import QuantizedLayer
 from ..network.tensors import ObservedTensor
-from ..quantization.quantizers import AffineQuantizer, Quantizer
+from ..quantization.affine_quantizer import AffineQuantizer
+from ..quantization.quantizers import Quantizer
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..network.layers import QuantizedLayer
 from ..quantization.affine import along, decode, encode
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.groups import from_groups, to_groups
-from ..quantization.quantizers import AffineQuantizer
 from ..quantization.spec import PerChannel, PerGroup
 from .rounding import Rounding, WeightTrainable, register_rounding
 

@@ -23,7 +23,8 @@ from ..network.states import LayerState
 from ..network.trainable import trainable
 from ..network.trial import Trial, trial
 from ..quantization.affine import SMALLEST_SCALE
-from ..quantization.quantizers import SMALLEST_RATIO, AffineQuantizer, Quantizer
+from ..quantization.affine_quantizer import SMALLEST_RATIO, AffineQuantizer
+from ..quantization.quantizers import Quantizer
 from .adam import Adam
 from .data_parallel import average_gradients, share_of_this_rank
 from .dropping import Dropping, dropping

@@ -22,8 +22,8 @@ from ..files.state_folder import holding
 from ..network.hooks import make_room_for_bias
 from ..network.network import QuantizedNetwork
 from ..network.trial import trial
+from ..quantization.affine_quantizer import AffineQuantizer
 from ..quantization.observers import HistogramObserver
-from ..quantization.quantizers import AffineQuantizer
 from ..quantization.ranges import RangeOptions, weight_range
 from .measured import FILE_NAME, MeasuredLosses
 from .replayed_prefix import ReplayedPrefix, first_layer_of

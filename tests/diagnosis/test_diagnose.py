@@ -15,7 +15,7 @@ from lightning_calibtip.diagnosis.layer_statistics import LayerStatistics
 from lightning_calibtip.diagnosis.options import DiagnosisOptions
 from lightning_calibtip.diagnosis.statistics import TensorObserver
 from lightning_calibtip.network.parts import computing
-from lightning_calibtip.quantization.quantizers import AffineQuantizer
+from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
 from lightning_calibtip.quantization.spec import TensorSpec
 from lightning_calibtip.reconstruction.equalizable import equalizable_inputs
 

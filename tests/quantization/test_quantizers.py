@@ -3,13 +3,8 @@ import torch
 from torch import nn
 
 from lightning_calibtip.quantization.affine import fake_quantize
-from lightning_calibtip.quantization.quantizers import (
-    AffineQuantizer,
-    Quantizer,
-    check_kind,
-    make_quantizer,
-    register_quantizer,
-)
+from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
+from lightning_calibtip.quantization.quantizers import Quantizer, check_kind, make_quantizer, register_quantizer
 from lightning_calibtip.quantization.spec import Channels, PerChannel, PerGroup, PerTensor, PerToken, TensorSpec
 
 CPU = torch.device("cpu")

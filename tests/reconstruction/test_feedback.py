@@ -6,8 +6,9 @@ from torch import nn
 from lightning_calibtip.calibration.recording import UnitCall
 from lightning_calibtip.network.layer_types import register_layer
 from lightning_calibtip.quantization.affine import fake_quantize
+from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
 from lightning_calibtip.quantization.feedback import round_with_feedback
-from lightning_calibtip.quantization.quantizers import AffineQuantizer, register_quantizer
+from lightning_calibtip.quantization.quantizers import register_quantizer
 from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.feedback import _gram, _Products
 from lightning_calibtip.reconstruction.options import AdaQuantOptions

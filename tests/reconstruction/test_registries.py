@@ -7,7 +7,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from lightning_calibtip.quantization.quantizers import AffineQuantizer, register_quantizer
+from lightning_calibtip.quantization.affine_quantizer import AffineQuantizer
+from lightning_calibtip.quantization.quantizers import register_quantizer
 from lightning_calibtip.reconstruction.adaquant import adaquant
 from lightning_calibtip.reconstruction.objectives import Objective, register_objective
 from lightning_calibtip.reconstruction.options import AdaQuantOptions
