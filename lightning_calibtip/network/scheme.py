@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ..quantization.quantizers import check_kind
+from ..quantization.quantizers import check_kind, kind_options
 from ..quantization.spec import (
     BitWidths,
     Granularity,
@@ -52,7 +52,9 @@ class QuantizationScheme:
         per_token: Whether each token of a layer's input (each sample of a convolution's) gets the range of its own
             values at run time, in place of one calibrated range.
         weight_quantizer: Kind of the weights' quantizers, see ``register_quantizer``.
-        activation_quantizer: Kind of the activations' quantizers.
+        activation_quantizer: Kind of the activations' quantizers: ``"affine"``, ``"sparq"`` (see ``SparqQuantizer``) or
+            one of your own.
+        activation_options: Options of that kind by name: ``{"windows": 3}``.
 
     Raises:
         ValueError: If a bit-width is out of its range, nothing is quantized, groups are asked for without scales per
@@ -79,6 +81,7 @@ class QuantizationScheme:
     per_token: bool = False
     weight_quantizer: str = "affine"
     activation_quantizer: str = "affine"
+    activation_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "edge_bits"):
@@ -102,6 +105,7 @@ class QuantizationScheme:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         check_kind(self.weight_quantizer, "weight_quantizer")
         check_kind(self.activation_quantizer, "activation_quantizer")
+        kind_options(self.activation_quantizer, self.activation_options or {})
         for pattern, value in (self.overrides or {}).items():
             if value is not None:
                 self.bit_widths(value, f"overrides[{pattern!r}]")
@@ -182,6 +186,7 @@ class QuantizationScheme:
             self.activation_quantizer,
             one_sided=True,
             nonnegative=operand.nonnegative,
+            options=kind_options(self.activation_quantizer, self.activation_options or {}, operand.channel_axis),
         )
 
     def _weight_granularity(self, channel_axis: int) -> Granularity:

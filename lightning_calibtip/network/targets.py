@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..quantization.quantizers import is_simulation
 from ..quantization.spec import LayerConfig, PerGroup, TensorSpec
 from .layer_types import LayerType
 
@@ -70,6 +71,12 @@ class Target:
         Raises:
             ValueError: If it cannot; the message names the option, its value and the remedy.
         """
+        for option in ("weight_quantizer", "activation_quantizer"):
+            if is_simulation(kind := getattr(scheme, option)):
+                raise ValueError(
+                    f"{option}={kind!r} is a simulation that no engine runs: give {_NO_TARGET}, got "
+                    f"target={self.name!r}."
+                )
         if scheme.per_token:
             raise ValueError(
                 f"per_token=True needs ranges at run time, which target={self.name!r} cannot run: leave it out, or "

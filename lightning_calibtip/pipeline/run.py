@@ -24,6 +24,7 @@ from ..report.loggers import log_checkpoint, log_items
 from ..report.metrics import Validation
 from ..report.page import Section, pages_of, write_page
 from ..report.record import StageRecord, remove_previous_items, run_record, write_record
+from ..report.shares import shares_item
 from ..report.size import bit_operations
 from .checkpoint_io import AtomicCheckpointIO
 from .settings import run_settings
@@ -184,7 +185,8 @@ class QuantizationRun:
     def _items(self) -> list[ReportItem]:
         of_stages = [item for stage in self.stages for item in stage.items]
         network = self.module.network
-        return [layers_item(network), *of_stages, *([histograms_item(network)] if network.calibrated else [])]
+        of_network = [shares_item(network), histograms_item(network)] if network.calibrated else []
+        return [layers_item(network), *of_stages, *(item for item in of_network if item is not None)]
 
     def export_onnx(self, path: str | Path, **options: Any) -> ExportReport:
         """Write the quantized module as an ONNX file, checked on a calibration batch; the report shows it from then on.

@@ -1,8 +1,8 @@
 """Quantizers: modules that hold the parameters of one tensor's quantization and apply it; one class a kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,35 @@ class Quantizer(nn.Module, ABC):
 
     Example:
         See ``AffineQuantizer``, and ``register_quantizer`` for a kind of one's own.
+
+    Attributes:
+        is_simulation: Whether no engine computes with tensors of this kind; targets then refuse it.
     """
+
+    is_simulation = False
 
     def __init__(self, name: str, spec: TensorSpec, rows: int) -> None:
         super().__init__()
         self.name, self.spec, self.rows = name, spec, rows
         self.enabled = False
+
+    @classmethod
+    def parse_options(cls, given: Mapping[str, Any], channel_axis: int | None) -> dict[str, Any]:
+        """Check the options that a user has given for tensors of this kind; a kind without options refuses all.
+
+        Args:
+            given: Options by name.
+            channel_axis: Dimension that a layer sums over, counted from the last, where it is known.
+
+        Returns:
+            What ``TensorSpec.options`` is to hold.
+
+        Raises:
+            ValueError: If an option does not exist or is out of its range.
+        """
+        if given:
+            raise ValueError(f"{cls.__name__} has no options, got {', '.join(map(str, given))}.")
+        return {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``, fake-quantized when enabled."""
@@ -118,6 +141,10 @@ class Quantizer(nn.Module, ABC):
     def limits(self, parameter: str) -> tuple[float, float] | None:
         """Least and greatest value that a parameter may have in a file; None if any may be there."""
         return None
+
+    def shares(self) -> dict[str, float]:
+        """Shares, from 0 to 1, of the values that have passed, which the report shows by tensor; none by default."""
+        return {}
 
     def stored(self) -> dict[str, Tensor]:
         """Parameters that an engine has to store, by name; the others are what a new quantizer has."""
@@ -189,6 +216,34 @@ def check_kind(kind: str, what: str) -> str:
     if kind not in _KINDS:
         raise ValueError(f"{what} must be one of {', '.join(_KINDS)}, got {kind!r}; register_quantizer adds a kind.")
     return kind
+
+
+def is_simulation(kind: str) -> bool:
+    """Whether no engine computes with tensors of a kind.
+
+    Example:
+        >>> is_simulation("affine"), is_simulation("sparq")
+        (False, True)
+    """
+    return _KINDS[kind].is_simulation
+
+
+def kind_options(kind: str, given: Mapping[str, Any], channel_axis: int | None = None) -> tuple[tuple[str, Any], ...]:
+    """Options of a kind as ``TensorSpec`` holds them.
+
+    Args:
+        kind: Name of the kind.
+        given: Options by name, as the user has given them.
+        channel_axis: See ``Quantizer.parse_options``.
+
+    Raises:
+        ValueError: If the kind has no such option, or a value is out of its range.
+
+    Example:
+        >>> kind_options("sparq", {"windows": 3}, channel_axis=-1)
+        (('axis', -1), ('pairs', True), ('windows', 3))
+    """
+    return tuple(sorted(_KINDS[kind].parse_options(given, channel_axis).items()))
 
 
 def make_quantizer(name: str, spec: TensorSpec, shape: Sequence[int] | None, device: torch.device) -> Quantizer:

@@ -167,6 +167,7 @@ class TensorSpec:
             zero point is and stays 0; such a tensor is not symmetric.
         equalized: Channels that are divided by a ratio each before they are rounded; None where there are none. Only
             an activation with one scale, or with ranges taken at run time, has some.
+        options: Options of the kind of quantizer, as pairs of names and values in the order of the names.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -184,6 +185,7 @@ class TensorSpec:
     one_sided: bool = False
     nonnegative: bool = False
     equalized: Channels | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "bits")
@@ -219,7 +221,9 @@ class TensorSpec:
         """Convert to plain values, which ``from_dict`` reads."""
         name = next(name for name, cls in _GRANULARITIES.items() if type(self.granularity) is cls)
         fields = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.granularity).items()}
-        return {**asdict(self), "granularity": {"name": name, **fields}}
+        values = {**asdict(self), "granularity": {"name": name, **fields}, "options": dict(self.options)}
+        # Earlier releases read what has none.
+        return {key: value for key, value in values.items() if key != "options" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TensorSpec":
@@ -237,7 +241,8 @@ class TensorSpec:
         _check_names(fields, granularity.__dataclass_fields__, f"The granularity {name}")
         channels = values.get("equalized")
         equalized = None if channels is None else Channels(**channels)
-        return cls(**{**values, "granularity": granularity(**fields), "equalized": equalized})
+        options = tuple(sorted(values.get("options", {}).items()))
+        return cls(**{**values, "granularity": granularity(**fields), "equalized": equalized, "options": options})
 
 
 @dataclass(frozen=True)
