@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import _load as load_file
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -352,8 +353,13 @@ class QuantizationModule(pl.LightningModule):
             ValueError: If the file is damaged, was changed, is none of a ``QuantizationModule``, or of another model.
         """
         try:
+            if "weights_only" in inspect.signature(super().load_from_checkpoint).parameters:
+                kwargs["weights_only"] = weights_only
+            elif weights_only:
+                # Lightning before 2.6 would load Python objects.
+                load_file(checkpoint_path, map_location="cpu", weights_only=True)
             loaded: QuantizationModule = super().load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+                checkpoint_path, map_location, hparams_file, strict, **kwargs
             )
         except (FileNotFoundError, PermissionError, IsADirectoryError):
             raise

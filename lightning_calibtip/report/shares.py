@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..network.network import QuantizedNetwork
-from .chart import Chart, Series
+from .chart import Chart, Series, over_layers
 from .drawing import figure_over_layers
 from .item import ReportItem
 
@@ -27,7 +27,7 @@ def shares_item(network: QuantizedNetwork) -> ReportItem | None:
         return None
     columns = list(dict.fromkeys(key for shares in found.values() for key in shares))
     rows = [[name, *(shares.get(key) for key in columns)] for name, shares in found.items()]
-    points = {key: [(place, row[1 + i]) for place, row in enumerate(rows)] for i, key in enumerate(columns)}
+    points = {key: over_layers([shares.get(key) for shares in found.values()]) for key in columns}
 
     def draw() -> Any:
         figure, axes = figure_over_layers(list(found), 3.0, "tensor")

@@ -69,7 +69,7 @@ def test_pipelines_take_it_and_the_report_shows_its_shares(pipeline, tiny_classi
 
 def test_what_it_cannot_be_is_refused_by_name(tiny_classifier, loader, images):
     cpu = {"trainer_options": {"accelerator": "cpu"}, "activation_quantizer": "sparq"}
-    with pytest.raises(ValueError, match="net.stem input: values down to -.* are never negative"):
+    with pytest.raises(ValueError, match=r"net\.stem input: values down to -.* are never negative"):
         quantize(tiny_classifier, loader, None, "calibrate", **cpu)
     with pytest.raises(ValueError, match="a simulation that no engine runs: give target=None"):
         QuantizationScheme(activation_quantizer="sparq", target="onnxruntime")
