@@ -11,6 +11,7 @@ from ..network.scheme import QuantizationScheme
 from ..quantization.spec import BitWidths, PerChannel, PerTensor
 from ..reconstruction.equalizable import equalizable_inputs, may_divide
 from ..reconstruction.equalize import equalize
+from ..tuning.batch_norm import tune_batch_norm
 from ..tuning.bias import tune_bias
 from .causes import (
     BIASED_MEAN,
@@ -55,6 +56,10 @@ def _equalize(network: QuantizedNetwork, calibration: CalibrationSet, store: Act
     return equalize(network, calibration, None, store)
 
 
+def _tune_batch_norm(network: QuantizedNetwork, calibration: CalibrationSet, store: ActivationStore) -> object:
+    return tune_batch_norm(network, calibration, None, store)
+
+
 def _tune_bias(network: QuantizedNetwork, calibration: CalibrationSet, store: ActivationStore) -> object:
     return tune_bias(network, calibration)
 
@@ -78,6 +83,9 @@ def remedies_for(network: QuantizedNetwork, layer: QuantizedLayer, cause: Cause,
     reconstructed = any(other.errors is not None for other in network.layers.values())
     found: list[Remedy] = []
     if cause.name == BIASED_MEAN:
+        # After a reconstruction it would blow up again what has less variance than its target.
+        if layer.name in {fold.layer for fold in network.plan.folds} and not reconstructed:
+            found.append(Remedy("BatchNormTuning()", act=_tune_batch_norm))
         found.append(Remedy("BiasTuning()", act=_tune_bias))
     elif cause.part == "inputs":
         found += _for_inputs(network, layer, cause, reconstructed)
