@@ -91,7 +91,7 @@ def read(words: list[str]) -> None:
         assert arguments[0] == "--nproc_per_node" and arguments[1].isdigit() and arguments[2] == "-m"
         program, arguments = "python", arguments[2:]
     if program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert arguments and set(arguments) <= set(targets)
     elif program == "pip":
         assert arguments[0] == "install"
