@@ -1,7 +1,7 @@
 """QuantizationModule: a LightningModule around the user's own, whose layers are quantized."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from . import ranks
+from .batch_arguments import batch_arguments, naming_batch
 from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
 from .calibration.shared_batches import batches_of_all_ranks
 from .files.damage import describe_error
 from .lightning_types import is_a, overrides
 from .loaders import check_loader
 from .network.attention import transformers_models
-from .network.checkpoint import CHECKPOINT_KEY, pack_network, require_readable, unpack_network
+from .network.checkpoint import CHECKPOINT_KEY, NOT_OURS, pack_network, require_own, require_readable, unpack_network
 from .network.network import QuantizedNetwork
 from .network.scheme import QuantizationScheme
 from .network.summary import LayerSummary
-from .option_fields import with_changes
+from .option_fields import field_names, with_changes
 from .quiet import ExpectedWarnings
 from .report.table import layer_table
 from .user_model import check_model, copy_of
@@ -103,7 +104,9 @@ class QuantizationModule(pl.LightningModule):
         self.save_hyperparameters(scheme.to_dict())
         if isinstance(model, QuantizationModule):
             raise ValueError("The model is already a QuantizationModule; wrap the float model instead.")
-        check_model(model)
+        if validation_step is not None and not callable(validation_step):
+            raise TypeError(f"validation_step must be a function (module, batch, batch_idx), got {validation_step!r}.")
+        model = check_model(model)
         self.model = copy_of(model).eval()
         self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
@@ -125,16 +128,20 @@ class QuantizationModule(pl.LightningModule):
         return self.model(*args, **kwargs)
 
     def calibration_step(self, batch: Any, batch_idx: int) -> Any:
-        """Pass a calibration batch through the model and return its output (the logits). Override it for other batches.
+        """Pass a calibration batch through the model and return its output (the logits). Override it for other batches,
+        or give your own module a method of this name, which is called instead.
 
-        By default a tensor is passed as it is, of a tuple or list the first element, of a mapping the entries that the
-        model's ``forward`` takes.
+        By default a tensor is passed as it is, of a tuple or list the first element (the first ones, where ``forward``
+        needs several), of a mapping the entries that the model's ``forward`` takes.
 
         Raises:
-            ValueError: If the batch is empty, or a mapping shares no name with ``forward``.
+            ValueError: If the batch does not fit ``forward``.
         """
-        inputs = self.inputs_of(batch)
-        return self.model(**inputs) if isinstance(batch, Mapping) else self.model(inputs)
+        own = getattr(self.model, "calibration_step", None)
+        if own is not None:
+            return own(batch, batch_idx)
+        args, kwargs = batch_arguments(self.model, batch)
+        return self.model(*args, **kwargs)
 
     def token_mask(self, batch: Any) -> Tensor | None:
         """Mask of the tokens of a calibration batch that count: padding does not. Override it for other batches.
@@ -151,22 +158,12 @@ class QuantizationModule(pl.LightningModule):
         return attention_mask(batch)
 
     def inputs_of(self, batch: Any) -> Any:
-        """The part of a calibration batch that the default ``calibration_step`` passes on."""
-        if isinstance(batch, Mapping):
-            parameters = inspect.signature(self.model.forward).parameters
-            takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-            inputs = {name: value for name, value in batch.items() if takes_any or name in parameters}
-            if not inputs:
-                raise ValueError(
-                    f"No entry of the calibration batch ({', '.join(map(str, batch))}) is an argument of "
-                    f"{type(self.model).__name__}.forward ({', '.join(parameters)}); override calibration_step()."
-                )
-            return inputs
-        if isinstance(batch, tuple | list):
-            if not batch:
-                raise ValueError("The calibration batch is empty; override calibration_step() to say what is passed.")
-            return batch[0]
-        return batch
+        """The part of a calibration batch that ``calibration_step`` passes on; all of it where it is the user's own."""
+        is_default = type(self).calibration_step is QuantizationModule.calibration_step
+        if not is_default or hasattr(self.model, "calibration_step"):
+            return batch
+        args, kwargs = batch_arguments(self.model, batch)
+        return kwargs or (args[0] if len(args) == 1 else args)
 
     def take_batch_hooks(self, datamodule: pl.LightningDataModule | None) -> None:
         """Let batches go through the hooks of a DataModule (transforms on the device, transfer), where it has any."""
@@ -245,19 +242,19 @@ class QuantizationModule(pl.LightningModule):
         """Keep the calibration batch, under DDP those of all ranks; the first one also shows the model's structure."""
         if self.calibration_done:
             return
-        is_default = type(self).calibration_step is QuantizationModule.calibration_step
         start = len(self.calibration)
         with ranks.together(self.trainer.world_size > 1):
             batches = batches_of_all_ranks(batch)
         for each in [self.transfer_batch_to_device(each, self.device, 0) for each in batches]:
-            self.calibration.append(each, self.inputs_of(each) if is_default else each)
+            self.calibration.append(each, self.inputs_of(each))
         self.latest_batches = range(start, len(self.calibration))
         if self.network.structure is None:
             with torch.no_grad():
                 self.network.prepare(self._run_first_batch)
 
     def _run_first_batch(self) -> Any:
-        output = self.calibration.run(0)
+        with naming_batch(self.inputs_of(self.calibration.batches[0])):
+            output = self.calibration.run(0)
         try:
             named_logits(output)
             self._logits_error = None
@@ -352,6 +349,10 @@ class QuantizationModule(pl.LightningModule):
         Raises:
             ValueError: If the file is damaged, was changed, is none of a ``QuantizationModule``, or of another model.
         """
+        if given := [name for name in kwargs if name in field_names(QuantizationScheme)]:
+            raise TypeError(f"{given[0]} is given by the checkpoint, which has its formats: leave it out.")
+        if weights_only:
+            require_own(checkpoint_path)
         try:
             if "weights_only" in inspect.signature(super().load_from_checkpoint).parameters:
                 kwargs["weights_only"] = weights_only
@@ -372,6 +373,8 @@ class QuantizationModule(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put packed integers and the quantization plan in the place of the quantized layers' weights."""
+        if not self.network.calibrated:
+            rank_zero_warn("The module is not calibrated yet: the checkpoint holds the float model, run Calibration.")
         checkpoint[CHECKPOINT_KEY] = pack_network(self.network, checkpoint["state_dict"], _PREFIX)
 
     @override
@@ -382,10 +385,7 @@ class QuantizationModule(pl.LightningModule):
             ValueError: If the checkpoint is not of a QuantizationModule, of another model, or damaged.
         """
         if CHECKPOINT_KEY not in checkpoint:
-            raise ValueError(
-                "This checkpoint was not saved by a QuantizationModule; load it into your own LightningModule first "
-                "and wrap that."
-            )
+            raise ValueError(NOT_OURS.format(path="This checkpoint"))
         try:
             unpack_network(self.network, checkpoint[CHECKPOINT_KEY], checkpoint["state_dict"], _PREFIX)
         except (LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:

@@ -89,3 +89,23 @@ def with_changes(options: Options, changes: Mapping[str, Any], place: str) -> Op
     """
     check_names(options, changes, place)
     return replace(options, **changes)  # type: ignore[type-var]
+
+
+def require_count(value: Any, name: str) -> None:
+    """Raise unless a value is an integer of at least 1.
+
+    Args:
+        value: The value.
+        name: Name of the option, for the message.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+        >>> require_count(1.5, "calibration_samples")
+        Traceback (most recent call last):
+        ...
+        ValueError: calibration_samples must be an integer of at least 1, got 1.5.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")

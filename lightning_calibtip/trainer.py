@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from .calibration.calibration_set import FirstSamples
@@ -78,6 +78,8 @@ class QuantizationTrainer(pl.Trainer):
                 "stages have options of their own, so those of a pipeline (adaquant, calibration, seed, ...) would be "
                 "ignored: give them in the stages' init_args, or take a pipeline instead of stages."
             )
+        if stages is not None and pipeline != "sequential":
+            raise ValueError(f"stages take the place of a pipeline: leave out --pipeline {pipeline}, or --stages.")
         if scheme is not None and scheme.target is not None:
             require_packages()
         trial_run = int(self.fast_dev_run)  # type: ignore[attr-defined]
@@ -89,6 +91,8 @@ class QuantizationTrainer(pl.Trainer):
             model.configure_model()
         if ckpt_path is not None:
             load_weights(model, ckpt_path)
+        else:
+            rank_zero_warn("There is no --ckpt_path: the weights are those that the model is made with.")
         wrapped = QuantizationModule(model, scheme)
         wrapped.take_batch_hooks(datamodule)
         if datamodule is not None:

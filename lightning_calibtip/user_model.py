@@ -1,6 +1,8 @@
 """The user's model: what is refused of it, and how it is copied."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,12 +11,17 @@ from torch.nn.parameter import is_lazy
 
 from .lightning_types import is_a, overrides
 
+_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
-def check_model(model: Any) -> None:
-    """Refuse what is no trained module in eager mode.
+
+def check_model(model: Any) -> nn.Module:
+    """Refuse what is no trained module in eager mode; of a compiled one, give the module that was compiled.
 
     Args:
         model: What the user has given.
+
+    Returns:
+        The model.
 
     Raises:
         TypeError: If it is a class, no module, or a TorchScript module.
@@ -34,6 +41,7 @@ def check_model(model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"The model must be a torch.nn.Module or a LightningModule, got {type(model).__name__}.")
+    model = getattr(model, "_orig_mod", model)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -57,6 +65,53 @@ def check_model(model: Any) -> None:
                 f"{what} of {name} is on the meta device and has no values: call model.to_empty(device=...) and load "
                 "its weights first."
             )
+    return model
+
+
+def require_quantized_module(module: Any, what: str) -> None:
+    """Refuse a model that was not quantized.
+
+    Args:
+        module: What the user has given for a QuantizationModule.
+        what: Name of the function, for the message.
+
+    Raises:
+        TypeError: If it is something else.
+
+    Example:
+        >>> require_quantized_module(nn.Linear(2, 2), "export_onnx")
+        Traceback (most recent call last):
+        ...
+        TypeError: export_onnx takes a QuantizationModule, got a Linear: quantize it first, and give run.module.
+    """
+    if not hasattr(module, "network"):
+        raise TypeError(
+            f"{what} takes a QuantizationModule, got a {type(module).__name__}: quantize it first, and give run.module."
+        )
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, a module has no traces of ``torch.compile``, whose functions would still run the original's code."""
+    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    for module in model.modules():
+        found = {"_compiled_call_impl": None} if getattr(module, "_compiled_call_impl", None) is not None else {}
+        if getattr(module, "_compiler_ctx", None) is not None:
+            # Lightning has put compiled functions in the places of these methods.
+            found |= {name: None for name in (*_COMPILED, "_compiler_ctx") if name in module.__dict__}
+        if found:
+            kept.append((module, {name: module.__dict__[name] for name in found if name in module.__dict__}))
+    for module, values in kept:
+        for name in values:
+            if name in _COMPILED:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = None
+    try:
+        yield
+    finally:
+        for module, values in kept:
+            module.__dict__.update(values)
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -77,7 +132,8 @@ def copy_of(model: nn.Module) -> nn.Module:
     for module in holders:
         module._trainer = None
     try:
-        duplicate = copy.deepcopy(model)
+        with _uncompiled(model):
+            duplicate = copy.deepcopy(model)
     except RuntimeError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied: {error} Detach tensors that the module keeps as attributes "

@@ -8,7 +8,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_calibtip import AdaQuant, BiasTuning, Calibration, QuantizationModule, QuantizationScheme, quantize
+from lightning_calibtip import (
+    AdaQuant,
+    BiasTuning,
+    Calibration,
+    QuantizationModule,
+    QuantizationScheme,
+    export_onnx,
+    quantize,
+)
 from tests.conftest import TinyClassifier, TinyResNet
 from tests.networks import as_loader, logits_of
 
@@ -301,3 +309,60 @@ def test_a_checkpoint_is_loaded_with_the_scheme_that_it_was_saved_with(tiny_clas
     loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=TinyClassifier())
     assert loaded.hparams == run.module.hparams == run.module.network.scheme.to_dict()
     assert torch.equal(logits_of(loaded, images), logits_of(run.module, images))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, left, right, scale=1.0):
+        return self.left(left) + scale * self.right(right)
+
+
+class OfMapping(Pair):
+    def forward(self, batch):
+        return super().forward(batch["left"], batch["right"])
+
+
+class WithStep(OfMapping):
+    def calibration_step(self, batch, batch_idx):
+        (pair,) = batch
+        return self({"left": pair[0], "right": pair[1]})
+
+    def forward(self, sample):
+        return super().forward(sample)
+
+
+@pytest.mark.parametrize("model", [Pair, OfMapping, WithStep])
+def test_batches_of_several_inputs_reach_forward(model):
+    left, right = torch.randn(8, 4), torch.randn(8, 4) * 9
+    batch = {Pair: (left, right, "labels"), OfMapping: {"left": left, "right": right}, WithStep: [(left, right)]}[model]
+    net = model().eval()
+    run = quantize(net, [batch], pipeline="calibrate", trainer_options={"accelerator": "cpu"}, edge_bits=None)
+    read = {tensor.name: float(tensor.observer.row[2]) for tensor in run.module.network.tensors if tensor.observer}
+    assert read == {"left input": float(left.max()), "right input": float(right.max())}
+
+
+def test_what_the_model_raises_names_the_batch_and_a_compiled_model_is_the_one_that_was_compiled():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(
+        RuntimeError, match=r"failed on the first calibration batch \(float32 \(8, 5\)\): mat1 and mat2"
+    ):
+        quantize(net, [torch.randn(8, 5)], pipeline="calibrate", trainer_options={"accelerator": "cpu"})
+    compiled = torch.compile(net)
+    net.compile()
+    run = quantize(compiled, [torch.randn(8, 4)], pipeline="calibrate", trainer_options={"accelerator": "cpu"})
+    assert list(run.module.network.layers) == ["0", "2"] and net._compiled_call_impl is not None
+
+
+def test_what_is_no_quantized_module_or_checkpoint_says_so(tiny_classifier, tmp_path, make_trainer):
+    with pytest.raises(TypeError, match="export_onnx takes a QuantizationModule, got a Linear"):
+        export_onnx(nn.Linear(2, 2), tmp_path / "model.onnx", torch.ones(1, 2))
+    trainer = make_trainer()
+    trainer.strategy.connect(tiny_classifier)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(ValueError, match=r"float.ckpt was not saved by a QuantizationModule"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "float.ckpt", model=tiny_classifier)
+    with pytest.raises(TypeError, match="weight_bits is given by the checkpoint"):
+        QuantizationModule.load_from_checkpoint(tmp_path / "float.ckpt", model=tiny_classifier, weight_bits=4)

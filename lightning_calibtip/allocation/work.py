@@ -34,7 +34,7 @@ class Work:
 
 
 @torch.no_grad()
-def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict[str, Work]:
+def measure_work(network: QuantizedNetwork, calibration: CalibrationSet, warns: bool = True) -> dict[str, Work]:
     """Count the work of every quantizable layer on the first calibration batch.
 
     Multiply-accumulates are half of what torch's ``FlopCounterMode`` counts while the layer runs. Layers that do not
@@ -43,6 +43,7 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
     Args:
         network: Network that has been prepared.
         calibration: Calibration set with at least one batch.
+        warns: Whether layers whose work cannot be counted are named in a warning.
 
     Returns:
         Work of each layer by name, whether the layer is quantized or stays in float.
@@ -89,7 +90,7 @@ def measure_work(network: QuantizedNetwork, calibration: CalibrationSet) -> dict
         for handle in handles:
             handle.remove()
     parts = {name for name, layer in network.layers.items() if layer.type.part}
-    if idle := [name for name in names if operations[name] == 0 and (elements[name] > 0 or name in parts)]:
+    if warns and (idle := [name for name in names if operations[name] == 0 and (elements[name] > 0 or name in parts)]):
         log.warning("%s: no multiply-accumulates can be counted; they cost no bit operations.", ", ".join(idle))
     samples = batch_size(calibration.batches[0])
     return {name: Work(operations[name] / 2 / samples, elements[name] / samples) for name in names}

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
+from ..option_fields import require_count
+
 Forward = Callable[[Any, int], Any]
 TokenMask = Callable[[Any], Tensor | None]
 
@@ -170,8 +172,8 @@ def named_logits(output: Any) -> list[tuple[str, Tensor]]:
     ]
     if not logits:
         raise TypeError(
-            f"The model's output ({kind}) holds no floating-point tensor to compare; let "
-            "calibration_step() return the model's logits."
+            f"The model's output ({kind}) holds no logits to compare, which have a dimension of samples (a scalar loss "
+            "has none): give your module a method calibration_step(batch, batch_idx) that returns them."
         )
     return logits
 
@@ -205,8 +207,7 @@ class FirstSamples:
     """
 
     def __init__(self, loader: Iterable[Any], samples: int) -> None:
-        if samples < 1:
-            raise ValueError(f"The number of calibration samples must be at least 1, got {samples}.")
+        require_count(samples, "The number of calibration samples")
         self.loader, self.samples = loader, samples
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Calibration: choose the ranges of activations and weights from what one epoch shows."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ from typing_extensions import override
 
 from ..files.state_folder import remove_state
 from ..module import QuantizationModule
+from ..network.tensors import ObservedTensor
 from ..quantization.ranges import RangeOptions
+from ..quantization.spec import TensorSpec
 from ..tuning.joint_search import search_jointly
 from ..tuning.measured import FILE_NAME
 from .options import merge_fields
 from .stage import Stage, StageResult
+
+log = logging.getLogger(__name__)
 
 
 class Calibration(Stage):
@@ -68,6 +73,13 @@ class Calibration(Stage):
     def run(self, module: QuantizationModule) -> StageResult:
         """Choose the ranges."""
         module.network.fit_ranges()
+        if constant := [tensor.name for tensor in module.network.tensors if _is_constant(tensor)]:
+            log.warning(
+                "%s: the same value in all calibration batches, so the range fits no other (%d tensors): are these the "
+                "data of the task?",
+                ", ".join(constant[:3]),
+                len(constant),
+            )
         figures = {"layers": float(len(module.network.layers)), "samples": float(module.calibration.samples)}
         searched = ""
         if self.options.search == "joint":
@@ -84,3 +96,11 @@ class Calibration(Stage):
         return StageResult(
             figures, outcome=f"Ranges of {len(module.network.layers)} layers were chosen ({chosen}).{searched}"
         )
+
+
+def _is_constant(tensor: ObservedTensor) -> bool:
+    """Whether all values that were observed are alike; a range that the observer has chosen says so."""
+    if tensor.observer is None or not tensor.observed:
+        return False
+    low, high = tensor.observer.compute_range(TensorSpec(8))
+    return bool((low == high).all())

@@ -30,7 +30,7 @@ class LayerFinding:
         cost: What its weight and its inputs cost of the loss.
         statistics: What rounding does to its tensors.
         cause: Why it costs that.
-        remedies: What can be done, the cheapest first.
+        remedies: What can be done, the cheapest first; none where the layer takes no share of the loss.
 
     Example:
         See ``diagnose``.
@@ -152,7 +152,8 @@ def diagnose(
         layer = network.layers[name]
         of_weight = _costs_more(cost)
         cause = find_cause(statistics[name], of_weight, layer.bias is not None)
-        remedies = tuple(remedies_for(network, layer, cause, of_weight))
+        # Where nothing is lost there is nothing to mend.
+        remedies = tuple(remedies_for(network, layer, cause, of_weight)) if cost.share > 0 else ()
         bits = layer.config.bit_widths
         findings.append(LayerFinding(name, types[name], bits, cost, statistics[name], cause, remedies))
     return DiagnosisResult(loss.name, loss.calibration.samples, costs.float_loss, costs.quantized_loss, tuple(findings))

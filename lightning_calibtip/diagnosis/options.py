@@ -48,7 +48,8 @@ class DiagnosisOptions:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-        if isinstance(self.max_degradation, bool) or not self.max_degradation >= 0:
+        number = isinstance(self.max_degradation, int | float) and not isinstance(self.max_degradation, bool)
+        if not number or not self.max_degradation >= 0:
             raise ValueError(f"max_degradation must be at least 0, got {self.max_degradation!r}.")
         if self.mode not in (None, "max", "min"):
             raise ValueError(f"mode must be 'max', 'min' or None, got {self.mode!r}.")

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..batch_arguments import batch_arguments
 from ..extras import needs_extra
 from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.routing import routed_by_hooks
 from ..network.targets import Target, find_target
+from ..user_model import require_quantized_module
 from .report import ExportReport
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ def export_onnx(
         {'QGemm': 2}
     """
     require_packages(check)
+    require_quantized_module(module, "export_onnx")
     path, network = Path(path), module.network
     if not network.calibrated:
         raise RuntimeError("The module has no ranges yet, so nothing can be exported: run Calibration first.")
@@ -151,15 +154,15 @@ def inputs_of(module: QuantizationModule, batch: Any) -> tuple[tuple[Any, ...], 
         >>> len(args), kwargs
         (1, {})
     """
-    inputs = module.inputs_of(batch)
+    args, kwargs = batch_arguments(module.model, batch)
     device = next((tensor.device for tensor in module.model.parameters()), torch.device("cpu"))
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    if isinstance(batch, Mapping):
-        return (), {name: moved(value) for name, value in inputs.items() if isinstance(value, Tensor)}
-    return (moved(inputs),), {}
+    # A file has tensors for inputs.
+    named = {name: moved(value) for name, value in kwargs.items() if isinstance(value, Tensor)}
+    return tuple(map(moved, args)), named
 
 
 @torch.no_grad()

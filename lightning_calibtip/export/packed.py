@@ -18,6 +18,7 @@ from ..network.checkpoint import digest_of, pack_network, unpack_network
 from ..network.folding import FoldedBatchNorm
 from ..network.scheme import QuantizationScheme
 from ..quantization.quantizers import Quantizer
+from ..user_model import require_quantized_module
 
 PACKED_VERSION = 1
 
@@ -57,6 +58,7 @@ def export_packed(module: QuantizationModule, path: str | Path) -> Path:
     _require_safetensors()
     from safetensors.torch import save
 
+    require_quantized_module(module, "export_packed")
     if not module.network.calibrated:
         raise RuntimeError("The module has no ranges yet, so nothing can be packed: run Calibration first.")
     state = {f"{_PREFIX}{name}": tensor.detach().cpu() for name, tensor in module.model.state_dict().items()}

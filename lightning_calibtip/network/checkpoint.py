@@ -243,12 +243,12 @@ def is_intact(packed: Mapping[str, Any], state_dict: Mapping[str, Tensor], prefi
     return bool(packed.get("digest") == digest_of(packed["config"], packed["weights"], state_dict, prefix))
 
 
-def require_readable(path: Any, cause: Exception) -> None:
+def require_readable(path: Any, cause: Exception | None) -> None:
     """Raise ``ValueError`` if a file cannot be read as tensors and plain values.
 
     Args:
         path: The file; anything else than a path to a file of this machine is left alone.
-        cause: What went wrong when it was loaded.
+        cause: What went wrong when it was loaded, if it was.
 
     Raises:
         ValueError: If it cannot be read; the message names the file.
@@ -275,6 +275,26 @@ def require_readable(path: Any, cause: Exception) -> None:
         raise ValueError(
             f"{path} is damaged, or no checkpoint ({describe_error(error)}): take another copy, or write it anew."
         ) from cause
+
+
+NOT_OURS = "{path} was not saved by a QuantizationModule; load it into your own LightningModule first and wrap that."
+
+
+def require_own(path: Any) -> None:
+    """Raise ``ValueError`` if a file is read well, but is no checkpoint of a QuantizationModule.
+
+    Args:
+        path: The file; anything else than a path to a file of this machine is left alone.
+
+    Raises:
+        ValueError: If it is none, or cannot be read.
+
+    Example:
+        >>> require_own("https://elsewhere/model.ckpt")
+    """
+    if isinstance(path, str | Path) and Path(path).is_file() and not is_quantized(path):
+        require_readable(path, None)
+        raise ValueError(NOT_OURS.format(path=path))
 
 
 def is_quantized(path: str | Path) -> bool:

@@ -106,6 +106,13 @@ class QuantizationScheme:
         check_kind(self.weight_quantizer, "weight_quantizer")
         check_kind(self.activation_quantizer, "activation_quantizer")
         kind_options(self.activation_quantizer, self.activation_options or {})
+        if self.overrides is not None and (
+            not isinstance(self.overrides, Mapping) or not all(isinstance(pattern, str) for pattern in self.overrides)
+        ):
+            raise ValueError(
+                "overrides must map names of layers, or patterns, to bit-widths ({'head': 8}), got "
+                f"{self.overrides!r}."
+            )
         for pattern, value in (self.overrides or {}).items():
             if value is not None:
                 self.bit_widths(value, f"overrides[{pattern!r}]")

@@ -164,7 +164,7 @@ class Target:
         Raises:
             ValueError: If the engine cannot run it; the message names the layer and the remedy.
         """
-        remedy = f"make a QuantizationModule with target={self.name!r}, calibrate it again, and export that one."
+        remedy = f"quantize the model again with target={self.name!r} (--target {self.name}), and export that one."
         weight = config.weight
         if weight is not None and self.symmetric_weights and not weight.symmetric:
             raise ValueError(

@@ -19,8 +19,9 @@ from ..module import QuantizationModule
 from ..network.network import check_overrides
 from ..network.scheme import QuantizationScheme
 from ..network.targets import DEFAULT_TARGET
-from ..option_fields import argument_names, field_names, require_known
+from ..option_fields import argument_names, field_names, require_count, require_known
 from ..report.loggers import log_items
+from .datamodule import KnowsDataModule
 from .distributed import same_processes
 from .options import PipelineOptions
 from .presets import make_stages
@@ -44,7 +45,8 @@ class CalibTIP(pl.Callback):
         options: Options of the stages, see ``PipelineOptions``, or a nested mapping of those that differ from the
             defaults: ``{"adaquant": {"iterations": 200}, "allocation": {"compression": 0.13}}``.
         calibration_samples: How many samples to calibrate on.
-        calibration_dataloader: Where they come from; the first of the training data if None (better without
+        calibration_dataloader: Where they come from. If None, from the method ``calibration_dataloader`` of the
+            DataModule or the model, where there is one, else the first of the training data (better without
             augmentation).
         filename: Name of the checkpoint without the suffix; ``<filename>_report`` beside it is the folder with
             ``report.html``, ``result.json``, tables and pictures. Where there is one already it becomes
@@ -88,8 +90,7 @@ class CalibTIP(pl.Callback):
         export: str | None = None,
         **scheme: Any,
     ) -> None:
-        if calibration_samples < 1:
-            raise ValueError(f"calibration_samples must be at least 1, got {calibration_samples}.")
+        require_count(calibration_samples, "calibration_samples")
         self.calibration_samples = calibration_samples
         self.calibration_dataloader = calibration_dataloader
         self.filename, self.metric, self.ckpt_path = filename, metric, ckpt_path
@@ -124,6 +125,11 @@ class CalibTIP(pl.Callback):
         """Called before training: refuse what could not be finished after it."""
         if stage != "fit":
             return
+        if isinstance(pl_module, QuantizationModule):
+            raise MisconfigurationException(
+                "CalibTIP quantizes a float model when its training ends, got a QuantizationModule: give the Trainer "
+                "your own module, or stages in place of CalibTIP."
+            )
         check_precision("CalibTIP", trainer)
         check_strategy("CalibTIP", trainer)
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -136,17 +142,41 @@ class CalibTIP(pl.Callback):
         check_overrides(pl_module, self.scheme)
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the first epoch: the data to calibrate on must be one loader."""
+        self._calibration_loader(trainer, pl_module)
+
+    def _calibration_loader(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Where calibration samples come from: what was given, the DataModule's or the model's
+        ``calibration_dataloader``, or the training data.
+
+        Raises:
+            MisconfigurationException: If these are several loaders.
+        """
+        if self.calibration_dataloader is not None:
+            return self.calibration_dataloader
+        for source in (trainer.datamodule, pl_module):  # type: ignore[attr-defined]
+            if (own := getattr(source, "calibration_dataloader", None)) is not None:
+                return own()
+        loader: Any = trainer.train_dataloader
+        if isinstance(loader, Mapping | list | tuple):
+            raise MisconfigurationException(
+                "The training data are several loaders, and CalibTIP calibrates on one: pass calibration_dataloader=, "
+                "or give your DataModule a method calibration_dataloader."
+            )
+        return loader
+
+    @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when training is over: run the pipeline on a copy of the trained module."""
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             why = "fast_dev_run is on" if trainer.fast_dev_run else "the training was interrupted"  # type: ignore[attr-defined]
             rank_zero_info(f"CalibTIP quantizes nothing: {why}.")
             return
-        loader: Any = self.calibration_dataloader
-        if loader is None:
-            loader = trainer.train_dataloader
-        if isinstance(loader, Mapping):
-            raise MisconfigurationException("The training data are several loaders: pass calibration_dataloader=.")
+        loader = self._calibration_loader(trainer, pl_module)
+        shown = progress_options(trainer)
+        if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+            shown["callbacks"] = [*shown.get("callbacks", []), KnowsDataModule(data)]
         chosen = chosen_checkpoint(trainer, self.ckpt_path)
         own = self.ckpt_path in (None, BEST, LAST)
         with holding_weights(pl_module, chosen, own) as weights:
@@ -162,8 +192,9 @@ class CalibTIP(pl.Callback):
             {
                 "accelerator": {"cuda": "gpu"}.get(device, device),
                 "precision": trainer.precision,
+                "limit_val_batches": trainer.limit_val_batches,
                 **same_processes(trainer),
-                **progress_options(trainer),
+                **shown,
             },
             {"pipeline": self.pipeline, "weights": weights, **self.options.to_dict(), **self.scheme.to_dict()},
         )

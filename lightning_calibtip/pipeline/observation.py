@@ -95,7 +95,7 @@ class WorkObserver(pl.Callback):
             return
         assert isinstance(pl_module, QuantizationModule)
         try:
-            self.work = measure_work(pl_module.network, pl_module.calibration)
+            self.work = measure_work(pl_module.network, pl_module.calibration, warns=False)
         except Exception as error:
             # A figure of the report is no reason to lose the run.
             log.warning("The model's bit operations are not known (%s: %s).", type(error).__name__, error)

@@ -106,6 +106,11 @@ def run_stages(
     check_loader(calibration, "calibration")
     if validation is not None:
         check_loader(validation, "validation", several=True)
+        if isinstance(validation, list) and not any(isinstance(each, DataLoader) for each in validation):
+            # The Trainer would take each batch for a loader.
+            validation = DataLoader(validation, batch_size=None)  # type: ignore[arg-type]
+    if trainer_options is not None and not isinstance(trainer_options, Mapping):
+        raise TypeError(f"trainer_options must be a mapping of arguments of the Trainer, got {trainer_options!r}.")
     options = distributed_options(dict(trainer_options or {}))
     callbacks = list(options.pop("callbacks", None) or [])
     loggers = _quiet_trainer(options, []).loggers
@@ -144,6 +149,8 @@ def run_stages(
         if validation is None:
             return {}
         metrics = validate(observer) if step == 0 else validate()
+        if not metrics:
+            log.warning("validation_step has logged no metric, so there is none to show: call self.log in it.")
         for logger in loggers:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, step=step)
         log.info("%s: %s", name, metrics)
@@ -277,7 +284,15 @@ def quantize(
     check_loader(calibration, "calibration")
     if calibration_samples is not None:
         calibration = FirstSamples(calibration, calibration_samples)
-    module = QuantizationModule(model, **module_options)
+    if isinstance(model, QuantizationModule) and not model.network.calibrated:
+        # A subclass of the user's, with a calibration_step of its own.
+        if module_options:
+            raise TypeError(
+                f"{next(iter(module_options))} is an option of the QuantizationModule that was given already."
+            )
+        module = model
+    else:
+        module = QuantizationModule(model, **module_options)
     if configuration is None:
         configuration = {"pipeline": pipeline, **options.to_dict(), **module.hparams}
     return run_stages(module, make_stages(pipeline, options), calibration, validation, trainer_options, configuration)

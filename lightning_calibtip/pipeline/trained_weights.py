@@ -26,11 +26,19 @@ def check_ckpt_path(trainer: pl.Trainer, ckpt_path: str | Path | None) -> None:
         ckpt_path: See ``chosen_checkpoint``.
 
     Raises:
-        MisconfigurationException: If the best weights are asked for and nothing says which they are.
+        MisconfigurationException: If it is neither a name nor a path, or the best weights are asked for and nothing
+            says which they are.
 
     Example:
         >>> check_ckpt_path(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False), "last")
     """
+    if ckpt_path is not None and not isinstance(ckpt_path, str | Path):
+        raise MisconfigurationException(f"ckpt_path must be 'best', 'last' or a path, got {ckpt_path!r}.")
+    if ckpt_path not in (None, BEST, LAST) and not Path(str(ckpt_path)).suffix and not Path(str(ckpt_path)).exists():
+        # The training may still write a checkpoint, but none without a suffix.
+        raise MisconfigurationException(
+            f"ckpt_path must be 'best', 'last' or the path of a checkpoint, got {ckpt_path!r}."
+        )
     if ckpt_path == BEST and getattr(trainer.checkpoint_callback, "monitor", None) is None:
         raise MisconfigurationException(
             'ckpt_path="best" needs a ModelCheckpoint that monitors a metric: add '
@@ -123,6 +131,8 @@ def load_weights(model: pl.LightningModule, path: str | Path, trusted: bool = Fa
     """
     if is_quantized(path):
         raise ValueError(f"{path} is quantized already; give the checkpoint of the float model.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=not trusted)
     except (RuntimeError, EOFError, LookupError, TypeError) as error:

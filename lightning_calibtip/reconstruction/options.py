@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..calibration.fingerprint import describe_function
+from ..option_fields import require_count
 
 # Learned rounding registers itself.
 from . import learned_rounding  # noqa: F401
@@ -147,8 +148,7 @@ class AdaQuantOptions:
         check_objective(self.objective, has_loss=self.loss is not None)
         for name in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+            require_count(value, name)
         for name in (*_RATES, "rounding_strength"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")

@@ -110,7 +110,7 @@ def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_tra
     [
         ({"pipeline": "fast"}, "pipeline must be one of calibrate, light, advanced, sequential, mixed, got 'fast'"),
         ({"weight_bits": 1}, "weight_bits must be"),
-        ({"calibration_samples": 0}, "calibration_samples must be at least 1"),
+        ({"calibration_samples": 0}, "calibration_samples must be an integer of at least 1"),
         ({"pipeline": "light", "options": {"allocation": {"compression": 2.0}}}, "compression must be"),
         ({"options": {"adaquant": {"iterations": 0}}}, r"options\.adaquant: iterations must be"),
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
