@@ -192,7 +192,7 @@ class CalibTIP(pl.Callback):
             {
                 "accelerator": {"cuda": "gpu"}.get(device, device),
                 "precision": trainer.precision,
-                "limit_val_batches": trainer.limit_val_batches,
+                **({} if trainer.limit_val_batches == 1.0 else {"limit_val_batches": trainer.limit_val_batches}),
                 **same_processes(trainer),
                 **shown,
             },
