@@ -119,6 +119,12 @@ def quantizes_in_one_call(ran):
     assert {layer["activation_bits"] for layer in layers} == {None}
 
 
+@checks("sparse_activations.md: Sparse activations in 4 bits")
+def simulates_sparq(ran):
+    assert "val_acc" in ran.printed and "net.blocks.0.conv1 input" in ran.printed
+    assert ran["run"].module.network.layers["net.head"].input_quantizers[0].windows == 3
+
+
 @checks("stages.md: AdaQuant")
 def reconstructs_with_these_options(ran):
     stage = ran["stage"]
