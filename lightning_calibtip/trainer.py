@@ -28,6 +28,7 @@ from .pipeline.presets import PipelineName, make_stages
 from .pipeline.run import QuantizationRun
 from .pipeline.runner import run_stages
 from .pipeline.trained_weights import load_weights
+from .pipeline.trainer_options import validation_limit
 from .report.loggers import log_checkpoint
 from .report.record import record_table
 
@@ -225,7 +226,7 @@ class QuantizationTrainer(pl.Trainer):
             **({} if device.index is None else {"devices": [device.index]}),
             "precision": self.precision,
             "logger": self.loggers or False,
-            "limit_val_batches": self.limit_val_batches,
+            **validation_limit(self),
             **same_processes(self),
             **progress_options(self),
         }

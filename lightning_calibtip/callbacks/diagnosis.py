@@ -1,6 +1,7 @@
 """Diagnosis: what each layer costs, why, and what can be done about it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from ..diagnosis.diagnose import DiagnosisResult, diagnose
 from ..diagnosis.options import DiagnosisOptions
 from ..module import QuantizationModule
 from ..report.diagnosis import diagnosis_items
+from ..report.metrics import better_higher
 from .options import merge_fields, storage_options
 from .stage import Stage, StageResult
 
@@ -77,6 +79,9 @@ class Diagnosis(Stage):
             result = diagnose(network, calibration, options, store, self.progress)
             if options.apply:
                 assert self.evaluate is not None
+                if options.mode is None and options.metric is not None:
+                    higher = better_higher(options.metric)
+                    options = options if higher is None else replace(options, mode="max" if higher else "min")
                 result = apply_remedies(network, calibration, result, options, self.evaluate, store, self.progress)
         self.diagnosis = result
         figures = {"loss": result.applied[-1].loss if result.applied else result.quantized_loss}

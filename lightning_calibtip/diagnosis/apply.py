@@ -1,7 +1,8 @@
 """Applying the remedies of a diagnosis, one by one, until the user's own metric is good enough."""
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from ..calibration.progress import ProgressCallback, no_progress
 from ..network.network import QuantizedNetwork
 from ..network.trial import trial
 from ..quantization.ranges import RangeOptions
+from ..quantization.spec import BitWidths
 from .diagnose import AppliedRemedy, DiagnosisResult
 from .options import DiagnosisOptions
 from .remedies import Remedy, distinct
@@ -35,7 +37,8 @@ def apply_remedies(
 
     In each round the gain of ``tries`` remedies is measured, those of the layers that cost most first, and the one that
     lowers the loss most is kept. What needs a new calibration (``per_token``, groups) or a longer run (``AdaQuant``) is
-    left to the user.
+    left to the user. Where the tolerance is not reached, the model ends with the remedies up to the best value of the
+    metric, with none if all made it worse; where validation raises, as it was.
 
     Args:
         network: The network that was diagnosed.
@@ -50,7 +53,7 @@ def apply_remedies(
         The diagnosis with what was applied and what came of it.
 
     Raises:
-        ValueError: If validation logs nothing, or not the metric that the options name.
+        ValueError: If validation logs nothing, or not the metric that the options name, or that is no finite number.
 
     Example:
         See ``Diagnosis``, whose tests apply remedies to a small network.
@@ -59,37 +62,56 @@ def apply_remedies(
     with network.quantized(False):
         float_metrics = dict(evaluate())
     name = _metric_name(options.metric, float_metrics)
-    wanted, present = float_metrics[name], float(evaluate()[name])
-    mode = options.mode or ("max" if present <= wanted else "min")
+    wanted, start = float_metrics[name], float(evaluate()[name])
+    if not math.isfinite(wanted) or not math.isfinite(start):
+        raise ValueError(
+            f"{name} is {start} of the quantized model and {wanted} of the float one: there is no distance."
+        )
+    mode = options.mode or ("max" if start <= wanted else "min")
 
     def lost(metric: float) -> float:
         return wanted - metric if mode == "max" else metric - wanted
 
     loss = Loss(network, calibration, options.loss, options.samples_of(calibration.samples))
     _observe_again(network, calibration)
-    waiting = _by_cost(result)
+    waiting, present = _by_cost(result), start
     applied: list[AppliedRemedy] = []
     least, size = loss(), weight_bytes(network)
-    while lost(present) > options.max_degradation and waiting:
-        losses: dict[Remedy, float] = {}
-        for remedy in waiting[: options.tries]:
-            losses[remedy] = _try(remedy, network, calibration, loss, store)
-            change = losses[remedy] - least
-            progress(len(applied), len(applied) + len(waiting), f"{remedy.code}: loss {change:+.3g}")
-        # What does not help by itself is not tried again.
-        helping = [remedy for remedy, found in losses.items() if found < least]
-        waiting = [remedy for remedy in waiting if remedy in helping or remedy not in losses]
-        if not helping:
-            continue
-        chosen = min(helping, key=losses.__getitem__)
-        _apply(chosen, network, calibration, store)
-        least = losses[chosen]
-        waiting = [remedy for remedy in waiting if remedy is not chosen and not _is_covered(remedy, network)]
-        present = float(evaluate()[name])
-        before, size = size, weight_bytes(network)
-        applied.append(AppliedRemedy(chosen.code, least, present, size - before))
-        log.info("%s: loss %.4g, %s %.4g, %+d bytes of weights", chosen.code, least, name, present, size - before)
-    return replace(result, applied=tuple(applied), outcome=_outcome(options, name, wanted, present, lost, applied))
+    layers = list(network.layers.values())
+    # The best state so far, and how many remedies it has.
+    idle: list[Remedy] = []
+    best, states = 0, [layer.save() for layer in layers]
+    with trial(layers):
+        while lost(present) > options.max_degradation and waiting:
+            losses: dict[Remedy, float] = {}
+            for remedy in waiting[: options.tries]:
+                losses[remedy] = _try(remedy, network, calibration, loss, store)
+                change = losses[remedy] - least
+                progress(len(applied), len(applied) + len(waiting), f"{remedy.code}: loss {change:+.3g}")
+            # What does not help is tried again when something else was applied.
+            helping = [remedy for remedy, found in losses.items() if found < least]
+            idle += [remedy for remedy in losses if remedy not in helping]
+            waiting = [remedy for remedy in waiting if remedy not in idle]
+            if not helping:
+                continue
+            chosen = min(helping, key=losses.__getitem__)
+            _apply(chosen, network, calibration, store)
+            least = losses[chosen]
+            waiting = [r for r in [*waiting, *idle] if r is not chosen and not _is_covered(r, network)]
+            idle = []
+            present = float(evaluate()[name])
+            before, size = size, weight_bytes(network)
+            applied.append(AppliedRemedy(chosen.code, least, present, size - before))
+            log.info("%s: loss %.4g, %s %.4g, %+d bytes of weights", chosen.code, least, name, present, size - before)
+            if lost(present) < lost(applied[best - 1].metric if best else start):
+                best, states = len(applied), [layer.save() for layer in layers]
+    if best < len(applied):
+        for layer, state in zip(layers, states, strict=True):
+            layer.restore(state)
+    tried, applied = len(applied), applied[:best]
+    reached = applied[-1].metric if applied else start
+    outcome = _outcome(options, name, wanted, reached, lost(reached), applied, tried)
+    return replace(result, applied=tuple(applied), outcome=outcome)
 
 
 def _outcome(
@@ -97,17 +119,26 @@ def _outcome(
     name: str,
     wanted: float,
     present: float,
-    lost: Callable[[float], float],
-    applied: list[AppliedRemedy],
+    lost: float,
+    applied: Sequence[AppliedRemedy],
+    tried: int,
 ) -> str:
     cost = sum(remedy.bytes for remedy in applied)
-    what = f"{name} is {present:.4g}, {lost(present):.4g} worse than the float model's {wanted:.4g}"
-    done = f"{len(applied)} remedies were applied for {cost:,} bytes of weights" if applied else "nothing was applied"
-    if lost(present) <= options.max_degradation:
+    which = "worse" if lost > 0 else "better"
+    what = f"{name} is {present:.4g}, {abs(lost):.4g} {which} than the float model's {wanted:.4g}"
+    number = "1 remedy was" if len(applied) == 1 else f"{len(applied)} remedies were"
+    done = f"{number} applied for {cost:,} bytes of weights" if applied else "nothing was applied"
+    if lost <= options.max_degradation:
         return f"{what}: within max_degradation={options.max_degradation:g}; {done}."
+    further = (
+        f" {tried - len(applied)} more lowered the loss, but not the distance of {name}."
+        if tried > len(applied)
+        else ""
+    )
     return (
-        f"{what}, and no other remedy lowers the loss: max_degradation={options.max_degradation:g} is not reached; "
-        f"{done}. What is left needs a new calibration or a reconstruction (AdaQuant), see the remedies of each layer."
+        f"{what}, and no other remedy brings it closer: max_degradation={options.max_degradation:g} is not reached; "
+        f"{done}.{further} What is left needs a new calibration or a reconstruction (AdaQuant), see the remedies of "
+        "each layer."
     )
 
 
@@ -139,17 +170,35 @@ def _apply(remedy: Remedy, network: QuantizedNetwork, calibration: CalibrationSe
     if remedy.act is not None:
         remedy.act(network, calibration, store)
     elif remedy.layer is not None and remedy.bits is not None:
-        network.switch(remedy.layer, remedy.bits)
+        _widen(network, remedy.layer, remedy.bits)
+
+
+def _widen(network: QuantizedNetwork, name: str, bits: BitWidths) -> None:
+    """Give a layer more bits; a reconstructed weight whose format does not change stays as it is."""
+    layer = network.layers[name]
+    before, ratio = layer.save(), layer.input_ratio
+    network.switch(name, bits)
+    if layer.config.weight == before.config.weight and ratio is None:
+        after = layer.save()
+        own = 0 if layer.weight_quantizer is None else len(list(layer.weight_quantizer.parameters()))
+        qparams = [*before.qparams[:own], *after.qparams[own:]]
+        layer.restore(replace(after, weight=before.weight, bias=before.bias, errors=before.errors, qparams=qparams))
 
 
 def _try(
     remedy: Remedy, network: QuantizedNetwork, calibration: CalibrationSet, loss: Loss, store: ActivationStore
 ) -> float:
     """The loss with a remedy; the network is then as it was."""
+    learnable = {tensor: tensor.learnable for tensor in network.tensors}
+    tensors = {tensor.name: tensor for tensor in network.tensors}
+    absorbers = {tensors[m.absorbs]: m.name for m in network.plan.modules if m.absorbs in tensors}
     with trial(network.layers.values()) as attempt:
         _apply(remedy, network, calibration, store)
         found = loss()
         attempt.fail("only tried")
+    for tensor, channels in learnable.items():
+        tensor.learnable = channels
+    network.set_absorbers(absorbers)
     return found
 
 

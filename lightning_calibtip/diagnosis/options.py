@@ -19,8 +19,9 @@ class DiagnosisOptions:
         max_degradation: Greatest difference from the float metric that is accepted, in the metric's own unit, at least
             0.
         metric: Name of the validation metric that decides; the first one logged if None.
-        mode: ``"max"`` where a greater metric is better, ``"min"`` where a smaller one is. None: the side of the float
-            model's metric on which the quantized model's lies before any remedy is the worse one.
+        mode: ``"max"`` where a greater metric is better, ``"min"`` where a smaller one is. None: what the metric's name
+            says (``val_acc``, ``val_loss``); where it says nothing, the side of the float model's metric on which the
+            quantized model's lies before any remedy is the worse one.
         tries: Number of remedies whose gain is measured before the best of them is applied, at least 1.
 
     Raises:

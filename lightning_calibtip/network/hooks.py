@@ -63,18 +63,25 @@ def round_bias(layer: nn.Module, args: tuple[Any, ...]) -> None:
     Example:
         See ``QuantizedLayer``.
     """
-    quantizers: Any = layer.input_quantizers
+    inputs: Any = layer.input_quantizers
     # It is still there if a forward pass was broken off.
     bias = layer.__dict__.get("_latent_bias", layer._parameters.get("bias"))
-    quantizer = next(iter(quantizers.values()), None)
-    weights: Any = next(iter(layer.parametrizations.values()))[0]  # type: ignore[operator]
-    if bias is None or not isinstance(quantizer, AffineQuantizer) or not quantizer.enabled:
+    place: Any = next(iter(inputs.values()), None)
+    quantizer = _affine(place)
+    weights = _affine(next(iter(layer.parametrizations.values()))[0])  # type: ignore[operator]
+    if bias is None or quantizer is None or weights is None or (place is quantizer and not quantizer.enabled):
         return
     with not_routed():
         rounded = products_grid(bias.detach(), quantizer, weights)
     layer.__dict__["_latent_bias"] = bias
     # Straight through: the latent bias learns.
     layer._parameters["bias"] = bias + (rounded - bias.detach())
+
+
+def _affine(place: Any) -> AffineQuantizer | None:
+    """The affine quantizer in a place of a layer, or the one that something else there stands for."""
+    found = getattr(place, "at_work", place)
+    return found if isinstance(found, AffineQuantizer) else None
 
 
 def restore_bias(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -20,6 +20,11 @@ class _Acting(nn.Module):
         # Not as a submodule: it belongs to the tensor, and moves with it.
         self._quantizer, self._rounds = [quantizer], rounds
 
+    @property
+    def at_work(self) -> Any:
+        """The quantizer, where it rounds, for what depends on its step; None where it does not."""
+        return self._quantizer[0] if self._rounds else None
+
     def forward(self, x: Tensor) -> Tensor:
         """The tensor, rounded or not; channels are divided by their ratios either way."""
         (quantizer,) = self._quantizer

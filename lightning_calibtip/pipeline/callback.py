@@ -28,6 +28,7 @@ from .presets import make_stages
 from .run import QuantizationRun, StageOutcome
 from .runner import run_stages
 from .trained_weights import BEST, LAST, check_ckpt_path, chosen_checkpoint, holding_weights
+from .trainer_options import validation_limit
 
 _FILENAME = "quantized"
 
@@ -192,7 +193,7 @@ class CalibTIP(pl.Callback):
             {
                 "accelerator": {"cuda": "gpu"}.get(device, device),
                 "precision": trainer.precision,
-                **({} if trainer.limit_val_batches == 1.0 else {"limit_val_batches": trainer.limit_val_batches}),
+                **validation_limit(trainer),
                 **same_processes(trainer),
                 **shown,
             },

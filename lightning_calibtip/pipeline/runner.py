@@ -169,10 +169,9 @@ def run_stages(
             stage_options = {
                 **options, "num_sanity_val_steps": 0, "limit_val_batches": 0, "use_distributed_sampler": False
             }  # fmt: skip
-            if stage.evaluate is None and validation is not None:
-                stage.evaluate = evaluate_meanwhile
             checks = [_SameBatches(kept), _PlanChecks(stages), work] if step == 1 else []
-            _quiet_trainer(stage_options, [*callbacks, *checks, stage]).fit(module, batches)
+            with _evaluating(stage, evaluate_meanwhile if validation is not None else None):
+                _quiet_trainer(stage_options, [*callbacks, *checks, stage]).fit(module, batches)
             before = sum(other.name == stage.name for other in stages[: step - 1])
             name = f"{stage.name} {before + 1}" if before else stage.name
             metrics = evaluate(name, step)
@@ -202,6 +201,17 @@ def run_stages(
         work=work.work,
         run_further=further,
     )
+
+
+@contextmanager
+def _evaluating(stage: Stage, evaluate: Callable[[], dict[str, float]] | None) -> Iterator[None]:
+    """Inside, a stage that has no function to evaluate the model has this one."""
+    own = stage.evaluate
+    stage.evaluate = own or evaluate
+    try:
+        yield
+    finally:
+        stage.evaluate = own
 
 
 def _of_float_model(module: QuantizationModule, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:

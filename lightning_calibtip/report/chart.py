@@ -99,7 +99,7 @@ class Chart:
             has_bars = any(series.style == "area" for series in self.series)
             return low - (0.3 if has_bars else float(low == high)), high
         low, high = min(values, default=0.0), max(values, default=1.0)
-        return (min(low, 0.0), high or 1.0) if self.from_zero else _widened(low, high, 0.1)
+        return (min(low, 0.0), max(high, 0.0) or 1.0) if self.from_zero else _widened(low, high, 0.1)
 
     def x(self, value: float) -> float:
         """Horizontal place of a value, in per cent."""
