@@ -128,7 +128,7 @@ def test_diagnose_explains_a_quantized_checkpoint_and_mends_it(config, tmp_path,
     before = json.loads((tmp_path / "out" / "result.json").read_text())
     assert record["quantized"] >= before["quantized"] and record["float"] == before["float"]
     if record["quantized"] > before["quantized"]:
-        assert (tmp_path / "why" / "quantized.ckpt").exists() and "worse than the float" in capsys.readouterr().out
+        assert (tmp_path / "why" / "quantized.ckpt").exists() and "than the float model's" in capsys.readouterr().out
 
 
 def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_path):

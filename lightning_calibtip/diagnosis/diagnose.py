@@ -15,7 +15,7 @@ from .layer_statistics import LayerStatistics, layer_statistics
 from .options import DiagnosisOptions
 from .remedies import Remedy, remedies_for
 
-# Samples whose values are looked at one by one.
+# At most so many samples' values are looked at one by one.
 _SAMPLES_OF_STATISTICS = 64
 
 
@@ -145,7 +145,7 @@ def diagnose(
     calibration.require()
     loss = Loss(network, calibration, options.loss, options.samples_of(calibration.samples))
     costs = measure_costs(network, loss, store, progress)
-    statistics = layer_statistics(network, calibration, _SAMPLES_OF_STATISTICS)
+    statistics = layer_statistics(network, calibration, min(_SAMPLES_OF_STATISTICS, loss.calibration.samples))
     types = {line.name: line.type for line in network.summary()}
     findings = []
     for name, cost in costs.layers.items():

@@ -13,7 +13,7 @@ class DiagnosisOptions:
     Args:
         loss: Loss whose rise is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, or a function
             ``loss(output, batch)``, see ``Loss``.
-        samples: Number of calibration samples to measure on; None for a quarter of them, at least 32 and at most 256.
+        samples: Number of calibration samples to measure on; None for a quarter of them, at least 16 and at most 256.
         apply: Whether remedies are applied, the one of greatest measured gain first, until the user's own validation
             metric is within ``max_degradation`` of the float model's.
         max_degradation: Greatest difference from the float metric that is accepted, in the metric's own unit, at least
@@ -62,7 +62,7 @@ class DiagnosisOptions:
 
         Example:
             >>> [DiagnosisOptions().samples_of(available) for available in (16, 100, 512, 4096)]
-            [16, 32, 128, 256]
+            [16, 25, 128, 256]
         """
-        wanted = min(256, max(32, available // 4)) if self.samples is None else self.samples
+        wanted = min(256, max(16, available // 4)) if self.samples is None else self.samples
         return min(wanted, available)

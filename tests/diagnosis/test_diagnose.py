@@ -121,7 +121,7 @@ def test_a_run_is_diagnosed_and_its_report_shows_it(tiny_classifier, loader, tmp
     before = run.metrics["val_loss"]
     result = run.diagnose()
     assert run.metrics["val_loss"] == before and [stage.name for stage in run.stages] == ["Calibration", "Diagnosis"]
-    assert result.samples == 32 and result.worst(1)[0].cost.share == max(layer.cost.share for layer in result.layers)
+    assert result.samples == 16 and result.worst(1)[0].cost.share == max(layer.cost.share for layer in result.layers)
     item = next(item for item in run.items if item.name == "diagnosis")
     assert {row[0] for row in item.rows} == set(run.module.network.layers)
     run.write_report(tmp_path, run.record("test", "tiny", "val_acc", 0))
