@@ -61,9 +61,9 @@ def export_onnx(
 
     Raises:
         RuntimeError: If the module is not calibrated.
-        ValueError: If the target cannot run the module's formats, a quantizer has no ONNX operators, the batch does not
-            fit the model, the model lies on several devices or has parameters of another type than float32, ONNX
-            Runtime cannot run the file, or the file would be too large.
+        ValueError: If the target cannot run the module's formats, a quantizer has no ONNX operators, ``torch.onnx``
+            cannot export the model, the batch does not fit it, the model lies on several devices or has parameters of
+            another type than float32, ONNX Runtime cannot run the file, or the file would be too large.
         ModuleNotFoundError: If a package of the extra ``export`` is missing.
 
     Example:
@@ -199,15 +199,17 @@ def _serialized(
     kwargs = {name: value.cpu() for name, value in kwargs.items()}
     with warnings.catch_warnings(), torch.no_grad(), routed_by_hooks(copied):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            copied,
-            args,
-            kwargs=kwargs,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=_dynamic_shapes(args, kwargs, dynamic),
-            verbose=False,
-        )
+        shapes = _dynamic_shapes(args, kwargs, dynamic)
+        try:
+            program = torch.onnx.export(
+                copied, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(
+                f"torch.onnx cannot export {type(module.model).__name__}: {_first_line(error.__cause__ or error)} A "
+                "graph has no steps that depend on values (lengths of packed sequences, loops until something is "
+                "found): export the part of the model without them, or give dynamic=False."
+            ) from error
     assert program is not None
     rewrite(program.model, set(module.network.layers), int4)
     proto = onnx_ir.to_proto(program.model)
@@ -216,6 +218,10 @@ def _serialized(
     onnx.checker.check_model(proto, full_check=True)
     content: bytes = proto.SerializeToString()
     return content
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Mapping[str, Any]) -> Any:

@@ -333,3 +333,24 @@ def test_several_inputs_and_a_stage_after_the_export(images, make_trainer, loade
     stage = AdaQuant(iterations=5)
     make_trainer(stage).fit(module, as_loader(batch))
     assert stage.result.figures["units"] == 2
+
+
+class Packs(nn.Module):
+    """Lengths that are known only by their values."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        lengths = (x.abs().sum(-1) > 0).sum(-1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][0][-1])
+
+
+def test_what_torch_cannot_export_is_told_with_the_models_name(tmp_path):
+    batch = torch.randn(4, 5, 3)
+    run = quantize(Packs().eval(), [batch], pipeline="calibrate", trainer_options={"accelerator": "cpu"})
+    with pytest.raises(ValueError, match=r"torch\.onnx cannot export Packs: .*lengths of packed sequences"):
+        export_onnx(run.module, tmp_path / "model.onnx", batch)
+    assert not list(tmp_path.iterdir())
