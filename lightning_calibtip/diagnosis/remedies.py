@@ -140,6 +140,8 @@ def wider(network: QuantizedNetwork, layer: QuantizedLayer, of_weight: bool) -> 
         See ``remedies_for``.
     """
     present, engine = layer.config.bit_widths, network.scheme.engine
+    if layer.tied_to is not None:
+        present = BitWidths(layer.tied_to.config.bit_widths.weight, present.activation)
     weight = None if present.weight is None else max(present.weight, WIDE)
     activation = None if present.activation is None else max(present.activation, WIDE)
     first = BitWidths(weight, present.activation) if of_weight else BitWidths(present.weight, activation)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..quantization.spec import LayerConfig, PerGroup
 from .plan import NOTHING_QUANTIZED
@@ -50,7 +50,15 @@ def summarize(plan: QuantizationPlan) -> list[LayerSummary]:
         ...                                                               folded_into="fc"),)))]
         ['into fc']
     """
-    return [_line(module) for module in plan.modules]
+    return [_with_bits_of_owner(_line(module), plan) for module in plan.modules]
+
+
+def _with_bits_of_owner(line: LayerSummary, plan: QuantizationPlan) -> LayerSummary:
+    """A layer that is tied to another one's weight has it at the bits of that one, whatever was asked for itself."""
+    owner = plan.layers.get(plan.tied.get(line.name, ""))
+    if line.kind != "quantized" or owner is None or owner.config is None:
+        return line
+    return replace(line, weight_bits=owner.config.bit_widths.weight)
 
 
 def _line(module: ModulePlan) -> LayerSummary:

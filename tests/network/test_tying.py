@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+from lightning_calibtip import quantize
 from lightning_calibtip.network.layer_types import quantizable_layers, register_layer
 from lightning_calibtip.network.tying import (
     Ties,
@@ -186,3 +187,14 @@ def test_a_shared_parametrization_acts_on_both_layers_and_can_be_taken_off_again
     stop_sharing_parametrization(layer, "weight")
     assert type(layer) is nn.Linear and layer.weight is weight and list(layer._parameters) == ["bias", "weight"]
     assert torch.equal(table.rows, weight.tanh())
+
+
+def test_a_tied_weight_is_shown_at_the_bits_of_the_layer_that_owns_it():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5))
+    model[2].weight = model[0].weight
+    options = {"overrides": {"0": 8, "2": 3}, "trainer_options": {"accelerator": "cpu"}}
+    run = quantize(model, [torch.randint(5, (8, 3))], pipeline="calibrate", weight_bits=4, **options)
+    bits = {line.name: line.weight_bits for line in run.module.layer_summary()}
+    assert bits == {"0": 8, "1": 4, "2": 8}
+    worst = {layer.name: layer for layer in run.diagnose().layers}
+    assert all("(3," not in remedy.code for remedy in worst["2"].remedies)
