@@ -349,7 +349,7 @@ class QuantizationModule(pl.LightningModule):
         Raises:
             ValueError: If the file is damaged, was changed, is none of a ``QuantizationModule``, or of another model.
         """
-        if given := [name for name in kwargs if name in field_names(QuantizationScheme)]:
+        if given := [name for name in field_names(QuantizationScheme) if kwargs.get(name) is not None]:
             raise TypeError(f"{given[0]} is given by the checkpoint, which has its formats: leave it out.")
         if weights_only:
             require_own(checkpoint_path)

@@ -263,7 +263,7 @@ def test_stages_run_as_the_trainer_says(tmp_path, monkeypatch):
         seen.update(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_calibtip.cli.run_stages", watching)
+    monkeypatch.setattr("lightning_calibtip.trainer.run_stages", watching)
     logger = CSVLogger(tmp_path)
     trainer = QuantizationTrainer(
         accelerator="cpu", precision="bf16-mixed", logger=logger, limit_val_batches=2, enable_progress_bar=False

@@ -44,7 +44,7 @@ def test_logits_are_found_in_tensors_tuples_and_mappings_without_the_loss():
     a, b = torch.zeros(2, 3), torch.ones(2, 4)
     assert len(output_logits(a)) == 1 and len(output_logits((a, [b]))) == 2
     assert [t.shape for t in output_logits({"loss": torch.tensor([1.0]), "start": a, "end": b})] == [a.shape, b.shape]
-    with pytest.raises(TypeError, match="holds no floating-point tensor"):
+    with pytest.raises(TypeError, match="holds no logits to compare"):
         output_logits(None)
 
 

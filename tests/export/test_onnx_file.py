@@ -269,7 +269,7 @@ def test_errors_come_before_anything_is_written(module, images, tmp_path):
     cases = [
         (lambda: export_onnx(QuantizationModule(Residual()), path, images), RuntimeError, "run Calibration first"),
         (lambda: export_onnx(asymmetric, path, images, "onnxruntime"), ValueError,
-         "stem has asymmetric weights, .*target='onnxruntime', calibrate it again"),
+         "stem has asymmetric weights, .*target='onnxruntime' .*quantize the model again"),
         (lambda: export_onnx(module, path, images, "tensorrt"), ValueError, "activations with zero points"),
         (lambda: export_onnx(module, path, images, "cpu"), ValueError, "target must be one of .* got 'cpu'"),
         (lambda: export_onnx(module, path, torch.ones(2, 5, 12, 12)), ValueError, r"does not fit.*\(2, 5, 12, 12\)"),

@@ -28,7 +28,7 @@ def test_impossible_numbers_of_samples_are_refused(file, tiny_bert):
         prepared(file, tiny_bert, calibration_samples=6)
     with pytest.raises(ValueError, match=r"calibration_samples=5 leaves no question .* to evaluate on"):
         prepared(file, tiny_bert, calibration_samples=5, split="train")
-    with pytest.raises(ValueError, match="calibration_samples must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="calibration_samples must be at least 1, got 0"):
         prepared(file, tiny_bert, calibration_samples=0)
 
 
