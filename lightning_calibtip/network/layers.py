@@ -201,8 +201,7 @@ class QuantizedLayer:
     @property
     def _activation_quantizers(self) -> tuple[Quantizer, ...]:
         inputs: Any = self.module._modules.get(INPUT_QUANTIZERS) or {}
-        found = [*inputs.values(), self.output_quantizer]
-        return tuple(quantizer for quantizer in found if quantizer is not None)
+        return tuple(found for found in (*inputs.values(), self.output_quantizer) if found is not None)
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
