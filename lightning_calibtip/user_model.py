@@ -93,25 +93,23 @@ def require_quantized_module(module: Any, what: str) -> None:
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Inside, a module has no traces of ``torch.compile``, whose functions would still run the original's code."""
-    kept: list[tuple[nn.Module, dict[str, Any]]] = []
+    kept = []
     for module in model.modules():
-        found = {"_compiled_call_impl": None} if getattr(module, "_compiled_call_impl", None) is not None else {}
-        if getattr(module, "_compiler_ctx", None) is not None:
-            # Lightning has put compiled functions in the places of these methods.
-            found |= {name: None for name in (*_COMPILED, "_compiler_ctx") if name in module.__dict__}
-        if found:
-            kept.append((module, {name: module.__dict__[name] for name in found if name in module.__dict__}))
-    for module, values in kept:
+        own, marks = module.__dict__, ["_compiled_call_impl", "_compiler_ctx"]
+        # Lightning has put compiled functions in the places of these methods.
+        methods = _COMPILED if own.get("_compiler_ctx") is not None else ()
+        values = {name: own[name] for name in (*marks, *methods) if own.get(name) is not None}
+        kept.append((own, values))
         for name in values:
-            if name in _COMPILED:
-                del module.__dict__[name]
+            if name in marks:
+                own[name] = None
             else:
-                module.__dict__[name] = None
+                del own[name]
     try:
         yield
     finally:
-        for module, values in kept:
-            module.__dict__.update(values)
+        for own, values in kept:
+            own.update(values)
 
 
 def copy_of(model: nn.Module) -> nn.Module:

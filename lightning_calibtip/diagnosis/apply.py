@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from ..allocation.costs import CostInputs, cost_table
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.losses import Loss
 from ..calibration.progress import ProgressCallback, no_progress
 from ..network.network import QuantizedNetwork
+from ..network.states import LayerState
 from ..network.trial import trial
 from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths
@@ -65,7 +67,7 @@ def apply_remedies(
     wanted, start = float_metrics[name], float(evaluate()[name])
     if not math.isfinite(wanted) or not math.isfinite(start):
         raise ValueError(
-            f"{name} is {start} of the quantized model and {wanted} of the float one: there is no distance."
+            f"{name} is {start} of the quantized model and {wanted} of the float one: both must be finite numbers."
         )
     mode = options.mode or ("max" if start <= wanted else "min")
 
@@ -78,10 +80,10 @@ def apply_remedies(
     applied: list[AppliedRemedy] = []
     least, size = loss(), weight_bytes(network)
     layers = list(network.layers.values())
-    # The best state so far, and how many remedies it has.
     idle: list[Remedy] = []
-    best, states = 0, [layer.save() for layer in layers]
-    with trial(layers):
+    # How many remedies the best state so far has, and that state.
+    best, states = 0, list[LayerState]()
+    with trial(layers) as attempt:
         while lost(present) > options.max_degradation and waiting:
             losses: dict[Remedy, float] = {}
             for remedy in waiting[: options.tries]:
@@ -105,9 +107,11 @@ def apply_remedies(
             log.info("%s: loss %.4g, %s %.4g, %+d bytes of weights", chosen.code, least, name, present, size - before)
             if lost(present) < lost(applied[best - 1].metric if best else start):
                 best, states = len(applied), [layer.save() for layer in layers]
-    if best < len(applied):
-        for layer, state in zip(layers, states, strict=True):
-            layer.restore(state)
+        if not best:
+            attempt.fail(f"{name} came no closer")
+        elif best < len(applied):
+            for layer, state in zip(layers, states, strict=True):
+                layer.restore(state)
     tried, applied = len(applied), applied[:best]
     reached = applied[-1].metric if applied else start
     outcome = _outcome(options, name, wanted, reached, lost(reached), applied, tried)
@@ -219,8 +223,7 @@ def weight_bytes(network: QuantizedNetwork) -> int:
     Example:
         See ``apply_remedies``, which says what remedies cost.
     """
-    sizes = (
-        layer.weight.numel() * (32 if layer.config.weight is None else layer.config.weight.bits)
-        for layer in network.layers.values()
-    )
-    return sum((bits + 7) // 8 for bits in sizes)
+    present = {name: [layer.config.bit_widths] for name, layer in network.layers.items()}
+    # This cost looks at no data.
+    table = cost_table("weight_bytes", CostInputs(network, CalibrationSet(lambda batch, index: None), present))
+    return math.ceil(sum(cost for of_layer in table.values() for cost in of_layer.values()))

@@ -12,6 +12,9 @@ from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..network.parts import computing
 
+# Of the loss, by the weight and by the inputs of a layer; None where these are in float anyway.
+Changes = tuple[float | None, float | None]
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -101,31 +104,31 @@ def measure_costs(
         >>> cost.weight_alone == cost.weight_left_float == costs.quantized_loss, cost.inputs_alone
         (True, None)
     """
-    names = list(network.layers)
+    float_loss, alone = _measure(network, loss, False, store, progress)
+    quantized_loss, left = _measure(network, loss, True, store, progress)
+    layers = {name: LayerCost(*alone[name], *left[name]) for name in network.layers}
+    return Costs(float_loss, quantized_loss, layers)
+
+
+def _measure(
+    network: QuantizedNetwork, loss: Loss, quantized: bool, store: ActivationStore | None, progress: ProgressCallback
+) -> tuple[float, dict[str, Changes]]:
+    """Loss of the float or the quantized model, and its changes by each layer."""
+    names, measured = list(network.layers), dict[str, Changes]()
     owners = owners_of(network, names)
-    found: list[dict[str, tuple[float | None, float | None]]] = []
-    totals = []
-    for quantized in (False, True):
-        with network.quantized(quantized):
-            total = loss()
-            measured: dict[str, tuple[float | None, float | None]] = {}
+    with network.quantized(quantized):
+        total = loss()
 
-            def visit(layer: QuantizedLayer, run: Run) -> None:
-                if owners[layer.name] == ranks.rank():
-                    measured[layer.name] = _of_parts(layer, lambda: loss(run), quantized, total)  # noqa: B023
-                    done = len(measured) + quantized * len(names)  # noqa: B023
-                    progress(done, 2 * len(names), f"{layer.name}")
+        def visit(layer: QuantizedLayer, run: Run) -> None:
+            if owners[layer.name] == ranks.rank():
+                measured[layer.name] = _of_parts(layer, lambda: loss(run), quantized, total)
+                progress(len(measured) + quantized * len(names), 2 * len(names), layer.name)
 
-            visit_layers(network, loss, names, visit, store)
-        totals.append(total)
-        found.append({name: of_layer for part in ranks.from_all(measured) for name, of_layer in part.items()})
-    alone, left = found
-    return Costs(totals[0], totals[1], {name: LayerCost(*alone[name], *left[name]) for name in names})
+        visit_layers(network, loss, names, visit, store)
+    return total, {name: changes for part in ranks.from_all(measured) for name, changes in part.items()}
 
 
-def _of_parts(
-    layer: QuantizedLayer, measure: Callable[[], float], quantized: bool, total: float
-) -> tuple[float | None, float | None]:
+def _of_parts(layer: QuantizedLayer, measure: Callable[[], float], quantized: bool, total: float) -> Changes:
     """Change of the loss by the weight and by the inputs: the rise in a float model, the fall in a quantized one."""
     has_inputs = any(quantizer is not None for quantizer in (*layer.input_quantizers, layer.output_quantizer))
     changes: list[float | None] = []

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..calibration.calibration_set import CalibrationSet, batch_size
+from ..network.hooks import real_inputs, real_output
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
 from ..network.parts import computing, quantized_weight
 from ..quantization.spec import PerChannel, PerTensor
-from .statistics import TensorObserver, TensorStatistics, effective_levels
+from .statistics import MOST_BITS, TensorObserver, TensorStatistics, effective_levels, outlier
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,10 @@ class _LayerObserver:
                 rounded = module(*args, **kwargs)
         finally:
             self.busy = False
-        values = [value for value in (*args, *kwargs.values()) if _is_real(value)]
-        for observer, value in zip(self.inputs, values, strict=False):
+        for observer, value in zip(self.inputs, real_inputs(args, kwargs), strict=False):
             if observer is not None and value.numel():
                 observer.update(value)
-        self._compare(_first(output), _first(rounded))
+        self._compare(real_output(output), real_output(rounded))
 
     def _compare(self, wanted: Tensor | None, found: Tensor | None) -> None:
         if wanted is None or found is None or wanted.shape != found.shape or not wanted.numel():
@@ -129,35 +128,23 @@ def _weight_statistics(layer: QuantizedLayer) -> TensorStatistics | None:
     found = quantized_weight(layer)
     if found is None or layer.weight_quantizer is None:
         return None
-    wanted, rounded = (tensor.float() for tensor in found)
     quantizer, spec, axis = layer.weight_quantizer, layer.weight_quantizer.spec, layer.channel_axis
-    squared = (rounded - wanted).square()
-    rows, decoded = (tensor.movedim(axis, 0).flatten(1) for tensor in (wanted, rounded))
-    clipped = used = float("nan")
+    rows, rounded = (tensor.float().movedim(axis, 0).flatten(1) for tensor in found)
+    squared = (rounded - rows).square()
+    clipped = used = levels = float("nan")
     if isinstance(spec.granularity, PerTensor | PerChannel):
         low, high = (end.view(-1, 1).to(rows) for end in quantizer.range())
         slack = (high - low) / (2 * (spec.qmax - spec.qmin))
         outside = (rows < low - slack) | (rows > high + slack)
-        of_rows = (decoded - rows).square()
-        clipped = float(of_rows[outside].sum() / of_rows.sum().clamp_min(1e-30))
+        clipped = float(squared[outside].sum() / squared.sum().clamp_min(1e-30))
         ends = torch.minimum(rows.amax(1, keepdim=True), high) - torch.maximum(rows.amin(1, keepdim=True), low)
         used = float((ends / (high - low).clamp_min(1e-30)).clamp(0, 1).median())
-    levels = float("nan")
-    if spec.bits <= 8:
+    if spec.bits <= MOST_BITS:
         integers = layer.integer_weight().movedim(axis, 0).flatten(1).long() - spec.qmin
-        counts = torch.stack([torch.bincount(row, minlength=spec.qmax - spec.qmin + 1) for row in integers.cpu()])
-        levels = float(torch.tensor([effective_levels(row.double()) for row in counts]).median())
+        counts = torch.zeros(len(rows), spec.qmax - spec.qmin + 1, device=rows.device)
+        counts.scatter_add_(1, integers, torch.ones((), device=rows.device).expand_as(integers))
+        levels = float(effective_levels(counts).median())
     magnitudes = rows.abs().amax(1)
-    channel = None
-    if isinstance(spec.granularity, PerTensor) and bool((magnitudes > 0).any()):
-        channel = (float(magnitudes.max() / magnitudes[magnitudes > 0].median()), int(magnitudes.argmax()))
-    error = float(squared.mean() / wanted.square().mean().clamp_min(1e-30))
+    channel = outlier(magnitudes) if isinstance(spec.granularity, PerTensor) else None
+    error = float(squared.mean() / rows.square().mean().clamp_min(1e-30))
     return TensorStatistics(error, clipped, used, levels, spec.qmax - spec.qmin + 1, channel)
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _first(output: Any) -> Tensor | None:
-    return next(filter(_is_real, tree_leaves(output)), None)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..calibration.losses import LossFunction, check_metric
+from ..option_fields import require_count
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,9 @@ class DiagnosisOptions:
 
     def __post_init__(self) -> None:
         check_metric(self.loss)
-        for name in ("samples", "tries"):
-            value = getattr(self, name)
-            if value is None and name == "samples":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        require_count(self.tries, "tries")
+        if self.samples is not None:
+            require_count(self.samples, "samples")
         number = isinstance(self.max_degradation, int | float) and not isinstance(self.max_degradation, bool)
         if not number or not self.max_degradation >= 0:
             raise ValueError(f"max_degradation must be at least 0, got {self.max_degradation!r}.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..quantization.quantizers import Quantizer
 
 # Of tensors with more bits levels are not counted.
-_MOST_BITS = 12
+MOST_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TensorObserver:
         self._clipped += float(squared[outside].sum(dtype=torch.float64))
         least, greatest = torch.aminmax(values)
         self._low, self._high = min(self._low, float(least)), max(self._high, float(greatest))
-        if quantizer.spec.bits <= _MOST_BITS:
+        if quantizer.spec.bits <= MOST_BITS:
             counts = count_levels(quantizer, x)
             self._counts = counts if self._counts is None else self._counts + counts
 
@@ -114,15 +114,23 @@ class TensorObserver:
             error=self._errors / self._squares,
             clipped=clipped,
             used=used,
-            levels=math.nan if self._counts is None else effective_levels(self._counts),
+            levels=math.nan if self._counts is None else float(effective_levels(self._counts)),
             available=spec.qmax - spec.qmin + 1,
-            channel=None if self._channels is None else _outlier(self._channels),
-            token=None if not self._tokens else _outlier(torch.cat(self._tokens))[0],
+            channel=None if self._channels is None else outlier(self._channels),
+            token=None if not self._tokens else outlier(torch.cat(self._tokens))[0],
         )
 
 
-def _outlier(magnitudes: Tensor) -> tuple[float, int]:
-    """The greatest over the median, and where it is. What is always 0 does not count."""
+def outlier(magnitudes: Tensor) -> tuple[float, int]:
+    """The greatest of some magnitudes over their median, and where it is. What is always 0 does not count.
+
+    Args:
+        magnitudes: One for each channel or token.
+
+    Example:
+        >>> outlier(torch.tensor([1.0, 2.0, 0.0, 20.0]))
+        (10.0, 3)
+    """
     used = magnitudes[magnitudes > 0]
     if not used.numel():
         return 1.0, 0
@@ -151,15 +159,18 @@ def count_levels(quantizer: Quantizer, x: Tensor) -> Tensor:
     return torch.bincount(integers, minlength=spec.qmax - spec.qmin + 1).double().cpu()
 
 
-def effective_levels(counts: Tensor) -> float:
+def effective_levels(counts: Tensor) -> Tensor:
     """The exponential of the entropy of integers: as many levels as would be in use if all were used alike.
 
     Args:
-        counts: How often each integer occurs.
+        counts: How often each integer occurs, along the last dimension.
+
+    Returns:
+        One number for each row; NaN where none occurs.
 
     Example:
-        >>> round(effective_levels(torch.tensor([8.0, 8.0, 0.0, 0.0])), 6)
-        2.0
+        >>> effective_levels(torch.tensor([8.0, 8.0, 0.0, 0.0])).round(decimals=4)
+        tensor(2.)
     """
-    shares = counts[counts > 0] / counts.sum()
-    return float((-(shares * shares.log()).sum()).exp()) if len(shares) else math.nan
+    shares = counts / counts.sum(-1, keepdim=True)
+    return torch.special.entr(shares).sum(-1).exp()

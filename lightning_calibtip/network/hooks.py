@@ -1,6 +1,6 @@
 """Hooks on a layer: its inputs and its output go through quantizers, and observers see them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,14 +168,13 @@ def observing_activations(
     """
 
     def see_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = [value for value in (*args, *kwargs.values()) if _is_real(value)]
         with not_routed():
-            for tensor, value in zip(inputs, values, strict=False):
+            for tensor, value in zip(inputs, real_inputs(args, kwargs), strict=False):
                 if tensor is not None:
                     tensor.observe(value, tokens)
 
     def see_output(module: nn.Module, args: Any, result: Any) -> None:
-        if (value := next(filter(_is_real, tree_leaves(result)), None)) is not None:
+        if (value := real_output(result)) is not None:
             with not_routed():
                 output.observe(value, tokens)
 
@@ -188,6 +187,26 @@ def observing_activations(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def real_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The inputs of a layer that its quantizers and observers count: its floating-point arguments, in order.
+
+    Example:
+        >>> len(real_inputs([torch.ones(1), torch.ones(1, dtype=torch.int64)], {"mask": None}))
+        1
+    """
+    return [value for value in (*args, *kwargs.values()) if _is_real(value)]
+
+
+def real_output(output: Any) -> Tensor | None:
+    """The output of a layer that its quantizer and observer count: the first floating-point tensor; None without one.
+
+    Example:
+        >>> real_output((None, torch.ones(1)))
+        tensor([1.])
+    """
+    return next(filter(_is_real, tree_leaves(output)), None)
 
 
 def _is_real(value: Any) -> bool:

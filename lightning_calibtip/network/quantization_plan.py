@@ -34,8 +34,8 @@ class ModulePlan:
         used_by: Name of the module that takes the layer's weight for a function of its own, which is led to the layer.
         absorbs: Name of the activation whose ratios, if its channels are equalized, the module takes in when it is
             exported.
-        sums_over: Of a parameter that is a module of its own, the dimension that its products sum over, see
-            ``ProductWeight``.
+        sums_over: Dimension that products with a parameter sum over, where the parameter is a module of its own, see
+            ``ProductWeight``; None for all other modules.
 
     Example:
         See ``plan``.

@@ -84,6 +84,8 @@ class SparqQuantizer(AffineQuantizer):
     """
 
     is_simulation = True
+    _total: int
+    _seen: Tensor | None
 
     def __init__(self, name: str, spec: TensorSpec, rows: int) -> None:
         super().__init__(name, spec, rows)
@@ -99,8 +101,8 @@ class SparqQuantizer(AffineQuantizer):
                 f"{name}: the dimension that is summed over is not known, along which neighbours are paired: give "
                 'activation_options={"pairs": False}, or leave the inputs of this layer in float by overrides.'
             )
-        # How many values have passed, how many of them were 0, and how many were cut.
-        self._seen = [0, 0, 0]
+        # How many values have passed; how many of them were 0, and how many were cut.
+        self._total, self._seen = 0, None
 
     @classmethod
     def parse_options(cls, given: Mapping[str, Any], channel_axis: int | None) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class SparqQuantizer(AffineQuantizer):
                 'overrides={"<layer>": (8, None)}.'
             )
         super().set_range(minimum, maximum)
-        self._seen = [0, 0, 0]
+        self._total, self._seen = 0, None
 
     def trainables(self) -> list[Any]:
         """See ``Quantizer``: the scale; the zero point stays 0."""
@@ -141,8 +143,10 @@ class SparqQuantizer(AffineQuantizer):
         whole = super().encode(x.detach())
         kept = self._trimmed(whole)
         if not torch.is_grad_enabled():
-            found = (whole.numel(), int((whole == 0).sum()), int((kept != whole).sum()))
-            self._seen = [before + now for before, now in zip(self._seen, found, strict=True)]
+            # Counted on the device, which nothing has to wait for.
+            found = torch.stack([(whole == 0).sum(), (kept != whole).sum()])
+            self._total += whole.numel()
+            self._seen = found if self._seen is None else self._seen.to(found) + found
         # What was cut is a number of steps.
         return rounded + ((kept - whole) * self.scale).to(rounded.dtype)
 
@@ -152,5 +156,7 @@ class SparqQuantizer(AffineQuantizer):
 
     def shares(self) -> dict[str, float]:
         """See ``Quantizer``: of zeros, and of what was cut."""
-        total, zeros, cut = self._seen
-        return {"zeros": zeros / total, "cut": cut / total} if total else {}
+        if self._seen is None:
+            return {}
+        zeros, cut = self._seen.tolist()
+        return {"zeros": zeros / self._total, "cut": cut / self._total}
