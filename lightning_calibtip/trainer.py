@@ -88,11 +88,8 @@ class QuantizationTrainer(pl.Trainer):
             options = _shortened(options, trial_run)
         else:
             output.mkdir(parents=True, exist_ok=True)
-        if overrides(model, "configure_model"):
-            model.configure_model()
-        if ckpt_path is not None:
-            load_weights(model, ckpt_path)
-        else:
+        _make(model, ckpt_path)
+        if ckpt_path is None:
             rank_zero_warn("There is no --ckpt_path: the weights are those that the model is made with.")
         wrapped = QuantizationModule(model, scheme)
         wrapped.take_batch_hooks(datamodule)
@@ -150,8 +147,7 @@ class QuantizationTrainer(pl.Trainer):
             ValueError: If the checkpoint is not quantized, or the target cannot run its formats.
         """
         _require_quantized(ckpt_path, "export")
-        if overrides(model, "configure_model"):
-            model.configure_model()
+        _make(model, None)
         wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
         if datamodule is not None:
             datamodule.trainer = self
@@ -191,10 +187,7 @@ class QuantizationTrainer(pl.Trainer):
         """
         _require_quantized(ckpt_path, "diagnose")
         output.mkdir(parents=True, exist_ok=True)
-        if overrides(model, "configure_model"):
-            model.configure_model()
-        if float_ckpt_path is not None:
-            load_weights(model, float_ckpt_path)
+        _make(model, float_ckpt_path)
         wrapped = QuantizationModule.load_from_checkpoint(ckpt_path, map_location="cpu", model=model)
         if not wrapped.network.has_float_weights:
             raise ValueError(
@@ -273,6 +266,14 @@ class QuantizationTrainer(pl.Trainer):
         options = _if_known(weights_only)
         wrapped = _wrapped(model, ckpt_path)
         return super().predict(wrapped, dataloaders, datamodule, return_predictions, ckpt_path, **options)
+
+
+def _make(model: pl.LightningModule, ckpt_path: str | None) -> None:
+    """Let a model make its layers, if it has not yet, and load its weights, if they are in a checkpoint."""
+    if overrides(model, "configure_model"):
+        model.configure_model()
+    if ckpt_path is not None:
+        load_weights(model, ckpt_path)
 
 
 def _require_quantized(ckpt_path: str, command: str) -> None:
