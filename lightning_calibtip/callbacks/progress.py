@@ -54,7 +54,7 @@ def progress_options(trainer: pl.Trainer) -> dict[str, Any]:
     bar: Any = trainer.progress_bar_callback
     if not shows_progress(trainer):
         return {"enable_progress_bar": False}
-    if not sys.stdout.isatty():
+    if not _on_terminal():
         return {"enable_progress_bar": True, "callbacks": [NoBar()]}
     if isinstance(bar, RichProgressBar):
         bar._stop_progress()
@@ -78,7 +78,7 @@ def stage_progress(trainer: pl.Trainer, name: str) -> Iterator[ProgressCallback]
         ...     progress(1, 2, "conv1")
     """
     bar: Any = trainer.progress_bar_callback
-    if not shows_progress(trainer) or not sys.stdout.isatty():
+    if not shows_progress(trainer) or not _on_terminal():
         yield no_progress
     elif isinstance(bar, RichProgressBar) and bar.progress is not None:
         with _rich(bar, name) as progress:
@@ -88,6 +88,11 @@ def stage_progress(trainer: pl.Trainer, name: str) -> Iterator[ProgressCallback]
             yield progress
     else:
         yield no_progress
+
+
+def _on_terminal() -> bool:
+    # While a Rich display is live it stands in front of the terminal, and older releases do not say that it is one.
+    return bool(getattr(sys.stdout, "rich_proxied_file", sys.stdout).isatty())
 
 
 @contextmanager
@@ -109,10 +114,10 @@ def _rich(bar: Any, name: str) -> Iterator[ProgressCallback]:
 
     def progress(done: int, total: int, what: str) -> None:
         display.update(task, completed=done, total=total, description=f"{name}: {what}")
-        bar.refresh(hard=True)
+        display.refresh()
 
     try:
         yield progress
     finally:
         display.remove_task(task)
-        bar.refresh(hard=True)
+        display.refresh()

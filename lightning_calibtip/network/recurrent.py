@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from .layer_types import Operand, register_layer
 from .product_inputs import ProductInput, input_name
@@ -31,6 +32,11 @@ class SequenceInput(ProductInput):
         tensor([1.])
     """
 
+
+# Releases of PyTorch before 2.7 do not look for the tensors in a packed sequence, which is a named tuple.
+_packed = PackedSequence(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+if len(tree_leaves(_packed)) == 1:
+    register_pytree_node(PackedSequence, lambda packed: (list(packed), None), lambda parts, _: PackedSequence(*parts))
 
 # Whether the first dimension runs over samples or over time depends on the layer.
 register_layer(SequenceInput, None, [Operand((-1,), ())], (), part=True)
