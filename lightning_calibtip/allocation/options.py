@@ -9,9 +9,9 @@ from typing import Any
 from ..calibration.activation_store import parse_bytes
 from ..calibration.losses import LossFunction
 from ..network.scheme import QuantizationScheme
-from ..quantization.spec import BitWidths, parse_bit_widths
+from ..quantization.spec import FLOAT_BITS, BitWidths, parse_bit_widths
 from .constraints import Constraints
-from .integer_program import Solver
+from .integer_program import InfeasibleBudgetError, Solver
 from .latency import LatencyTable, read_latencies
 from .outcome import Sweep
 from .sensitivity import SensitivityOptions
@@ -124,6 +124,30 @@ class AllocationOptions:
             ValueError: If fewer than two of them are different.
         """
         return _distinct([scheme.bit_widths(value, "candidates") for value in self.candidates], self.candidates)
+
+    def check_reachable(self, scheme: QuantizationScheme) -> None:
+        """Refuse a compression that no model can reach under a scheme, before there is one: the fewest bits of all
+        weights are more.
+
+        Args:
+            scheme: The scheme of the model.
+
+        Raises:
+            InfeasibleBudgetError: If one of the budgets is out of reach.
+
+        Example:
+            >>> AllocationOptions(compression=0.1, candidates=[2, 8]).check_reachable(QuantizationScheme())
+        """
+        pinned = [scheme.bit_widths(value, "overrides") for value in (scheme.overrides or {}).values() if value]
+        edges = [] if scheme.edge_bits is None else [scheme.bit_widths(scheme.edge_bits, "edge_bits")]
+        least = min(bits.weight or FLOAT_BITS for bits in (*self.bit_widths(scheme), *pinned, *edges))
+        limit = self.constraints.limits.get("compression", 1.0)
+        lowest = min([limit, *self.sweep.compression])
+        if lowest < least / FLOAT_BITS:
+            raise InfeasibleBudgetError(
+                f"compression={lowest:g} is out of reach: with all weights at {least} bits, the fewest that candidates, "
+                f"edge_bits and overrides give, it is {least / FLOAT_BITS:g}. Raise it, or add narrower candidates."
+            )
 
     @cached_property
     def sweep(self) -> Sweep:

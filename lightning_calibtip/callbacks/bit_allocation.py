@@ -65,11 +65,13 @@ class BitAllocation(Stage):
 
     @override
     def check(self, scheme: QuantizationScheme) -> None:
-        """Refuse candidates that the scheme's target cannot run.
+        """Refuse candidates that the scheme's target cannot run, and a compression below the narrowest of them.
 
         Raises:
-            ValueError: If there is one, or fewer than two are different under the scheme.
+            InfeasibleBudgetError: If the compression is out of reach whatever the model.
+            ValueError: If there is such a candidate, or fewer than two are different under the scheme.
         """
+        self.options.check_reachable(scheme)
         for candidate in self.options.bit_widths(scheme):
             if scheme.engine is not None:
                 scheme.engine.check_bits(candidate.weight, candidate.activation, f"candidates: {candidate.label}")

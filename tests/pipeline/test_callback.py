@@ -112,6 +112,11 @@ def test_own_calibration_data_are_used(tiny_classifier, loader, images, make_tra
         ({"weight_bits": 1}, "weight_bits must be"),
         ({"calibration_samples": 0}, "calibration_samples must be an integer of at least 1"),
         ({"pipeline": "light", "options": {"allocation": {"compression": 2.0}}}, "compression must be"),
+        ({"pipeline": "light", "options": {"allocation": {"compression": 0.1}}}, "0.1 is out of reach: .* at 4 bits"),
+        (
+            {"pipeline": "light", "options": {"allocation": {"compression": [0.2, 0.05]}}, "overrides": {"a": 2}},
+            "0.05 is out of reach: .* at 2 bits",
+        ),
         ({"options": {"adaquant": {"iterations": 0}}}, r"options\.adaquant: iterations must be"),
         ({"weight_bits": None, "activation_bits": None}, "nothing would be quantized"),
         (
