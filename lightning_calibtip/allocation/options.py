@@ -145,8 +145,9 @@ class AllocationOptions:
         lowest = min([limit, *self.sweep.compression])
         if lowest < least / FLOAT_BITS:
             raise InfeasibleBudgetError(
-                f"compression={lowest:g} is out of reach: with all weights at {least} bits, the fewest that candidates, "
-                f"edge_bits and overrides give, it is {least / FLOAT_BITS:g}. Raise it, or add narrower candidates."
+                f"compression={lowest:g} is out of reach: with all weights at {least} bits, the fewest that "
+                f"candidates, edge_bits and overrides give, it is {least / FLOAT_BITS:g}. Raise it, or add narrower "
+                "candidates."
             )
 
     @cached_property

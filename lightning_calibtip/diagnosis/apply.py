@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,8 +13,8 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.losses import Loss
 from ..calibration.progress import ProgressCallback, no_progress
+from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
-from ..network.states import LayerState
 from ..network.trial import trial
 from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths
@@ -38,9 +39,10 @@ def apply_remedies(
     """Apply remedies until the user's metric is within ``max_degradation`` of the float model's, or none helps.
 
     In each round the gain of ``tries`` remedies is measured, those of the layers that cost most first, and the one that
-    lowers the loss most is kept. What needs a new calibration (``per_token``, groups) or a longer run (``AdaQuant``) is
-    left to the user. Where the tolerance is not reached, the model ends with the remedies up to the best value of the
-    metric, with none if all made it worse; where validation raises, as it was.
+    lowers the loss most is kept. Validation runs after 1, 2, 4, 8, ... of them; where the metric is then good enough,
+    the fewest that make it so are sought by bisection. What needs a new calibration (``per_token``, groups) or a longer
+    run (``AdaQuant``) is left to the user. Where the tolerance is not reached, the model ends with the remedies up to
+    the best value of the metric that was seen, with none if all made it worse; where validation raises, as it was.
 
     Args:
         network: The network that was diagnosed.
@@ -76,15 +78,14 @@ def apply_remedies(
 
     loss = Loss(network, calibration, options.loss, options.samples_of(calibration.samples))
     _observe_again(network, calibration)
-    waiting, present = _by_cost(result), start
+    waiting, idle = _by_cost(result), list[Remedy]()
     applied: list[AppliedRemedy] = []
+    steps = _Steps(network)
+    # The metric by the number of remedies that were applied; the next number at which it is asked for.
+    metrics, due = {0: start}, 1
     least, size = loss(), weight_bytes(network)
-    layers = list(network.layers.values())
-    idle: list[Remedy] = []
-    # How many remedies the best state so far has, and that state.
-    best, states = 0, list[LayerState]()
-    with trial(layers) as attempt:
-        while lost(present) > options.max_degradation and waiting:
+    with trial(network.layers.values()) as attempt:
+        while waiting and lost(metrics[max(metrics)]) > options.max_degradation:
             losses: dict[Remedy, float] = {}
             for remedy in waiting[: options.tries]:
                 losses[remedy] = _try(remedy, network, calibration, loss, store)
@@ -94,28 +95,79 @@ def apply_remedies(
             helping = [remedy for remedy, found in losses.items() if found < least]
             idle += [remedy for remedy in losses if remedy not in helping]
             waiting = [remedy for remedy in waiting if remedy not in idle]
-            if not helping:
-                continue
-            chosen = min(helping, key=losses.__getitem__)
-            _apply(chosen, network, calibration, store)
-            least = losses[chosen]
-            waiting = [r for r in [*waiting, *idle] if r is not chosen and not _is_covered(r, network)]
-            idle = []
-            present = float(evaluate()[name])
-            before, size = size, weight_bytes(network)
-            applied.append(AppliedRemedy(chosen.code, least, present, size - before))
-            log.info("%s: loss %.4g, %s %.4g, %+d bytes of weights", chosen.code, least, name, present, size - before)
-            if lost(present) < lost(applied[best - 1].metric if best else start):
-                best, states = len(applied), [layer.save() for layer in layers]
+            if helping:
+                chosen = min(helping, key=losses.__getitem__)
+                with steps.one_more(chosen.layer):
+                    _apply(chosen, network, calibration, store)
+                least = losses[chosen]
+                waiting = [r for r in [*waiting, *idle] if r is not chosen and not _is_covered(r, network)]
+                idle = []
+                before, size = size, weight_bytes(network)
+                applied.append(AppliedRemedy(chosen.code, least, None, size - before))
+                log.info("%s: loss %.4g, %+d bytes of weights", chosen.code, least, size - before)
+            if len(applied) == due or (not waiting and len(applied) not in metrics):
+                metrics[len(applied)], due = float(evaluate()[name]), 2 * len(applied)
+        enough = len(applied) if lost(metrics[max(metrics)]) <= options.max_degradation else None
+        too_few = max((number for number in metrics if number != enough), default=0)
+        while enough is not None and enough - too_few > 1:
+            steps.go_to(between := (too_few + enough) // 2)
+            metrics[between] = float(evaluate()[name])
+            if lost(metrics[between]) <= options.max_degradation:
+                enough = between
+            else:
+                too_few = between
+        best = min(sorted(metrics), key=lambda number: lost(metrics[number])) if enough is None else enough
+        steps.go_to(best)
         if not best:
             attempt.fail(f"{name} came no closer")
-        elif best < len(applied):
-            for layer, state in zip(layers, states, strict=True):
-                layer.restore(state)
-    tried, applied = len(applied), applied[:best]
-    reached = applied[-1].metric if applied else start
-    outcome = _outcome(options, name, wanted, reached, lost(reached), applied, tried)
+    tried = len(applied)
+    applied = [replace(one, metric=metrics.get(number)) for number, one in enumerate(applied[:best], 1)]
+    outcome = _outcome(options, name, wanted, metrics[best], lost(metrics[best]), applied, tried)
     return replace(result, applied=tuple(applied), outcome=outcome)
+
+
+class _State:
+    """Layers as they are, and what equalization has marked in the network."""
+
+    def __init__(self, network: QuantizedNetwork, layers: Iterable[QuantizedLayer]) -> None:
+        self._network, self._layers = network, [(layer, layer.save()) for layer in layers]
+        self._learnable = {tensor: tensor.learnable for tensor in network.tensors}
+        tensors = {tensor.name: tensor for tensor in network.tensors}
+        self._absorbers = {tensors[m.absorbs]: m.name for m in network.plan.modules if m.absorbs in tensors}
+
+    def restore(self) -> None:
+        for layer, state in self._layers:
+            layer.restore(state)
+        for tensor, channels in self._learnable.items():
+            tensor.learnable = channels
+        self._network.set_absorbers(self._absorbers)
+
+
+class _Steps:
+    """The way from the network as it was, which can be gone back and forth."""
+
+    def __init__(self, network: QuantizedNetwork) -> None:
+        self._network, self._position = network, 0
+        self._steps: list[tuple[_State, _State]] = []
+
+    @contextmanager
+    def one_more(self, name: str | None) -> Iterator[None]:
+        """Inside, the last step is made: one layer is changed, or any."""
+        layers = self._network.layers
+        changed = list(layers.values()) if name is None else [layers[name]]
+        before = _State(self._network, changed)
+        yield
+        self._steps.append((before, _State(self._network, changed)))
+        self._position = len(self._steps)
+
+    def go_to(self, position: int) -> None:
+        """Bring the network to where it was after so many steps."""
+        while self._position > position:
+            self._position -= 1
+            self._steps[self._position][0].restore()
+        while self._position < position:
+            self._steps[self._position][1].restore()
+            self._position += 1
 
 
 def _outcome(
@@ -193,17 +245,13 @@ def _try(
     remedy: Remedy, network: QuantizedNetwork, calibration: CalibrationSet, loss: Loss, store: ActivationStore
 ) -> float:
     """The loss with a remedy; the network is then as it was."""
-    learnable = {tensor: tensor.learnable for tensor in network.tensors}
-    tensors = {tensor.name: tensor for tensor in network.tensors}
-    absorbers = {tensors[m.absorbs]: m.name for m in network.plan.modules if m.absorbs in tensors}
-    with trial(network.layers.values()) as attempt:
+    layers = network.layers
+    before = _State(network, layers.values() if remedy.layer is None else [layers[remedy.layer]])
+    try:
         _apply(remedy, network, calibration, store)
-        found = loss()
-        attempt.fail("only tried")
-    for tensor, channels in learnable.items():
-        tensor.learnable = channels
-    network.set_absorbers(absorbers)
-    return found
+        return loss()
+    finally:
+        before.restore()
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ class AppliedRemedy:
     Args:
         code: How the user writes it.
         loss: Loss of the quantized model with it and those before.
-        metric: The user's metric then.
+        metric: The user's metric then; None where it was not asked for.
         bytes: Bytes of weights that it costs.
 
     Example:
@@ -61,7 +61,7 @@ class AppliedRemedy:
 
     code: str
     loss: float
-    metric: float
+    metric: float | None
     bytes: int
 
 

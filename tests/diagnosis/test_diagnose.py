@@ -180,6 +180,27 @@ def test_a_tolerance_that_remedies_do_not_reach_is_said_and_the_best_state_is_ke
         assert layer.config == state.config and torch.equal(layer.weight, state.weight)
 
 
+@pytest.mark.parametrize("enough", [1, 2, 3])
+def test_the_fewest_remedies_that_are_enough_are_found_with_few_validations(enough, calibrated):
+    module = calibrated(weight_bits=2, activation_bits=2)
+    network, seen = module.network, []
+    initial = [layer.config for layer in network.layers.values()]
+
+    def evaluate():
+        changed = sum(layer.config != config for layer, config in zip(network.layers.values(), initial, strict=True))
+        seen.append(changed)
+        return {"accuracy": 0.9 if changed >= enough or len(seen) == 1 else 0.5 + 0.01 * changed}
+
+    result = diagnose(network, module.calibration)
+    found = apply_remedies(network, module.calibration, result, DiagnosisOptions(apply=True), evaluate)
+    widened = [remedy for remedy in found.applied if "overrides" in remedy.code]
+    changed = sum(layer.config != config for layer, config in zip(network.layers.values(), initial, strict=True))
+    assert changed == len(widened) == enough and found.applied[-1].metric == 0.9
+    assert len(seen) <= 2 + 2 * 3, seen
+    loss = Loss(network, module.calibration, samples=found.samples)
+    assert loss() == pytest.approx(found.applied[-1].loss, rel=1e-4)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_all_parts_quantized_are_the_quantized_layer_with_integer_biases_too(bits, calibrated, images):
     module = calibrated(target="onnxruntime", weight_bits=bits, activation_bits=bits)
