@@ -1,8 +1,10 @@
 """The quantized part of a checkpoint: the plan, packed integer weights and a digest, as plain values and tensors."""
 
 import hashlib
+import logging
 import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ from torch import Tensor
 
 from ..files.damage import describe_error
 from ..quantization.packing import pack_integers, unpack_integers
+from ..quantization.ranges import RangeOptions
 from .hooks import INPUT_QUANTIZERS
 from .layers import QuantizedLayer
 from .network import QuantizedNetwork
 from .quantization_plan import QuantizationPlan
 from .scheme import QuantizationScheme
 from .version2 import read_version_2, rename_version_2
+
+log = logging.getLogger(__name__)
 
 # Where a Lightning checkpoint has it.
 CHECKPOINT_KEY = "calibtip"
@@ -68,6 +73,7 @@ def pack_network(network: QuantizedNetwork, state_dict: dict[str, Tensor], prefi
         "plan": network.plan.to_dict() if network.prepared else None,
         "scheme": network.scheme.to_dict(),
         "calibrated": network.calibrated,
+        "ranges": next((asdict(layer.range_options) for layer in network.layers.values()), {}),
         "fingerprint": network.fingerprint,
     }
     return {"config": config, "weights": weights, "digest": digest_of(config, weights, state_dict, prefix)}
@@ -116,6 +122,9 @@ def unpack_network(
     network.scheme = scheme
     network.has_float_weights = config["fingerprint"] == network.fingerprint
     network.set_calibrated(config["calibrated"])
+    ranges = _range_options(config.get("ranges", {}))
+    for layer in network.layers.values():
+        layer.range_options = ranges
     _check_values(network, state_dict, prefix)
     for name, entry in packed["weights"].items():
         layer = network.layers[name]
@@ -126,6 +135,15 @@ def unpack_network(
             _copy_below(state_dict, _weight_place(layer.tied_to, prefix), _weight_place(layer, prefix))
     for place, first in _shared_quantizers(network, prefix):
         _copy_below(state_dict, first, place)
+
+
+def _range_options(found: Mapping[str, Any]) -> RangeOptions:
+    """How ranges were chosen, for those that are chosen later; the defaults where nobody has registered it here."""
+    try:
+        return RangeOptions(**found)
+    except (TypeError, ValueError) as error:
+        log.warning("Ranges that are chosen from now on are chosen by the defaults: %s", error)
+        return RangeOptions()
 
 
 def _read_config(

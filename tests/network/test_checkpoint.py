@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip import AdaQuant, Calibration, QuantizationModule
+from lightning_calibtip import AdaQuant, Calibration, QuantizationModule, RangeOptions
 from lightning_calibtip.network.checkpoint import digest_of
 from lightning_calibtip.quantization.spec import BitWidths
 from tests import transformer_models
@@ -34,6 +34,26 @@ def test_reloaded_checkpoint_gives_the_same_logits_bit_for_bit(checkpoint, image
     assert torch.equal(logits_of(loaded, images), logits_of(module, images))
     assert sum(line.kind == "quantized" for line in loaded.layer_summary()) == 6
     assert loaded.network.layers["net.blocks.0.conv1"].config.bit_widths == BitWidths(5, 7)
+
+
+def test_a_reloaded_model_goes_on_to_choose_ranges_as_it_was_calibrated(
+    tiny_classifier, loader, make_trainer, tmp_path, caplog
+):
+    options = RangeOptions("percentile", "minmax", percentile=99.5)
+    module, trainer = QuantizationModule(tiny_classifier), make_trainer(Calibration(options))
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "quantized.ckpt", model=tiny_classifier)
+    assert {layer.range_options for layer in loaded.network.layers.values()} == {options}
+    # An observer that only the process that calibrated knew.
+    saved = torch.load(tmp_path / "quantized.ckpt", weights_only=True)
+    saved["calibtip"]["config"]["ranges"]["observer"] = "own"
+    config, weights = saved["calibtip"]["config"], saved["calibtip"]["weights"]
+    saved["calibtip"]["digest"] = digest_of(config, weights, saved["state_dict"], "model.")
+    torch.save(saved, tmp_path / "own.ckpt")
+    loaded = QuantizationModule.load_from_checkpoint(tmp_path / "own.ckpt", model=tiny_classifier)
+    assert {layer.range_options for layer in loaded.network.layers.values()} == {RangeOptions()}
+    assert "chosen by the defaults: observer must be" in caplog.text
 
 
 def test_checkpoint_loads_with_weights_only_and_holds_packed_integers(checkpoint):
