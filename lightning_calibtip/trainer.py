@@ -198,13 +198,15 @@ class QuantizationTrainer(pl.Trainer):
         if datamodule is not None:
             datamodule.trainer = self
         calibration, validation = _loaders(model, datamodule)
-        stage = Diagnosis(options)
+        stage, mended = Diagnosis(options), output / "quantized.ckpt"
         configuration = {"ckpt_path": ckpt_path, "float_ckpt_path": float_ckpt_path, **wrapped.hparams}
         samples = FirstSamples(calibration, calibration_samples)
         run = run_stages(wrapped, [stage], samples, validation, self._stage_options(), configuration)
         assert stage.diagnosis is not None
         if stage.diagnosis.applied:
-            run.save(output / "quantized.ckpt")
+            run.save(mended)
+        elif mended.exists():
+            rank_zero_warn(f"{mended} is of an earlier run: this one has applied no remedy.")
         metric = run.metric_or_first(stage.options.metric)
         run.write_report(output, run.record("diagnose", type(model).__name__, metric, None))
         if run.writes:

@@ -129,6 +129,8 @@ def test_diagnose_explains_a_quantized_checkpoint_and_mends_it(config, tmp_path,
     assert record["quantized"] >= before["quantized"] and record["float"] == before["float"]
     if record["quantized"] > before["quantized"]:
         assert (tmp_path / "why" / "quantized.ckpt").exists() and "than the float model's" in capsys.readouterr().out
+        with pytest.warns(UserWarning, match=r"quantized\.ckpt is of an earlier run"):
+            run([*diagnose, *given])
 
 
 def test_stages_are_given_by_class_path_and_bit_widths_from_yaml(config, tmp_path):

@@ -186,6 +186,12 @@ class Stage(pl.Callback, ABC):
             self.check_plan(pl_module)
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called when ``fit`` breaks off: the calibration batches are let go."""
+        if isinstance(pl_module, QuantizationModule):
+            pl_module.calibration.batches.clear()
+
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when all calibration batches have been seen: run the stage and log what it has found."""
         assert isinstance(pl_module, QuantizationModule)

@@ -71,8 +71,11 @@ def test_a_model_that_gives_nan_only_when_quantized_is_an_error_that_names_the_l
     message = (
         f"has NaN or infinity, which the float model's has not: first that of layer 3, whose {what} has such values"
     )
+    module = QuantizationModule(net())
     with pytest.raises(FloatingPointError, match=message):
-        run_stages(QuantizationModule(net()), [Calibration(), Breaking(change)], ROWS.split(8), trainer_options=CPU)
+        run_stages(module, [Calibration(), Breaking(change)], ROWS.split(8), trainer_options=CPU)
+    # The batches are not held on to.
+    assert not module.calibration.batches
 
 
 @pytest.mark.parametrize("pipeline", ["calibrate", "sequential"])
