@@ -165,7 +165,7 @@ def find_products(model: nn.Module, run: Callable[[], Any], record: Callable[[],
             routes = Routes(tuple(name for name in wanted.operations if name in computed), wanted.layers)
             route(model, Routes())
             route(model, routes)
-            if routes and _is_close(run(), found.output):
+            if routes and is_close(run(), found.output):
                 return routes
         except Exception as error:
             log.warning("Not all products can be led to modules of their own (%s: %s).", type(error).__name__, error)
@@ -197,8 +197,13 @@ def _of_layers(structure: Structure, model: nn.Module) -> set[str]:
     return found
 
 
-def _is_close(output: Any, wanted: Any) -> bool:
-    """Whether outputs hold the same tensors, up to rounding; False where there is nothing to compare."""
+def is_close(output: Any, wanted: Any) -> bool:
+    """Whether outputs hold the same tensors, up to rounding; False where there is nothing to compare.
+
+    Example:
+        >>> is_close([torch.ones(2)], [torch.ones(2) + 1e-6]), is_close(torch.ones(2), torch.zeros(2))
+        (True, False)
+    """
     given, reference = tensors_of(output), tensors_of(wanted)
     return len(given) == len(reference) > 0 and all(map(_are_close, given, reference))
 

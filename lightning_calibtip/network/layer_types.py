@@ -84,11 +84,12 @@ class LayerType:
         return self.weight is None and [axis.channel_axis is None for axis in self.operands] == [False, False]
 
 
-_LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
+# By class, or by the full name of a class that need not have been imported.
+_LAYER_TYPES: dict[type[nn.Module] | str, LayerType] = {}
 
 
 def register_layer(
-    layer_type: type[nn.Module],
+    layer_type: type[nn.Module] | str,
     channel_axis: int | None = 0,
     operands: Sequence[Operand] = (Operand(),),
     output_token_axes: Sequence[int] = (1,),
@@ -104,7 +105,8 @@ def register_layer(
     counted in the order in which they are passed: positional arguments first, then keyword arguments.
 
     Args:
-        layer_type: Class of the layer.
+        layer_type: Class of the layer, or its full name (``"library.nn.linear.Linear"``), by which it is known once
+            its library is imported.
         channel_axis: Output-channel dimension of its weight; None if it has no weight (a matrix product).
         operands: How each of its inputs is quantized, from the first on; empty if none is.
         output_token_axes: Dimensions of its output that run over tokens.
@@ -132,10 +134,10 @@ def register_layer(
         'factors'
     """
     if channel_axis is None and not operands:
-        raise ValueError(f"{layer_type.__name__} has neither a weight nor an operand to quantize.")
+        raise ValueError(f"{_name(layer_type)} has neither a weight nor an operand to quantize.")
     if not isinstance(weight, str) or not weight.isidentifier():
         raise ValueError(
-            f"{layer_type.__name__}: weight must be the name of the parameter that is its weight, got {weight!r}."
+            f"{_name(layer_type)}: weight must be the name of the parameter that is its weight, got {weight!r}."
         )
     name = None if channel_axis is None else weight
     axes = tuple(output_token_axes)
@@ -153,7 +155,12 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
         >>> layer_type_of(nn.ReLU()) is None
         True
     """
-    return next((_LAYER_TYPES[cls] for cls in type(module).__mro__ if cls in _LAYER_TYPES), None)
+    keys = (key for cls in type(module).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}"))
+    return next((_LAYER_TYPES[key] for key in keys if key in _LAYER_TYPES), None)
+
+
+def _name(layer_type: type[nn.Module] | str) -> str:
+    return layer_type if isinstance(layer_type, str) else layer_type.__name__
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:
