@@ -76,6 +76,20 @@ def tensors_in(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(plain(batch)) if isinstance(leaf, Tensor)]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor, dense or sparse, is NaN or infinity.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0])), is_finite(torch.tensor([float("nan")]).to_sparse())
+        (True, False)
+    """
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.values()
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
 def batch_size(batch: Any) -> int:
     """Number of samples of a batch.
 

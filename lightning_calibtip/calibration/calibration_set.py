@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from ..batches import batch_size, counted_rows, plain
+from ..batches import batch_size, counted_rows, is_finite, plain
 from ..option_fields import require_count
 
 Forward = Callable[[Any, int], Any]
@@ -74,7 +73,7 @@ class CalibrationSet:
             )
         leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs, targets=False))
         for path, leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            if isinstance(leaf, Tensor) and not is_finite(leaf):
                 part = f"input{path_name(path)}"
                 raise ValueError(
                     f"Calibration batch {len(self.batches)}: {part} (shape {tuple(leaf.shape)}) holds NaN or infinity. "

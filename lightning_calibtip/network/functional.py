@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import add_products, additive_mask, masked_softmax
-from .layer_types import Operand, layer_type_of, register_layer
+from .layer_types import Operand, is_linear, layer_type_of, register_layer
 from .operation_kinds import OperationKind, is_operation, register_operation
 from .operations import computes_its_own, tensors_of
 from .product_parameters import follow_moves
@@ -151,7 +151,7 @@ def find_products(model: nn.Module, run: Callable[[], Any], record: Callable[[],
         >>> find_products(model, lambda: model(x), lambda: record(model, lambda: model(x))).operations
         ('fused_attention_0',)
     """
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     found = search_operations(model, run, computes_its_own, linear, Routes())
     # A weight that several modules take, or one that it is handed to, would not always be known again.
     alone = {name: owners.pop() for name, owners in found.layers.items() if len(owners) == 1}

@@ -159,6 +159,19 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     return next((_LAYER_TYPES[key] for key in keys if key in _LAYER_TYPES), None)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module's own class, not one that it is derived from, is registered as one that computes
+    ``torch.nn.functional.linear`` of its input, weight and bias.
+
+    Example:
+        >>> is_linear(nn.Linear(2, 2)), is_linear(nn.Conv1d(2, 2, 1))
+        (True, False)
+    """
+    cls = type(module)
+    found = _LAYER_TYPES.get(cls) or _LAYER_TYPES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return found == _LAYER_TYPES[nn.Linear]
+
+
 def _name(layer_type: type[nn.Module] | str) -> str:
     return layer_type if isinstance(layer_type, str) else layer_type.__name__
 

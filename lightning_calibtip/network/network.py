@@ -84,7 +84,8 @@ class QuantizedNetwork:
             preparation.prepare(model)
         candidates = quantizable_layers(model)
         require_full_precision(candidates)
-        if not candidates:
+        later = [name for preparation in preparations() for name in preparation.possible_names(model)]
+        if not candidates and not later:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         check_overrides(model, scheme)
         self.layers: dict[str, QuantizedLayer] = {}
