@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .edges import Edges, begin_edges, edges_of, end_edges
 from .functional import is_close
+from .hooks import OwnRows
 from .layer_types import Operand, register_layer
 from .preparations import Preparation, register_preparation
 
@@ -29,24 +31,57 @@ MESSAGES, AGGREGATES, FACTOR = "messages", "aggregates", "factor_"
 _LIBRARY = "torch_geometric.nn.conv.message_passing"
 
 
-class Messages(nn.Module):
+class Messages(nn.Module, OwnRows):
     """What a layer of message passing sends along edges, as a module of its own, so that it can be quantized.
 
+    Args:
+        layer: The layer.
+
     Example:
-        >>> Messages()(torch.ones(1, 2))
+        >>> Messages(nn.Identity())(torch.ones(1, 2))
         tensor([[1., 1.]])
     """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Not as a submodule: it is one of the layer's.
+        self._layer = [layer]
+
+    @property
+    def edges(self) -> Edges | None:
+        """Edges that the layer is passing messages along; None while it does not."""
+        return edges_of(self._layer[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return messages, shape (edges, ..., features)."""
         return x
+
+    def counted_rows(self, tokens: Tensor | None, rows: int) -> Tensor | None:
+        """The edges to nodes that count, without those from nodes that are protected."""
+        edges = self.edges
+        if edges is None or rows != edges.count:
+            return None
+        is_of_nodes = tokens is not None and tokens.dim() == 1 and len(tokens) >= edges.nodes
+        counted = tokens[edges.ends[1]] if tokens is not None and is_of_nodes else None
+        return without(counted, self.protected_rows(rows))
+
+    def protected_rows(self, rows: int) -> Tensor | None:
+        """Which of so many rows are those of protected nodes, bool, shape (rows,); None if none is.
+
+        Args:
+            rows: Number of edges, or what the tensor in question has in their place.
+        """
+        edges = self.edges
+        if edges is None or edges.protected is None or rows != edges.count:
+            return None
+        return edges.protected[edges.senders]
 
 
 class MessageFactor(Messages):
     """A factor of messages that are products, as a module of its own, so that it can be quantized.
 
     Example:
-        >>> MessageFactor()(torch.ones(1, 2))
+        >>> MessageFactor(nn.Identity())(torch.ones(1, 2))
         tensor([[1., 1.]])
     """
 
@@ -55,14 +90,55 @@ class Aggregates(Messages):
     """What the nodes of a layer of message passing get, as a module of its own, so that it can be quantized.
 
     Example:
-        >>> Aggregates()(torch.ones(1, 2))
+        >>> Aggregates(nn.Identity())(torch.ones(1, 2))
         tensor([[1., 1.]])
     """
 
+    # Whether the in-degrees of the nodes of the last call are kept, and those.
+    keeps_degrees = False
+    degrees: Tensor | None = None
 
-# A range that is found at run time is that of an edge, or of a node. Padding is none of edges.
-register_layer(Messages, None, [Operand((-1,), ())], (), part=True)
-register_layer(Aggregates, None, [Operand((-1,), (1,))], (1,), part=True)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is aggregated, shape (nodes, ..., features)."""
+        edges = self.edges
+        if self.keeps_degrees and edges is not None:
+            found = edges.in_degrees()
+            self.degrees = nn.functional.pad(found, (0, max(len(x) - len(found), 0)))
+        return x
+
+    def counted_rows(self, tokens: Tensor | None, rows: int) -> Tensor | None:
+        """The nodes that count, without those that are protected."""
+        protected = self.protected_rows(rows)
+        is_of_nodes = tokens is not None and tokens.dim() == 1 and len(tokens) == rows
+        return tokens if protected is None else without(tokens if is_of_nodes else None, protected)
+
+    def protected_rows(self, rows: int) -> Tensor | None:
+        """Which of so many nodes are protected, see ``Messages``."""
+        edges = self.edges
+        if edges is None or edges.protected is None or rows < edges.nodes:
+            return None
+        # The last nodes of a graph may have no edges.
+        return nn.functional.pad(edges.protected, (0, rows - len(edges.protected)))
+
+
+def without(counted: Tensor | None, protected: Tensor | None) -> Tensor | None:
+    """Which rows count of those that are not protected.
+
+    Args:
+        counted: Which rows count, bool, shape (rows,); None if all do.
+        protected: Which rows are protected; None if none is.
+
+    Example:
+        >>> without(None, torch.tensor([True, False]))
+        tensor([False,  True])
+    """
+    if protected is None:
+        return counted
+    return ~protected if counted is None else counted & ~protected
+
+
+# A range that is found at run time is that of an edge, or of a node, whose rows may be left out.
+register_layer(Messages, None, [Operand((-1,), (1,))], (1,), part=True)
 # It computes as ``torch.nn.Linear`` does.
 register_layer("torch_geometric.nn.dense.linear.Linear", 0, [Operand(channel_axis=-1)], adds_bias=True, input_axis=1)
 
@@ -95,6 +171,19 @@ def message_factors(layer: Any) -> dict[str, nn.Module]:
     }
 
 
+def _note_edges(layer: Any, inputs: tuple[Any, Any, dict[str, Any]]) -> None:
+    """Hook before ``propagate``."""
+    edge_index, size, given = inputs
+    pairs = [size, *(value for value in given.values() if isinstance(value, tuple | list) and len(value) == 2)]
+    lengths = [[len(x) if isinstance(x, Tensor) else x for x in pair] for pair in pairs if pair is not None]
+    begin_edges(layer, edge_index, any(first != second for first, second in lengths))
+
+
+def _forget_edges(layer: Any, *_: Any) -> None:
+    """Hook before and after ``forward``."""
+    end_edges(layer)
+
+
 def _through_factors(layer: Any, inputs: tuple[dict[str, Any]]) -> tuple[dict[str, Any]] | None:
     """Hook before ``message``."""
     (given,) = inputs
@@ -118,15 +207,18 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
 
 
-def _hold(name: str, layer: Any, children: Mapping[str, Callable[[], nn.Module]]) -> None:
+def _hold(name: str, layer: Any, children: Mapping[str, type[Messages]]) -> None:
     """Give a layer modules for what it passes, and lead that through them."""
     for child, make in children.items():
         if hasattr(layer, child):
             log.warning("%s has an attribute %s of its own: what would have this name stays float.", name, child)
         else:
-            layer.add_module(child, make().train(layer.training))
+            layer.add_module(child, make(layer).train(layer.training))
     if not layer.__dict__.get("_passes_through_modules"):
         # Functions of this file, not methods or closures: copies of the layer have them too.
+        layer.register_forward_pre_hook(_forget_edges)
+        layer.register_propagate_forward_pre_hook(_note_edges)
+        layer.register_forward_hook(_forget_edges, always_call=True)
         layer.register_message_forward_pre_hook(_through_factors)
         layer.register_message_forward_hook(_through_messages)
         layer.register_aggregate_forward_hook(_through_aggregates)
@@ -239,7 +331,7 @@ class MessagePassingPreparation(Preparation):
                     layer.fuse = True
         for name, layer in layers.items():
             passed = found[name]
-            children: dict[str, Callable[[], nn.Module]] = {f"{FACTOR}{key}": MessageFactor for key in passed.factors}
+            children: dict[str, type[Messages]] = {f"{FACTOR}{key}": MessageFactor for key in passed.factors}
             children |= {MESSAGES: Messages} if passed.messages else {}
             children |= {AGGREGATES: Aggregates} if passed.aggregates else {}
             if children:
@@ -250,7 +342,7 @@ class MessagePassingPreparation(Preparation):
         for name, layer in message_passing_layers(model).items():
             prefix = f"{name}." if name else ""
             own = [each.removeprefix(prefix) for each in layers if each.startswith(prefix)]
-            children: dict[str, Callable[[], nn.Module]] = {
+            children: dict[str, type[Messages]] = {
                 child: {MESSAGES: Messages, AGGREGATES: Aggregates}.get(child, MessageFactor)
                 for child in own
                 if child in (MESSAGES, AGGREGATES) or (child.startswith(FACTOR) and "." not in child)

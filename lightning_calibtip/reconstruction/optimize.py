@@ -19,6 +19,7 @@ from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
 from ..network.layers import QuantizedLayer
+from ..network.protection import protecting
 from ..network.states import LayerState
 from ..network.trainable import trainable
 from ..network.trial import Trial, trial
@@ -261,6 +262,7 @@ class _Descent:
         clamp = clamping([quantizer for quantizers in learned.values() for quantizer in quantizers])
         with ExitStack() as stack:
             stack.enter_context(dropping(unit.layers, drops))
+            stack.enter_context(protecting(unit.module, unit.layers, options.protection, self.generator))
             roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
             for rounding in roundings.values():
                 stack.enter_context(rounding.acting())
