@@ -50,6 +50,7 @@ class LayerType:
         input_axis: Dimension of the weight that runs over the channels of the first operand (of a group of them, where
             the layer has ``groups``); None if there is none.
         part: Whether it is a weight or an input of the module that holds it, which is the unit of reconstruction.
+        in_engines: Whether engines can compute with its tensors quantized; where they cannot, targets refuse it.
 
     A product of two operands that both name a ``channel_axis`` multiplies and sums channel by channel: one operand's
     channels may be divided by ratios if the other's are multiplied by them.
@@ -70,6 +71,7 @@ class LayerType:
     adds_bias: bool = False
     input_axis: int | None = None
     part: bool = False
+    in_engines: bool = True
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -98,6 +100,7 @@ def register_layer(
     adds_bias: bool = False,
     input_axis: int | None = None,
     part: bool = False,
+    in_engines: bool = True,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -116,6 +119,7 @@ def register_layer(
         input_axis: Dimension of its weight that runs over the channels of its first input, whose ``Operand`` says
             which of its dimensions they are; None if the channels cannot be equalized.
         part: Whether it is a weight or an input of the module that holds it, see ``LayerType``.
+        in_engines: Whether engines can compute with its tensors quantized, see ``LayerType``.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -142,7 +146,7 @@ def register_layer(
     name = None if channel_axis is None else weight
     axes = tuple(output_token_axes)
     _LAYER_TYPES[layer_type] = LayerType(
-        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis, part
+        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis, part, in_engines
     )
 
 

@@ -138,7 +138,7 @@ def without(counted: Tensor | None, protected: Tensor | None) -> Tensor | None:
 
 
 # A range that is found at run time is that of an edge, or of a node, whose rows may be left out.
-register_layer(Messages, None, [Operand((-1,), (1,))], (1,), part=True)
+register_layer(Messages, None, [Operand((-1,), (1,))], (1,), part=True, in_engines=False)
 # It computes as ``torch.nn.Linear`` does.
 register_layer("torch_geometric.nn.dense.linear.Linear", 0, [Operand(channel_axis=-1)], adds_bias=True, input_axis=1)
 

@@ -1,6 +1,6 @@
 """Protection of nodes with many neighbours while ranges are chosen and layers reconstructed (Degree-Quant: Tailor,
-Fernandez-Marques, Lane 2021, section 4.1): what is aggregated grows with a node's in-degree, and a few hubs would set the
-range of all."""
+Fernandez-Marques, Lane 2021, section 4.1): what is aggregated grows with a node's in-degree, and a few hubs would set
+the range of all."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -99,7 +99,7 @@ def require_nodes(layers: Sequence[QuantizedLayer], protection: Protection, name
         >>> require_nodes([], Protection(high=0.1), "Calibration")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: Calibration: protection_high=0.1 protects nodes of graphs, and no quantized layer ...: leave it at 0.
+        ValueError: Calibration: protection_high=0.1 protects nodes of graphs, and no quantized ...: leave it at 0.
     """
     if protection and not any(isinstance(layer.module, Messages) for layer in layers):
         raise ValueError(
