@@ -64,11 +64,10 @@ def graph_loaders(name: DataName, split: Split = "test", seed: int = 0) -> Graph
         loader = DataLoader([graph])
         return GraphLoaders(loader, loader, graph.num_features, 10)
     molecules = molecule_graphs()
-    order = torch.randperm(len(molecules), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = order[kept:_MOLECULES] if split == "train" else order[_MOLECULES:]
-    generator = torch.Generator().manual_seed(seed)
-    train = DataLoader([molecules[i] for i in order[:kept]], 64, shuffle=True, generator=generator)
-    return GraphLoaders(train, DataLoader([molecules[i] for i in chosen], 500), molecules[0].num_features, 1)
+    mixed = [molecules[i] for i in torch.randperm(len(molecules), generator=torch.Generator().manual_seed(0)).tolist()]
+    chosen = mixed[kept:_MOLECULES] if split == "train" else mixed[_MOLECULES:]
+    train = DataLoader(mixed[:kept], 64, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return GraphLoaders(train, DataLoader(chosen, 500), molecules[0].num_features, 1)
 
 
 def digits_graph() -> Data:
@@ -82,10 +81,10 @@ def digits_graph() -> Data:
 
 def molecule_graphs() -> list[Data]:
     """The molecules, each a graph of its atoms, with its logP as ``y``, shape (1,)."""
-    from rdkit import Chem, RDConfig, RDLogger
-    from rdkit.Chem.Crippen import MolLogP
+    from rdkit import Chem, RDConfig, rdBase
+    from rdkit.Chem.Descriptors import MolLogP
 
-    RDLogger.DisableLog("rdApp.*")
+    rdBase.DisableLog("rdApp.*")
     lines = (Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi").read_text().splitlines()
     found = []
     for molecule in filter(None, (Chem.MolFromSmiles(line.split()[0]) for line in lines)):
