@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..batches import plain
 from .float_matmuls import find_float_matmuls
 from .folding import prove_folds
 from .functional import find_products
@@ -114,7 +115,8 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
                 ModuleCall(
                     index=len(structure.calls),
                     name=name,
-                    reads=recorder.values((args, kwargs)),
+                    # Also those of objects, such as graphs.
+                    reads=recorder.values(plain((args, kwargs))),
                     start=len(structure.operators),
                     outermost=not recorder.scope,
                     operands=recorder.operands(args, kwargs),
@@ -126,7 +128,7 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
 
     def leaving(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = structure.calls[recorder.scope.pop()]
-        call.writes = recorder.values(output)
+        call.writes = recorder.values(plain(output))
         call.stop = len(structure.operators)
 
     handles = []

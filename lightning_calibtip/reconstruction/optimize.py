@@ -35,7 +35,7 @@ from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
 from .rates import learning_rates
 from .rounding import RoundingPenalty, rounding_method
-from .unit_data import MiniBatch, UnitDataset
+from .unit_data import MiniBatch, UnitDataset, split_rows
 from .units import Unit
 
 log = logging.getLogger(__name__)
@@ -169,11 +169,12 @@ def optimize_unit(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     order = torch.randperm(dataset.count, generator=generator)
     held = min(max(1, round(options.holdout * dataset.count)), dataset.count - 1)
-    # With a single sample there is nothing to hold out: it serves for both.
+    # Of a single sample, such as a graph, some rows are held out.
     holdout, training = (order[:held], order[held:]) if dataset.count > 1 else (order, order)
+    judged, learned = (dataset, dataset) if dataset.count > 1 else split_rows(dataset, options.holdout, generator)
     objective = make_objective(options.objective_in_use, unit.layers)
-    judge = partial(relative_error, unit, [objective], dataset, holdout)
-    descent = _Descent(unit, dataset, options, objective, fixed, generator, progress)
+    judge = partial(relative_error, unit, [objective], judged, holdout)
+    descent = _Descent(unit, learned, options, objective, fixed, generator, progress)
     with trial(unit.layers, judge) as attempt:
         started = time.monotonic()
         if options.ratio_rate > 0:

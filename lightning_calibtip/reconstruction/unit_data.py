@@ -1,11 +1,12 @@
 """The data set of one unit: inputs and float targets over the calibration set, drawn in mini-batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
 from ..calibration.activation_store import TensorSeries
 from ..calibration.recording import Recording, UnitCall
@@ -121,6 +122,68 @@ class UnitDataset:
         if self._contiguous:
             values = [tree_map(_contiguous, value) for value in values]
         return MiniBatch(*values)
+
+
+class RowsOf(UnitDataset):
+    """A data set of one sample, of whose output only some rows count.
+
+    Args:
+        dataset: The data set.
+        chosen: Which rows of an output of so many rows count, bool, by their number.
+
+    Example:
+        See ``split_rows``.
+    """
+
+    def __init__(self, dataset: UnitDataset, chosen: Callable[[int], Tensor]) -> None:
+        self._dataset, self._chosen = dataset, chosen
+        self.whole, self.count = dataset.whole, dataset.count
+
+    def take(self, index: Tensor) -> MiniBatch:
+        """See ``UnitDataset``."""
+        batch = self._dataset.take(index)
+        leaves = [leaf for leaf in tree_leaves(batch.target) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        weights: list[Tensor | None] = list(batch.importance or [None] * len(leaves))
+        for place, leaf in enumerate(leaves):
+            if leaf.dim() and len(leaf) > 1:
+                chosen = self._chosen(len(leaf)).to(leaf).view(-1, *[1] * (leaf.dim() - 1))
+                weight = weights[place]
+                weights[place] = chosen if weight is None else weight * chosen
+        given = [
+            torch.ones_like(leaf) if weight is None else weight for leaf, weight in zip(leaves, weights, strict=True)
+        ]
+        return batch._replace(importance=given)
+
+
+def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -> tuple[UnitDataset, UnitDataset]:
+    """Split a data set of one sample by the rows of its outputs, such as the nodes of a graph.
+
+    Args:
+        dataset: The data set.
+        share: Share of the rows that is held out, above 0 and below 1; one row at least.
+        generator: Random generator of the choice.
+
+    Returns:
+        The same sample with the rows that are held out, and with the others.
+
+    Example:
+        >>> from lightning_calibtip.calibration.activation_store import ActivationStore
+        >>> inputs, targets = (Recording(ActivationStore(), 1) for _ in range(2))
+        >>> inputs.append(UnitCall((torch.ones(4, 1),), {}))
+        >>> targets.append(torch.ones(4, 1))
+        >>> dataset = UnitDataset(inputs, targets, whole=True)
+        >>> held, others = split_rows(dataset, 0.25, torch.Generator().manual_seed(0))
+        >>> [int(part.take(torch.tensor([0])).importance[0].sum()) for part in (held, others)]
+        [1, 3]
+    """
+    orders: dict[int, Tensor] = {}
+
+    def held(rows: int) -> Tensor:
+        if rows not in orders:
+            orders[rows] = torch.randperm(rows, generator=generator)
+        return orders[rows] < min(max(1, round(share * rows)), rows - 1)
+
+    return RowsOf(dataset, held), RowsOf(dataset, lambda rows: ~held(rows))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def digits_graph() -> Data:
 def molecule_graphs() -> list[Data]:
     """The molecules, each a graph of its atoms, with its logP as ``y``, shape (1,)."""
     from rdkit import Chem, RDConfig, rdBase
-    from rdkit.Chem.Descriptors import MolLogP
+    from rdkit.Chem.rdMolDescriptors import CalcCrippenDescriptors
 
     rdBase.DisableLog("rdApp.*")
     lines = (Path(RDConfig.RDDataDir) / "NCI" / "first_5K.smi").read_text().splitlines()
@@ -102,5 +102,5 @@ def molecule_graphs() -> list[Data]:
             continue
         edges = torch.tensor(bonds).t()
         edges = torch.cat([edges, edges.flip(0)], 1)
-        found.append(Data(features, edges, y=torch.tensor([MolLogP(molecule)], dtype=torch.float32)))
+        found.append(Data(features, edges, y=torch.tensor([CalcCrippenDescriptors(molecule)[0]])))
     return found

@@ -53,7 +53,7 @@ class GraphNetwork(pl.LightningModule):
     """
 
     def __init__(
-        self, name: str, features: int, outputs: int, width: int = 64, depth: int = 2, learning_rate: float = 5e-3
+        self, name: str, features: int, outputs: int, width: int = 16, depth: int = 2, learning_rate: float = 5e-3
     ) -> None:
         super().__init__()
         widths = [features, *[width] * depth]
