@@ -122,7 +122,7 @@ class Aggregates(Messages):
 
 
 def without(counted: Tensor | None, protected: Tensor | None) -> Tensor | None:
-    """Which rows count of those that are not protected.
+    """Which rows count of those that are not protected; if that would leave none, protection does not count.
 
     Args:
         counted: Which rows count, bool, shape (rows,); None if all do.
@@ -134,7 +134,8 @@ def without(counted: Tensor | None, protected: Tensor | None) -> Tensor | None:
     """
     if protected is None:
         return counted
-    return ~protected if counted is None else counted & ~protected
+    left = ~protected if counted is None else counted & ~protected
+    return left if bool(left.any()) else counted
 
 
 # A range that is found at run time is that of an edge, or of a node, whose rows may be left out.
