@@ -1,4 +1,4 @@
-"""Graph networks at 8 and at 4 bits: ranges, percentiles, protection of hubs, and reconstruction, over several seeds."""
+"""Graph networks at 8 and at 4 bits: ranges, percentiles, protection of hubs, reconstruction; over several seeds."""
 
 import json
 import statistics
@@ -10,7 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_calibtip import AdaQuant, AdaQuantOptions, Calibration, QuantizationModule, RangeOptions
+from lightning_calibtip import (
+    AdaQuant,
+    AdaQuantOptions,
+    Calibration,
+    QuantizationModule,
+    QuantizationScheme,
+    RangeOptions,
+)
 from lightning_calibtip.calibration.calibration_set import FirstSamples
 from lightning_calibtip.callbacks.stage import Stage
 from lightning_calibtip.pipeline.runner import run_stages
@@ -43,20 +50,21 @@ class GraphKind:
     adaquant: AdaQuantOptions | None = None
 
 
-_PROTECTED = {"protection_high": 0.1}
+# Degree-Quant takes 0.1 or 0.2.
+_HIGH = 0.1
 
 # Chosen on a part of the training data, with two seeds.
 KINDS = (
     GraphKind("MSE ranges", 8),
     GraphKind("MSE ranges", 4),
     GraphKind("percentiles", 4, RangeOptions("percentile_by_bits")),
-    GraphKind("MSE ranges, protected", 4, RangeOptions(**_PROTECTED)),
+    GraphKind("MSE ranges, protected", 4, RangeOptions(protection_high=_HIGH)),
     GraphKind("AdaQuant", 4, adaquant=AdaQuantOptions(iterations=200)),
     GraphKind(
         "AdaQuant, protected",
         4,
-        RangeOptions(**_PROTECTED),
-        AdaQuantOptions(iterations=200, objective="degree", **_PROTECTED),
+        RangeOptions(protection_high=_HIGH),
+        AdaQuantOptions(iterations=200, objective="degree", protection_high=_HIGH),
     ),
 )
 
@@ -91,17 +99,16 @@ def measure_graphs(
             batches = list(FirstSamples(loaders.train, samples))
             for kind in missing:
                 pl.seed_everything(seed, verbose=False)
-                rows.append(
-                    {**place, "kind": kind.name, "bits": kind.bits, **_measure(trained, batches, loaders, kind)}
-                )
+                found = _measure(trained, batches, loaders, kind)
+                rows.append({**place, "kind": kind.name, "bits": kind.bits, **found})
                 print(f"graphs: {rows[-1]}", flush=True)
                 write_record(path, {"rows": rows})
     return rows
 
 
 def _measure(trained: Any, batches: list[Any], loaders: Any, kind: GraphKind) -> dict[str, Any]:
-    options = {"weight_bits": kind.bits, "activation_bits": kind.bits, "edge_bits": None}
-    module = QuantizationModule(deepcopy(trained), **options)
+    scheme = QuantizationScheme(weight_bits=kind.bits, activation_bits=kind.bits, edge_bits=None)
+    module = QuantizationModule(deepcopy(trained), scheme)
     stages: list[Stage] = [Calibration(kind.ranges)]
     if kind.adaquant is not None:
         stages.append(AdaQuant(kind.adaquant))
