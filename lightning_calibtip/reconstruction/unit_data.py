@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +144,7 @@ class RowsOf(UnitDataset):
         """See ``UnitDataset``."""
         batch = self._dataset.take(index)
         leaves = [leaf for leaf in tree_leaves(batch.target) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        weights: list[Tensor | None] = list(batch.importance or [None] * len(leaves))
+        weights: list[Tensor | None] = list(batch.importance) if batch.importance else list(repeat(None, len(leaves)))
         for place, leaf in enumerate(leaves):
             if leaf.dim() and len(leaf) > 1:
                 chosen = self._chosen(len(leaf)).to(leaf).view(-1, *[1] * (leaf.dim() - 1))
