@@ -138,7 +138,9 @@ def without(counted: Tensor | None, protected: Tensor | None) -> Tensor | None:
     return left if bool(left.any()) else counted
 
 
-# A range that is found at run time is that of an edge, or of a node, whose rows may be left out.
+# A range that is found at run time is that of an edge, or of a node, whose rows may be left out. Of a factor it may be
+# that of a single number.
+register_layer(MessageFactor, None, [Operand((), (1,))], (1,), part=True, in_engines=False)
 register_layer(Messages, None, [Operand((-1,), (1,))], (1,), part=True, in_engines=False)
 # It computes as ``torch.nn.Linear`` does.
 register_layer("torch_geometric.nn.dense.linear.Linear", 0, [Operand(channel_axis=-1)], adds_bias=True, input_axis=1)
@@ -189,7 +191,15 @@ def _through_factors(layer: Any, inputs: tuple[dict[str, Any]]) -> tuple[dict[st
     """Hook before ``message``."""
     (given,) = inputs
     factors = {name: module for name, module in message_factors(layer).items() if _is_real(given.get(name))}
-    return ({**given, **{name: module(given[name]) for name, module in factors.items()}},) if factors else None
+    return (
+        ({**given, **{name: _as_rows(module, given[name]) for name, module in factors.items()}},) if factors else None
+    )
+
+
+def _as_rows(module: nn.Module, factor: Tensor) -> Tensor:
+    """A factor that has gone through its module, which takes a weight of each edge for a row."""
+    output: Tensor = module(factor.unsqueeze(-1)).squeeze(-1) if factor.dim() == 1 else module(factor)
+    return output
 
 
 def _through_messages(layer: Any, inputs: tuple[dict[str, Any]], output: Any) -> Any:

@@ -126,17 +126,18 @@ class UnitDataset:
 
 
 class RowsOf(UnitDataset):
-    """A data set of one sample, of whose output only some rows count.
+    """A data set of one sample, of whose outputs only some rows count.
 
     Args:
         dataset: The data set.
-        chosen: Which rows of an output of so many rows count, bool, by their number.
+        chosen: ``chosen(counted)`` says which rows of an output count: bool, shape (rows,), as which of them have any
+            weight.
 
     Example:
         See ``split_rows``.
     """
 
-    def __init__(self, dataset: UnitDataset, chosen: Callable[[int], Tensor]) -> None:
+    def __init__(self, dataset: UnitDataset, chosen: Callable[[Tensor], Tensor]) -> None:
         self._dataset, self._chosen = dataset, chosen
         self.whole, self.count = dataset.whole, dataset.count
 
@@ -144,16 +145,14 @@ class RowsOf(UnitDataset):
         """See ``UnitDataset``."""
         batch = self._dataset.take(index)
         leaves = [leaf for leaf in tree_leaves(batch.target) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        weights: list[Tensor | None] = list(batch.importance) if batch.importance else list(repeat(None, len(leaves)))
-        for place, leaf in enumerate(leaves):
-            if leaf.dim() and len(leaf) > 1:
-                chosen = self._chosen(len(leaf)).to(leaf).view(-1, *[1] * (leaf.dim() - 1))
-                weight = weights[place]
-                weights[place] = chosen if weight is None else weight * chosen
-        given = [
-            torch.ones_like(leaf) if weight is None else weight for leaf, weight in zip(leaves, weights, strict=True)
-        ]
-        return batch._replace(importance=given)
+        weights = []
+        for leaf, given in zip(leaves, batch.importance or repeat(None), strict=False):
+            weight = torch.ones_like(leaf) if given is None else given
+            if leaf.dim():
+                chosen = self._chosen((weight != 0).flatten(1).any(1).cpu()).to(weight)
+                weight = weight * chosen.view(-1, *[1] * (weight.dim() - 1))
+            weights.append(weight)
+        return batch._replace(importance=weights)
 
 
 def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -> tuple[UnitDataset, UnitDataset]:
@@ -161,7 +160,8 @@ def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -
 
     Args:
         dataset: The data set.
-        share: Share of the rows that is held out, above 0 and below 1; one row at least.
+        share: Share of the rows that is held out, above 0 and below 1; one row at least. An output of which only one
+            row has any weight is not split.
         generator: Random generator of the choice.
 
     Returns:
@@ -177,14 +177,20 @@ def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -
         >>> [int(part.take(torch.tensor([0])).importance[0].sum()) for part in (held, others)]
         [1, 3]
     """
-    orders: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
 
-    def held(rows: int) -> Tensor:
-        if rows not in orders:
-            orders[rows] = torch.randperm(rows, generator=generator)
-        return orders[rows] < min(max(1, round(share * rows)), rows - 1)
+    def held(counted: Tensor) -> Tensor:
+        rows = counted.nonzero().flatten()
+        if len(counted) not in found:
+            chosen = rows[torch.randperm(len(rows), generator=generator)][: max(1, round(share * len(rows)))]
+            found[len(counted)] = torch.zeros_like(counted).index_fill_(0, chosen, True)
+        return found[len(counted)] if len(rows) > 1 else counted
 
-    return RowsOf(dataset, held), RowsOf(dataset, lambda rows: ~held(rows))
+    def others(counted: Tensor) -> Tensor:
+        left = counted & ~held(counted)
+        return left if bool(left.any()) else counted
+
+    return RowsOf(dataset, held), RowsOf(dataset, others)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_molecules_have_a_descriptor_to_predict():
 def test_names_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match=r"model must be gcn, gat, gin or sage, got 'gnn'"):
         make_layer("gnn", 2, 2)
-    with pytest.raises(ValueError, match=r"data must be digits or molecules .* got 'cora'"):
+    with pytest.raises(ValueError, match=r"data must be digits or molecules, .* got 'cora'"):
         graph_loaders("cora")
 
 
