@@ -68,8 +68,8 @@ class CalibrationSet:
         """
         if batch_size(batch) == 0:
             raise ValueError(
-                f"Calibration batch {len(self.batches)} holds no samples (of a graph with a train_mask, its nodes): "
-                "leave empty batches out of the dataloader."
+                f"Calibration batch {len(self.batches)} holds no samples: leave empty batches out of the dataloader, "
+                "and graphs without a node for training."
             )
         leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs, targets=False))
         for path, leaf in leaves:

@@ -271,11 +271,6 @@ class BitPercentileObserver(HistogramObserver):
         return super()._range(spec)
 
 
-@register_observer("percentile_by_bits")
-def _bit_percentile(options: RangeOptions) -> Observer:
-    return BitPercentileObserver()
-
-
 @register_observer("minmax")
 def _min_max(options: RangeOptions) -> Observer:
     return MinMaxObserver()
@@ -291,3 +286,8 @@ def _moving_average(options: RangeOptions) -> Observer:
 @register_observer("lp")
 def _histogram(options: RangeOptions) -> Observer:
     return HistogramObserver(options.observer, options.percentile, options.p)
+
+
+@register_observer("percentile_by_bits")
+def _bit_percentile(options: RangeOptions) -> Observer:
+    return BitPercentileObserver()
