@@ -212,6 +212,11 @@ def test_batches_of_graphs_go_through_a_pipeline(generator):
     assert [stage.figures["units"] for stage in run.stages if stage.name == "AdaQuant"] == [2]
 
 
+def test_a_graph_is_no_loader():
+    with pytest.raises(TypeError, match=r"calibration must give batches, got a Data, which is one: give a list of it"):
+        quantize(make("gcn"), karate(), pipeline="calibrate", **CPU)
+
+
 def test_a_graph_is_checked_where_a_model_fails_on_it():
     net = GraphNet(gnn.GCNConv(5, 4), gnn.GCNConv(4, 2))
     with pytest.raises(
