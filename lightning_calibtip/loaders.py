@@ -18,7 +18,8 @@ def check_loader(loader: Any, what: str, several: bool = False) -> None:
         several: Whether a list or mapping of loaders is allowed, as Lightning takes for validation.
 
     Raises:
-        TypeError: If it gives single samples (a tensor, a Dataset), is a batch itself (a graph), is several loaders, or cannot be gone through.
+        TypeError: If it gives single samples (a tensor, a Dataset), is a batch itself (a graph), is several loaders, or
+            cannot be gone through.
 
     Example:
         >>> import torch
