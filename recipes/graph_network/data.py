@@ -12,7 +12,7 @@ from torch_geometric.loader import DataLoader
 DataName = Literal["digits", "molecules"]
 Split = Literal["test", "train"]
 
-# Of the 1,797 digits the first 1,000, and of the 4,999 molecules the first 3,500, in a random order that is always the
+# Of the 1,797 digits the first 1,000, and of the 4,991 molecules the first 3,500, in a random order that is always the
 # same, are for training, the others for the test; the last of those for training are what settings are chosen on.
 _DIGITS, _MOLECULES = 1000, 3500
 _CHOICE = {"digits": 400, "molecules": 500}
@@ -43,7 +43,7 @@ def graph_loaders(name: DataName, split: Split = "test", seed: int = 0) -> Graph
 
     Args:
         name: ``"digits"``: one graph with a node for each of scikit-learn's 1,797 images and edges, both ways, between
-            each and its 8 nearest neighbours. ``"molecules"``: 4,999 molecules of the National Cancer Institute, which
+            each and its 8 nearest neighbours. ``"molecules"``: 4,991 molecules of the National Cancer Institute, which
             RDKit brings, with their logP (Crippen) as target.
         split: Evaluate on the test part, or on a part of the training data that is then not trained on (to choose
             settings).
