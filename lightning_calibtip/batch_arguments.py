@@ -8,13 +8,16 @@ from typing import Any, get_origin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .batches import content_of, is_object, plain, shallow_copy
+
 
 def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a model's ``forward`` in a batch.
 
     A tensor is passed as it is. Of a tuple or list the first element is, or the first ones, where ``forward`` needs
     several. Of a mapping the entries that ``forward`` takes are passed by name, or the mapping itself where its single
-    argument is a mapping by its annotation, or is called ``batch``.
+    argument is a mapping by its annotation, or is called ``batch``. Of an object with ``to_dict()`` (a graph) they are
+    passed by name where ``forward`` needs nothing else, or several; otherwise the object itself is.
 
     Args:
         model: The model.
@@ -50,6 +53,8 @@ def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
             f"{name}.forward ({', '.join(parameters)}): give your module a method calibration_step(batch, batch_idx) "
             "that returns its logits."
         )
+    if is_object(batch):
+        return _of_object(name, parameters, needed, batch)
     if not isinstance(batch, tuple | list):
         return (batch,), {}
     count = max(1, len(needed))
@@ -59,6 +64,29 @@ def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
             "give your module a method calibration_step(batch, batch_idx) that returns its logits."
         )
     return tuple(batch[:count]), {}
+
+
+def _of_object(
+    name: str, parameters: Mapping[str, inspect.Parameter], needed: list[str], batch: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments in a batch that is an object, which the model may change: they get a copy that shares its tensors."""
+    content = content_of(batch) or {}
+    taken = {key: value for key, value in content.items() if key in parameters}
+    if len(needed) == 1 and (needed[0] not in taken or _takes_whole(parameters[needed[0]], batch)):
+        return (shallow_copy(batch),), {}
+    if missing := [each for each in needed if each not in taken]:
+        raise ValueError(
+            f"The calibration batch, a {type(batch).__name__} of {', '.join(map(str, content))}, has no "
+            f"{', '.join(missing)}, which {name}.forward needs: give your module a method calibration_step(batch, "
+            "batch_idx) that returns its logits."
+        )
+    return ((), taken) if taken else ((shallow_copy(batch),), {})
+
+
+def _takes_whole(parameter: inspect.Parameter, batch: Any) -> bool:
+    annotation = get_origin(parameter.annotation) or parameter.annotation
+    is_its_class = isinstance(annotation, type) and annotation is not object and isinstance(batch, annotation)
+    return parameter.name == "batch" or is_its_class
 
 
 def _takes_mapping(parameter: inspect.Parameter) -> bool:
@@ -75,7 +103,7 @@ def describe_batch(inputs: Any) -> str:
         >>> describe_batch((torch.zeros(2, 3), [1]))
         'float32 (2, 3), int'
     """
-    leaves = tree_leaves(dict(inputs) if isinstance(inputs, Mapping) else inputs)
+    leaves = tree_leaves(plain(inputs))
     return ", ".join(
         f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
         if isinstance(leaf, Tensor)

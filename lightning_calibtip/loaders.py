@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .batches import is_object
+
 
 def check_loader(loader: Any, what: str, several: bool = False) -> None:
     """Refuse what does not give batches.
@@ -16,7 +18,8 @@ def check_loader(loader: Any, what: str, several: bool = False) -> None:
         several: Whether a list or mapping of loaders is allowed, as Lightning takes for validation.
 
     Raises:
-        TypeError: If it gives single samples (a tensor, a Dataset), is several loaders, or cannot be gone through.
+        TypeError: If it gives single samples (a tensor, a Dataset), is a batch itself (a graph), is several loaders, or
+            cannot be gone through.
 
     Example:
         >>> import torch
@@ -35,6 +38,11 @@ def check_loader(loader: Any, what: str, several: bool = False) -> None:
         raise TypeError(
             f"{what} must give batches, got the Dataset {type(loader).__name__}, which gives single samples: wrap it, "
             "DataLoader(dataset, batch_size=32)."
+        )
+    if is_object(loader) and not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"{what} must give batches, got a {type(loader).__name__}, which is one: give a list of it, [graph], or a "
+            "DataLoader."
         )
     members = list(loader.values()) if isinstance(loader, Mapping) else loader
     if isinstance(members, list | tuple) and any(isinstance(member, DataLoader | Dataset) for member in members):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, TypeVar
 
 import torch
@@ -180,4 +181,10 @@ def to_cpu(value: Any) -> Any:
     """
     from torch.utils._pytree import tree_map
 
-    return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, value)
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().cpu()
+        # A batch that is an object, such as a graph, which would move itself.
+        return copy(leaf).cpu() if callable(getattr(leaf, "cpu", None)) and hasattr(leaf, "to_dict") else leaf
+
+    return tree_map(move, value)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibration.calibration_set import CalibrationSet, batch_size
+from ..batches import batch_size
+from ..calibration.calibration_set import CalibrationSet
 from ..network.layer_types import layer_type_of
 from ..network.network import QuantizedNetwork
 

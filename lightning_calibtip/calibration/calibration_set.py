@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import keystr as path_name
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
+from ..batches import batch_size, counted_rows, is_finite, plain
 from ..option_fields import require_count
 
 Forward = Callable[[Any, int], Any]
@@ -19,7 +19,8 @@ _NOT_LOGITS = ("loss", "past_key_values", "hidden_states", "attentions")
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The ``attention_mask`` of a mapping, bool, shape (batch, positions); None if there is none of two dimensions.
+    """The ``attention_mask`` of a mapping, bool, shape (batch, positions), or which rows of a graph count, shape
+    (rows,), see ``counted_rows``; None if there is neither.
 
     Args:
         batch: Any batch.
@@ -29,7 +30,7 @@ def attention_mask(batch: Any) -> Tensor | None:
         tensor([[ True, False]])
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else counted_rows(batch)
 
 
 class CalibrationSet:
@@ -37,8 +38,8 @@ class CalibrationSet:
 
     Args:
         forward: ``forward(batch, batch_idx)`` passes a batch through the model and returns the model's output.
-        token_mask: ``token_mask(batch)`` says which tokens of a batch count: bool, shape (batch, positions), or None if
-            all do.
+        token_mask: ``token_mask(batch)`` says which tokens of a batch count: bool, shape (batch, positions), or
+            which of its rows do (nodes of a graph), shape (rows,); None if all do.
 
     Example:
         >>> calibration = CalibrationSet(lambda batch, index: batch * 2)
@@ -67,11 +68,12 @@ class CalibrationSet:
         """
         if batch_size(batch) == 0:
             raise ValueError(
-                f"Calibration batch {len(self.batches)} holds no samples: leave empty batches out of the dataloader."
+                f"Calibration batch {len(self.batches)} holds no samples: leave empty batches out of the dataloader, "
+                "and graphs without a node for training."
             )
-        leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs))
+        leaves, _ = tree_flatten_with_path(plain(batch if inputs is None else inputs, targets=False))
         for path, leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            if isinstance(leaf, Tensor) and not is_finite(leaf):
                 part = f"input{path_name(path)}"
                 raise ValueError(
                     f"Calibration batch {len(self.batches)}: {part} (shape {tuple(leaf.shape)}) holds NaN or infinity. "
@@ -90,7 +92,7 @@ class CalibrationSet:
         return self.forward(self.batches[index], index)
 
     def tokens(self, index: int) -> Tensor | None:
-        """Which tokens of batch ``index`` count, bool, shape (batch, positions); None if all do."""
+        """Which tokens of batch ``index`` count, bool, shape (batch, positions) or (rows,); None if all do."""
         return self.token_mask(self.batches[index])
 
     @property
@@ -106,35 +108,8 @@ class CalibrationSet:
 
     @property
     def samples(self) -> int:
-        """Number of samples: the length of the first tensor of each batch."""
+        """Number of samples of all batches, see ``batch_size``."""
         return sum(batch_size(batch) for batch in self.batches)
-
-
-def batch_size(batch: Any) -> int:
-    """Number of samples of a batch: the length of its first tensor that has dimensions; 1 if there is none.
-
-    Args:
-        batch: Any nesting of tensors.
-
-    Example:
-        >>> batch_size({"pixels": torch.zeros(4, 3)})
-        4
-    """
-    return next((len(leaf) for leaf in tree_leaves(plain(batch)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
-
-
-def plain(batch: Any) -> Any:
-    """A mapping of any class (a tokenizer's ``BatchEncoding``) as a dict, whose parts torch knows how to find.
-
-    Args:
-        batch: Any batch; what is no mapping is returned as it is.
-
-    Example:
-        >>> from collections import UserDict
-        >>> plain(UserDict(a=1))
-        {'a': 1}
-    """
-    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def named_logits(output: Any) -> list[tuple[str, Tensor]]:

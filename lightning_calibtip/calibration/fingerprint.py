@@ -7,9 +7,10 @@ from typing import Any
 
 from torch.utils._pytree import tree_leaves
 
+from ..batches import plain
 from ..files.digest import UnrecognizableError, digest
 from ..network.states import LayerState
-from .calibration_set import CalibrationSet, plain
+from .calibration_set import CalibrationSet
 
 log = logging.getLogger(__name__)
 

@@ -107,10 +107,10 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
     Args:
         output: Output of the quantized model.
         target: Float output tensors of the same batch, the samples along the first dimension.
-        tokens: Which tokens count, bool, shape (samples, positions); all if None.
+        tokens: Which tokens count, bool, shape (samples, positions), or which rows do, shape (rows,); all if None.
 
     Returns:
-        Divergences, float32, shape (samples,).
+        Divergences, float32, shape (samples,); only of the rows that count.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0]])
@@ -136,7 +136,9 @@ def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None, of_posit
     else:
         student, teacher = F.log_softmax(logits, axis), F.log_softmax(wanted, axis)
         lost = F.kl_div(student, teacher, reduction="none", log_target=True).sum(axis)
-    if tokens is not None and logits.dim() > 2 and lost.shape == tokens.shape:
+    if tokens is not None and tokens.dim() == 1 and len(lost) == len(tokens):
+        lost = lost[tokens]
+    elif tokens is not None and logits.dim() > 2 and lost.shape == tokens.shape:
         return (lost * tokens).sum(1) / tokens.sum(1).clamp_min(1)
     return lost.flatten(1).mean(1) if lost.dim() > 1 else lost
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ranks
+from ..batches import batch_size
 from ..network.network import QuantizedNetwork
-from .calibration_set import CalibrationSet, batch_size
+from .calibration_set import CalibrationSet
 from .fingerprint import describe_function
 from .logits import POSITION_LOGITS, float_logits, paired_logits, sample_divergences
 
@@ -108,7 +109,7 @@ class Loss:
 
 def _relative_squared_error(name: str, output: Tensor, target: Tensor, tokens: Tensor | None) -> float:
     output, target = output.float(), target.float()
-    by_token = target.dim() > 2 or name.startswith(POSITION_LOGITS)
-    if tokens is not None and by_token and target.shape[:2] == tokens.shape:
+    by_token = target.dim() > 2 or name.startswith(POSITION_LOGITS) or (tokens is not None and tokens.dim() == 1)
+    if tokens is not None and by_token and target.shape[: tokens.dim()] == tokens.shape:
         output, target = output[tokens], target[tokens]
     return float((output - target).square().mean() / target.square().mean().clamp_min(1e-20))

@@ -1,6 +1,7 @@
 """Recordings: what a module was given, or returned, at each of its calls, kept in an activation store."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,8 +53,20 @@ class _Kept(NamedTuple):
     position: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Sparse:
+    """Stands for a sparse tensor, such as the adjacency of a graph, which is kept as it is."""
+
+    tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sparse) and other.tensor is self.tensor
+
+    __hash__ = object.__hash__
+
+
 class Recording:
-    """List of nested values whose tensors are kept in an activation store.
+    """List of nested values whose tensors, but sparse ones, are kept in an activation store.
 
     Args:
         store: Store of the tensors.
@@ -86,7 +99,9 @@ class Recording:
         leaves, spec = tree_flatten(value)
         kept = []
         for position, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+                leaf = _Sparse(leaf)
+            elif isinstance(leaf, Tensor):
                 key = (position, leaf.dtype, leaf.device)
                 if key not in self._series:
                     self._series[key] = self._store.series(self._length, self._channels_last)
@@ -108,7 +123,7 @@ class Recording:
         """
         spec, leaves = self._values[position]
         read = partial(TensorSeries.like, make=make) if self._forgotten else TensorSeries.__getitem__
-        return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else leaf for leaf in leaves], spec)
+        return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else _as_given(leaf) for leaf in leaves], spec)
 
     def cut(self, length: int) -> None:
         """Forget the values from ``length`` on."""
@@ -133,7 +148,7 @@ class Recording:
             others = [leaf.series if isinstance(leaf, _Kept) else leaf for leaf in column]
             if not all(other is first or (type(other) is type(first) and other == first) for other in others):
                 return None
-            columns.append(first)
+            columns.append(_as_given(first))
         return columns, self._values[0][0]
 
     def forget(self) -> None:
@@ -141,3 +156,7 @@ class Recording:
         self._forgotten = True
         for series in self._series.values():
             series.free()
+
+
+def _as_given(leaf: Any) -> Any:
+    return leaf.tensor if isinstance(leaf, _Sparse) else leaf

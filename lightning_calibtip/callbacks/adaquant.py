@@ -12,6 +12,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.options import StorageOptions
 from ..files.state_folder import remove_state
 from ..module import QuantizationModule
+from ..network.protection import require_nodes
 from ..quantization.spec import BitWidths, parse_bit_widths
 from ..reconstruction.adaquant import adaquant
 from ..reconstruction.candidates import adaquant_candidates, check_candidates
@@ -87,6 +88,12 @@ class AdaQuant(Stage):
     def clean_up(self) -> None:
         """Remove the finished units from the state folder, and the folder if nothing else is in it."""
         remove_state(self.state_folder, FILES)
+
+    @override
+    def check_plan(self, module: QuantizationModule) -> None:
+        """Refuse to protect nodes where there are none."""
+        super().check_plan(module)
+        require_nodes(list(module.network.layers.values()), self.options.protection, self.name)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from ..files.state_folder import remove_state
 from ..module import QuantizationModule
+from ..network.protection import protecting, require_nodes
 from ..network.tensors import ObservedTensor
 from ..quantization.ranges import RangeOptions
 from ..quantization.spec import TensorSpec
@@ -49,6 +50,7 @@ class Calibration(Stage):
         self.state_folder = None if state_folder is None else Path(state_folder)
         changes = merge_fields(self.name, RangeOptions, options, changes)
         self.options = RangeOptions(**changes)
+        self._generator = torch.Generator()
 
     @override
     def clean_up(self) -> None:
@@ -64,10 +66,19 @@ class Calibration(Stage):
         assert isinstance(pl_module, QuantizationModule)
         if batch_idx == 0:
             pl_module.network.attach_observers(self.options)
+            self._generator.manual_seed(self.options.seed)
+        network, precision = pl_module.network, trainer.precision_plugin
         for index in pl_module.latest_batches:
-            tokens = pl_module.calibration.tokens(index)
-            with pl_module.network.observing(tokens), torch.no_grad(), trainer.precision_plugin.forward_context():
+            tokens, layers = pl_module.calibration.tokens(index), list(network.layers.values())
+            protection = protecting(network.model, layers, self.options.protection, self._generator)
+            with protection, network.observing(tokens), torch.no_grad(), precision.forward_context():
                 pl_module.calibration.run(index)
+
+    @override
+    def check_plan(self, module: QuantizationModule) -> None:
+        """Refuse to protect nodes where there are none."""
+        super().check_plan(module)
+        require_nodes(list(module.network.layers.values()), self.options.protection, self.name)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration.calibration_set import CalibrationSet, batch_size
+from ..batches import batch_size
+from ..calibration.calibration_set import CalibrationSet
 from ..network.hooks import real_inputs, real_output
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork

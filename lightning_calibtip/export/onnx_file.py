@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..batch_arguments import batch_arguments
+from ..batches import is_object
 from ..extras import needs_extra
 from ..files.atomic import write_atomically
 from ..module import QuantizationModule
 from ..network.routing import routed_by_hooks
-from ..network.targets import Target, find_target
+from ..network.targets import Target, find_target, require_engine
 from ..user_model import require_quantized_module
 from .report import ExportReport
 
@@ -87,6 +88,7 @@ def export_onnx(
     target = network.scheme.target if target is None else target
     engine = None if target is None else find_target(target)
     for name, layer in network.layers.items():
+        require_engine(name, layer.type, layer.config, "an ONNX file")
         if engine is not None:
             engine.check_config(name, layer.type, layer.config)
     _require_one_device(module)
@@ -160,6 +162,11 @@ def inputs_of(module: QuantizationModule, batch: Any) -> tuple[tuple[Any, ...], 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
+    if taken := next((type(value).__name__ for value in (*args, *kwargs.values()) if is_object(value)), ""):
+        raise ValueError(
+            f"{type(module.model).__name__}.forward takes a {taken} as a whole, and a file has tensors for inputs: "
+            "export a module whose forward takes tensors by name (x, edge_index)."
+        )
     # A file has tensors for inputs.
     named = {name: moved(value) for name, value in kwargs.items() if isinstance(value, Tensor)}
     return tuple(map(moved, args)), named

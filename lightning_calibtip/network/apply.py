@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .attention import PRODUCTS, add_products
 from .folding import apply_fold
 from .layer_types import layer_type_of, quantizable_layers
 from .layers import QuantizedLayer
 from .operation_kinds import is_operation
+from .preparations import preparations
 from .product_inputs import input_name
 from .product_parameters import hold_product_parameters
 from .product_weights import parameter_name
@@ -43,7 +43,9 @@ def apply(model: nn.Module, plan: QuantizationPlan) -> dict[str, QuantizedLayer]
         >>> list(layers), type(model[0].parametrizations.weight[0]).__name__
         (['0', '2'], 'AffineQuantizer')
     """
-    _add_products(model, plan)
+    planned = [module.name for module in plan.modules if module.role == "layer"]
+    for preparation in preparations():
+        preparation.restore(model, planned)
     _hold_parameters(model, plan)
     route(model, _routes(plan))
     _check(model, plan)
@@ -90,14 +92,6 @@ def _routes(plan: QuantizationPlan) -> Routes:
     names = [place for each in planned for place in (each.name, each.name.rpartition(".")[0]) if is_operation(place)]
     layers = {each.name: each.used_by for each in planned if each.used_by is not None}
     return Routes(tuple(dict.fromkeys(names)), layers)
-
-
-def _add_products(model: nn.Module, plan: QuantizationPlan) -> None:
-    """Give attention modules the products that the plan names, as running them would."""
-    modules = dict(model.named_modules())
-    for parent, _, child in (module.name.rpartition(".") for module in plan.modules if module.role == "layer"):
-        if child in PRODUCTS and parent in modules:
-            add_products(modules[parent])
 
 
 def _check(model: nn.Module, plan: QuantizationPlan) -> None:

@@ -6,7 +6,7 @@ model's own eager attention, in which each of the two matrix products goes throu
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .layer_types import Operand, register_layer
+from .preparations import Preparation, register_preparation
 
 IMPLEMENTATION = "calibtip"
 PRODUCTS = ("query_key_product", "probability_value_product")
@@ -229,3 +230,36 @@ def route_attention(model: nn.Module) -> bool:
         if getattr(module.config, "use_cache", False):
             module.config.use_cache = False
     return any(module.config._attn_implementation == IMPLEMENTATION for module in models)
+
+
+class AttentionPreparation(Preparation):
+    """Leads the attention of transformers' models to ``attention_forward``; its products appear when it first runs.
+
+    Example:
+        >>> AttentionPreparation().possible_names(nn.Linear(2, 2))
+        []
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """See ``route_attention``."""
+        route_attention(model)
+
+    @torch.no_grad()
+    def settle(self, model: nn.Module, run: Callable[[], Any]) -> None:
+        """Run the model, so that its attention gets its products."""
+        if route_attention(model):
+            run()
+
+    def restore(self, model: nn.Module, layers: Collection[str]) -> None:
+        """Give attention modules the products that a plan names."""
+        modules = dict(model.named_modules())
+        for parent, _, child in (name.rpartition(".") for name in layers):
+            if child in PRODUCTS and parent in modules:
+                add_products(modules[parent])
+
+    def possible_names(self, model: nn.Module) -> list[str]:
+        """See ``possible_products``."""
+        return possible_products(model)
+
+
+register_preparation(AttentionPreparation())

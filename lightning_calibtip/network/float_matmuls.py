@@ -10,6 +10,8 @@ _OPERATORS = {
     "embedding_bag", "embedding_bag_forward_only", "grouped_mm", "scaled_mm", "int_mm", "sparse_mm", "trilinear",
     "cdist_forward", "torchvision::deform_conv2d", "native_multi_head_attention",
     "transformer_encoder_layer_fwd", "transformers::grouped_mm_fallback", "mkldnn_rnn_layer", "cudnn_rnn", "miopen_rnn",
+    "sparse_mm_reduce_impl", "sparse_addmm", "torch_sparse::spmm_sum", "torch_sparse::spmm_mean",
+    "torch_sparse::spmm_min", "torch_sparse::spmm_max", "pyg::spmm_sum", "pyg::segment_matmul", "pyg::grouped_matmul",
     "lstm", "gru", "rnn_tanh", "rnn_relu", "thnn_fused_lstm_cell", "thnn_fused_gru_cell",
 }  # fmt: skip
 

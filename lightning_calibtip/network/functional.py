@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import add_products, additive_mask, masked_softmax
-from .layer_types import Operand, layer_type_of, register_layer
+from .layer_types import Operand, is_linear, layer_type_of, register_layer
 from .operation_kinds import OperationKind, is_operation, register_operation
 from .operations import computes_its_own, tensors_of
 from .product_parameters import follow_moves
@@ -151,7 +151,7 @@ def find_products(model: nn.Module, run: Callable[[], Any], record: Callable[[],
         >>> find_products(model, lambda: model(x), lambda: record(model, lambda: model(x))).operations
         ('fused_attention_0',)
     """
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     found = search_operations(model, run, computes_its_own, linear, Routes())
     # A weight that several modules take, or one that it is handed to, would not always be known again.
     alone = {name: owners.pop() for name, owners in found.layers.items() if len(owners) == 1}
@@ -165,7 +165,7 @@ def find_products(model: nn.Module, run: Callable[[], Any], record: Callable[[],
             routes = Routes(tuple(name for name in wanted.operations if name in computed), wanted.layers)
             route(model, Routes())
             route(model, routes)
-            if routes and _is_close(run(), found.output):
+            if routes and is_close(run(), found.output):
                 return routes
         except Exception as error:
             log.warning("Not all products can be led to modules of their own (%s: %s).", type(error).__name__, error)
@@ -197,8 +197,13 @@ def _of_layers(structure: Structure, model: nn.Module) -> set[str]:
     return found
 
 
-def _is_close(output: Any, wanted: Any) -> bool:
-    """Whether outputs hold the same tensors, up to rounding; False where there is nothing to compare."""
+def is_close(output: Any, wanted: Any) -> bool:
+    """Whether outputs hold the same tensors, up to rounding; False where there is nothing to compare.
+
+    Example:
+        >>> is_close([torch.ones(2)], [torch.ones(2) + 1e-6]), is_close(torch.ones(2), torch.zeros(2))
+        (True, False)
+    """
     given, reference = tensors_of(output), tensors_of(wanted)
     return len(given) == len(reference) > 0 and all(map(_are_close, given, reference))
 

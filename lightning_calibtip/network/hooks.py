@@ -171,12 +171,12 @@ def observing_activations(
         with not_routed():
             for tensor, value in zip(inputs, real_inputs(args, kwargs), strict=False):
                 if tensor is not None:
-                    tensor.observe(value, tokens)
+                    tensor.observe(value, _counted(module, tokens, value))
 
     def see_output(module: nn.Module, args: Any, result: Any) -> None:
         if (value := real_output(result)) is not None:
             with not_routed():
-                output.observe(value, tokens)
+                output.observe(value, _counted(module, tokens, value))
 
     hooks = [
         layer.register_forward_pre_hook(see_inputs, with_kwargs=True, prepend=True),
@@ -187,6 +187,26 @@ def observing_activations(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class OwnRows:
+    """Base class of modules of which not all tensors have the rows of the batch: they know which of theirs count.
+
+    Example:
+        See ``Messages``.
+    """
+
+    def counted_rows(self, tokens: Tensor | None, rows: int) -> Tensor | None:
+        """Which rows of a tensor that the module reads or writes count.
+
+        Args:
+            tokens: Which tokens, or rows, of the batch count; all if None.
+            rows: Length of the tensor's first dimension.
+
+        Returns:
+            Bool, shape (rows,), or as ``tokens``; None if all count.
+        """
+        return tokens
 
 
 def real_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -207,6 +227,10 @@ def real_output(output: Any) -> Tensor | None:
         tensor([1.])
     """
     return next(filter(_is_real, tree_leaves(output)), None)
+
+
+def _counted(module: nn.Module, tokens: Tensor | None, value: Tensor) -> Tensor | None:
+    return module.counted_rows(tokens, len(value)) if isinstance(module, OwnRows) and value.dim() else tokens
 
 
 def _is_real(value: Any) -> bool:

@@ -50,6 +50,7 @@ class LayerType:
         input_axis: Dimension of the weight that runs over the channels of the first operand (of a group of them, where
             the layer has ``groups``); None if there is none.
         part: Whether it is a weight or an input of the module that holds it, which is the unit of reconstruction.
+        in_engines: Whether engines can compute with its tensors quantized; where they cannot, targets refuse it.
 
     A product of two operands that both name a ``channel_axis`` multiplies and sums channel by channel: one operand's
     channels may be divided by ratios if the other's are multiplied by them.
@@ -70,6 +71,7 @@ class LayerType:
     adds_bias: bool = False
     input_axis: int | None = None
     part: bool = False
+    in_engines: bool = True
 
     def __post_init__(self) -> None:
         if (self.weight is None) != (self.channel_axis is None):
@@ -84,11 +86,12 @@ class LayerType:
         return self.weight is None and [axis.channel_axis is None for axis in self.operands] == [False, False]
 
 
-_LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
+# By class, or by the full name of a class that need not have been imported.
+_LAYER_TYPES: dict[type[nn.Module] | str, LayerType] = {}
 
 
 def register_layer(
-    layer_type: type[nn.Module],
+    layer_type: type[nn.Module] | str,
     channel_axis: int | None = 0,
     operands: Sequence[Operand] = (Operand(),),
     output_token_axes: Sequence[int] = (1,),
@@ -97,6 +100,7 @@ def register_layer(
     adds_bias: bool = False,
     input_axis: int | None = None,
     part: bool = False,
+    in_engines: bool = True,
 ) -> None:
     """Make a layer type, and its subclasses, quantizable.
 
@@ -104,7 +108,8 @@ def register_layer(
     counted in the order in which they are passed: positional arguments first, then keyword arguments.
 
     Args:
-        layer_type: Class of the layer.
+        layer_type: Class of the layer, or its full name (``"library.nn.linear.Linear"``), by which it is known once
+            its library is imported.
         channel_axis: Output-channel dimension of its weight; None if it has no weight (a matrix product).
         operands: How each of its inputs is quantized, from the first on; empty if none is.
         output_token_axes: Dimensions of its output that run over tokens.
@@ -114,6 +119,7 @@ def register_layer(
         input_axis: Dimension of its weight that runs over the channels of its first input, whose ``Operand`` says
             which of its dimensions they are; None if the channels cannot be equalized.
         part: Whether it is a weight or an input of the module that holds it, see ``LayerType``.
+        in_engines: Whether engines can compute with its tensors quantized, see ``LayerType``.
 
     Raises:
         ValueError: If neither a weight nor an input would be quantized, or the weight's name cannot be that of a
@@ -132,15 +138,15 @@ def register_layer(
         'factors'
     """
     if channel_axis is None and not operands:
-        raise ValueError(f"{layer_type.__name__} has neither a weight nor an operand to quantize.")
+        raise ValueError(f"{_name(layer_type)} has neither a weight nor an operand to quantize.")
     if not isinstance(weight, str) or not weight.isidentifier():
         raise ValueError(
-            f"{layer_type.__name__}: weight must be the name of the parameter that is its weight, got {weight!r}."
+            f"{_name(layer_type)}: weight must be the name of the parameter that is its weight, got {weight!r}."
         )
     name = None if channel_axis is None else weight
     axes = tuple(output_token_axes)
     _LAYER_TYPES[layer_type] = LayerType(
-        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis, part
+        name, channel_axis, tuple(operands), axes, between_layers, adds_bias, input_axis, part, in_engines
     )
 
 
@@ -153,7 +159,25 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
         >>> layer_type_of(nn.ReLU()) is None
         True
     """
-    return next((_LAYER_TYPES[cls] for cls in type(module).__mro__ if cls in _LAYER_TYPES), None)
+    keys = (key for cls in type(module).__mro__ for key in (cls, f"{cls.__module__}.{cls.__qualname__}"))
+    return next((_LAYER_TYPES[key] for key in keys if key in _LAYER_TYPES), None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module's own class, not one that it is derived from, is registered as one that computes
+    ``torch.nn.functional.linear`` of its input, weight and bias.
+
+    Example:
+        >>> is_linear(nn.Linear(2, 2)), is_linear(nn.Conv1d(2, 2, 1))
+        (True, False)
+    """
+    cls = type(module)
+    found = _LAYER_TYPES.get(cls) or _LAYER_TYPES.get(f"{cls.__module__}.{cls.__qualname__}")
+    return found == _LAYER_TYPES[nn.Linear]
+
+
+def _name(layer_type: type[nn.Module] | str) -> str:
+    return layer_type if isinstance(layer_type, str) else layer_type.__name__
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import PRODUCTS, add_products, additive_mask, masked_softmax
+from .preparations import Preparation, register_preparation
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -269,3 +270,23 @@ def possible_projections(model: nn.Module) -> list[str]:
         ['0.q_proj', '0.k_proj', '0.v_proj']
     """
     return [f"{name}.{child}".removeprefix(".") for name in _splittable(model) for child in (*PROJECTIONS, *PRODUCTS)]
+
+
+class MultiheadPreparation(Preparation):
+    """Splits every ``torch.nn.MultiheadAttention``.
+
+    Example:
+        >>> MultiheadPreparation().possible_names(nn.MultiheadAttention(4, 2))[:1]
+        ['q_proj']
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """See ``split_multihead_attention``."""
+        split_multihead_attention(model)
+
+    def possible_names(self, model: nn.Module) -> list[str]:
+        """See ``possible_projections``."""
+        return possible_projections(model)
+
+
+register_preparation(MultiheadPreparation())

@@ -13,8 +13,11 @@ from ..quantization.observers import make_observer
 from ..quantization.quantizers import Quantizer
 from ..quantization.ranges import RangeOptions
 from ..quantization.spec import BitWidths, LayerConfig
+
+# Each registers how its kind of modules is prepared.
+from . import message_passing, multihead, recurrent  # noqa: F401
 from .apply import apply
-from .attention import PRODUCTS, possible_products, route_attention
+from .attention import PRODUCTS
 from .fingerprint import fingerprint_of
 from .layer_types import (
     layer_type_of,
@@ -24,12 +27,11 @@ from .layer_types import (
     require_full_precision,
 )
 from .layers import QuantizedLayer
-from .multihead import possible_projections, split_multihead_attention
 from .observe import observe, record
 from .plan import layer_config, plan, weights_of
+from .preparations import preparations
 from .product_parameters import possible_product_parameters
 from .quantization_plan import QuantizationPlan
-from .recurrent import hold_recurrent_weights
 from .scheme import QuantizationScheme
 from .structure import Structure
 from .summary import LayerSummary, summarize, warn_of_float, warn_of_layers, warn_of_modules
@@ -78,12 +80,12 @@ class QuantizedNetwork:
                 raise ValueError(f"The model is already quantized ({module.name}); quantize the float model instead.")
         self.float_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
         self.fingerprint = fingerprint_of(model)
-        split_multihead_attention(model)
-        hold_recurrent_weights(model)
-        route_attention(model)
+        for preparation in preparations():
+            preparation.prepare(model)
         candidates = quantizable_layers(model)
         require_full_precision(candidates)
-        if not candidates:
+        later = [name for preparation in preparations() for name in preparation.possible_names(model)]
+        if not candidates and not later:
             raise ValueError(f"{type(model).__name__} has no quantizable layer; add its types with register_layer().")
         check_overrides(model, scheme)
         self.layers: dict[str, QuantizedLayer] = {}
@@ -387,8 +389,10 @@ def check_overrides(model: nn.Module, scheme: QuantizationScheme) -> None:
         >>> check_overrides(nn.Sequential(nn.Linear(2, 2)), QuantizationScheme(overrides={"0": 4}))
     """
     # Only running shows which operations there are.
-    engine, products = scheme.engine is not None, [*possible_products(model), *possible_projections(model)]
-    later = [p for p in scheme.overrides or {} if names_products(p, bool(products)) or (engine and names_operations(p))]
+    engine = scheme.engine is not None
+    products = [name for preparation in preparations() for name in preparation.possible_names(model)]
+    knows = any(name.endswith(PRODUCTS) for name in products)
+    later = [p for p in scheme.overrides or {} if names_products(p, knows) or (engine and names_operations(p))]
     known = {p: value for p, value in (scheme.overrides or {}).items() if p not in later}
     named = [*quantizable_layers(model), *products, *possible_product_parameters(model)]
     replace(scheme, overrides=known).check_overrides(named)

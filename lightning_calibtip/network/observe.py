@@ -14,12 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .attention import route_attention
+from ..batches import plain
 from .float_matmuls import find_float_matmuls
 from .folding import prove_folds
 from .functional import find_products
 from .layer_types import layer_type_of, quantizable_layers
 from .operations import find_operations
+from .preparations import preparations
 from .product_parameters import find_product_parameters, hold_product_parameters
 from .routing import Routes, route
 from .structure import Activation, ModuleCall, Operator, Structure, Value
@@ -33,9 +34,9 @@ _ACTIVATIONS = {
 def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = False) -> Structure:
     """Record what happens to one batch, and find out which BatchNorms can be folded.
 
-    The attention of transformers' models is routed through modules for its matrix products, see ``attention``, and so
-    are products that the model computes by functions, see ``functional``; parameters of other products become modules,
-    see ``product_parameters``. The model computes the same as before, and nothing else of it is changed.
+    What modules compute inside of themselves gets modules, see ``preparations``, and so do products that the model
+    computes by functions, see ``functional``, and parameters of other products, see ``product_parameters``. The model
+    computes the same as before, and nothing else of it is changed.
 
     Args:
         model: The float model, in eval mode.
@@ -48,10 +49,8 @@ def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = Fal
         (Fold(layer='0', normalization='1'),)
     """
     with _full_precision():
-        if route_attention(model):
-            # The products of attention appear when it first runs.
-            with torch.no_grad():
-                run()
+        for preparation in preparations():
+            preparation.settle(model, run)
         structure, routes = record(model, run), Routes()
         if find_float_matmuls(structure, list(quantizable_layers(model))):
             routes = find_products(model, run, lambda: record(model, run))
@@ -116,7 +115,8 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
                 ModuleCall(
                     index=len(structure.calls),
                     name=name,
-                    reads=recorder.values((args, kwargs)),
+                    # Also those of objects, such as graphs.
+                    reads=recorder.values(plain((args, kwargs))),
                     start=len(structure.operators),
                     outermost=not recorder.scope,
                     operands=recorder.operands(args, kwargs),
@@ -128,7 +128,7 @@ def _recording(model: nn.Module) -> Iterator[Structure]:
 
     def leaving(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = structure.calls[recorder.scope.pop()]
-        call.writes = recorder.values(output)
+        call.writes = recorder.values(plain(output))
         call.stop = len(structure.operators)
 
     handles = []

@@ -11,9 +11,9 @@ from .between import grid_root, integer_operations, unquantized_outputs
 from .dataflow import shared_operands
 from .float_matmuls import find_float_matmuls
 from .layer_types import LayerType, layer_type_of, quantizable_layers
+from .preparations import float_part
 from .product_weights import ProductWeight
 from .quantization_plan import ModulePlan, QuantizationPlan, class_name
-from .recurrent import float_part
 from .scheme import QuantizationScheme
 from .structure import Structure, Value
 from .tensors import activation_name
@@ -77,12 +77,12 @@ class _Planner:
         self._decide_between_layers(operations)
 
     def _edges(self, running: list[str]) -> set[str]:
-        """The first and the last of the layers that run. Of a module whose weights and inputs are layers, these are the
-        first of both."""
+        """The first and the last of the layers that run. Where one is a weight or an input of the module that holds it,
+        the first (or last) of the other kind inside of that module belongs to it."""
         edges = set(running[:1] + running[-1:])
         for name in [name for name in edges if self._type(name).part]:
             owner = name.rpartition(".")[0]
-            others = [other for other in running if other.rpartition(".")[0] == owner and self._type(other).part]
+            others = [other for other in running if not owner or other.startswith(f"{owner}.")]
             kinds = [
                 other for other in others if (self._type(other).weight is None) != (self._type(name).weight is None)
             ]

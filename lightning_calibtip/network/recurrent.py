@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from .layer_types import Operand, register_layer
+from .preparations import Preparation, register_preparation
 from .product_inputs import ProductInput, input_name
 from .product_weights import held_weights, hold_weights
 
@@ -122,3 +123,25 @@ def _through_sequence(computed: Callable[..., Any]) -> Callable[..., Any]:
             return computed(self, input, *args, **kwargs)
 
     return forward
+
+
+class RecurrentPreparation(Preparation):
+    """Gives recurrent layers modules for their weights and for the sequence that they read.
+
+    Example:
+        >>> lstm = nn.LSTM(2, 3)
+        >>> RecurrentPreparation().prepare(lstm)
+        >>> len(list(lstm.children()))
+        3
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """See ``hold_recurrent_weights``."""
+        hold_recurrent_weights(model)
+
+    def float_part(self, module: nn.Module) -> str:
+        """See ``float_part``."""
+        return float_part(module)
+
+
+register_preparation(RecurrentPreparation())

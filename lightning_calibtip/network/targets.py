@@ -133,7 +133,11 @@ class Target:
             name: Full name of the layer.
             layer_type: Its type.
             config: Format that the scheme gives it.
+
+        Raises:
+            ValueError: If no engine computes with its tensors quantized.
         """
+        require_engine(name, layer_type, config, f"target={self.name!r}")
         weight = config.weight
         if weight is not None and self.symmetric_weights:
             weight = replace(weight, symmetric=True)
@@ -182,6 +186,29 @@ class Target:
         self.check_bits(None if weight is None else weight.bits, None, layer, "export for another target")
         for spec in (*config.inputs, config.output):
             self.check_bits(None, None if spec is None else spec.bits, layer, "export for another target")
+
+
+def require_engine(name: str, layer_type: LayerType, config: LayerConfig, where: str) -> None:
+    """Refuse a quantized layer that no engine runs.
+
+    Args:
+        name: Full name of the layer.
+        layer_type: Its type.
+        config: Its format.
+        where: What was asked for, for the message.
+
+    Raises:
+        ValueError: If there is no such engine.
+
+    Example:
+        >>> require_engine("fc", LayerType(), LayerConfig(), "target='onnxruntime'")
+    """
+    if not layer_type.in_engines and not config.is_float:
+        raise ValueError(
+            f"{name}: no engine here computes with its tensors quantized, as between the nodes of a graph, so {where} "
+            "cannot have it. Quantize with target=None (on the command line null) and keep the result as a checkpoint "
+            'or by export_packed, or quantize the weights alone, target="weights".'
+        )
 
 
 def register_target(target: Target) -> Target:

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from ..allocation.work import Work, measure_work
-from ..calibration.calibration_set import plain
+from ..batches import plain
 from ..module import QuantizationModule
 from ..report.metrics import Validation
 

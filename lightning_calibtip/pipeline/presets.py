@@ -11,6 +11,7 @@ from ..callbacks.bit_allocation import BitAllocation
 from ..callbacks.calibration import Calibration
 from ..callbacks.equalization import Equalization
 from ..callbacks.stage import Stage
+from ..quantization.ranges import RangeOptions
 from ..reconstruction.equalizable import EqualizationOptions
 from ..reconstruction.options import AdaQuantOptions
 from ..tuning.bias import BiasTuningOptions
@@ -19,7 +20,7 @@ from .options import PipelineOptions
 PipelineName = Literal["calibrate", "light", "advanced", "sequential", "mixed"]
 PIPELINES: tuple[str, ...] = get_args(PipelineName)
 
-Seeded = TypeVar("Seeded", AdaQuantOptions, BiasTuningOptions, EqualizationOptions)
+Seeded = TypeVar("Seeded", AdaQuantOptions, BiasTuningOptions, EqualizationOptions, RangeOptions)
 
 
 def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | None = None) -> list[Stage]:
@@ -62,7 +63,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     storage, folder = options.storage, options.state_folder
     adaquant, preparation = (_seeded(of, options.seed) for of in (options.adaquant, options.preparation))
     allocation, candidates = options.allocation, options.allocation.candidates
-    stages: list[Stage] = [Calibration(options.calibration, state_folder=folder)]
+    stages: list[Stage] = [Calibration(_seeded(options.calibration, options.seed), state_folder=folder)]
     if pipeline == "mixed":
         if allocation.sensitivity is None:
             kept = None if folder is None else folder / "candidates"

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from .. import ranks
-from ..calibration.calibration_set import FirstSamples, batch_size
+from ..batches import batch_size
+from ..calibration.calibration_set import FirstSamples
 from ..calibration.shared_batches import batches_of_first
 from ..callbacks.stage import Stage
 from ..files.state_folder import holding

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .affine import choose_qparams, fake_quantize
+from .protection import Protection
 from .spec import PerChannel, PerGroup, TensorSpec
 
 RangeMethod = Callable[[Tensor, TensorSpec, "RangeOptions"], tuple[Tensor, Tensor]]
@@ -64,8 +65,9 @@ class RangeOptions:
 
     Args:
         observer: How ranges of activations are chosen: ``"minmax"``, ``"moving_average"`` (of each batch's minimum and
-            maximum, as in the paper), ``"percentile"``, ``"mse"`` (least mean squared error), ``"lp"`` (least L_p
-            error, the initialisation of LAPQ), or the name of a registered one.
+            maximum, as in the paper), ``"percentile"``, ``"percentile_by_bits"`` (cuts off 0.1 per cent on each side at
+            8 bits and 1 at 4), ``"mse"`` (least mean squared error), ``"lp"`` (least L_p error, the initialisation of
+            LAPQ), or the name of a registered one.
         weight_observer: The same for weights.
         momentum: For ``"moving_average"``: weight of the newest batch, above 0 and at most 1.
         percentile: For ``"percentile"``: share of the values, in per cent, that stays inside the range on each side,
@@ -78,6 +80,11 @@ class RangeOptions:
             first ones, in whole batches.
         joint_iterations: For ``"joint"``: number of Powell's iterations, at least 1, each of which moves every step.
         joint_evaluations: For ``"joint"``: how often the model is measured at most, at least 2.
+        protection_low: Of graphs, the probability of a node of the lowest in-degree to be protected: what it sends, and
+            what is aggregated for it, is not observed.
+        protection_high: The same of a node of the highest in-degree, at least ``protection_low`` and at most 1; between
+            them it grows with the rank (Degree-Quant: Tailor et al. 2021, who take 0.1 or 0.2). 0 protects none.
+        seed: Random seed of the protection.
 
     Raises:
         ValueError: If a name is not registered, or a value is out of its range.
@@ -96,6 +103,14 @@ class RangeOptions:
     joint_samples: int = 512
     joint_iterations: int = 1
     joint_evaluations: int = 1000
+    protection_low: float = 0.0
+    protection_high: float = 0.0
+    seed: int = 0
+
+    @property
+    def protection(self) -> Protection:
+        """Probabilities of nodes to be protected."""
+        return Protection(self.protection_low, self.protection_high)
 
     def __post_init__(self) -> None:
         for what, name, names in (
@@ -116,6 +131,7 @@ class RangeOptions:
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}.")
+        self.protection  # noqa: B018
         if self.search == "joint" and self.observer not in HISTOGRAMS:
             raise ValueError(
                 f"search='joint' starts from histograms: observer must be one of {', '.join(HISTOGRAMS)}, got "

@@ -1,4 +1,5 @@
-"""Which elements of a tensor belong to tokens that count, where sequences of a batch are padded to one length."""
+"""Which elements of a tensor belong to tokens that count, where sequences of a batch are padded to one length, or to
+rows that do, where some nodes of a graph are not for training."""
 
 from collections.abc import Sequence
 
@@ -11,9 +12,11 @@ def token_mask(shape: Sequence[int], tokens: Tensor | None, axes: Sequence[int])
 
     Args:
         shape: Shape of the tensor.
-        tokens: Shape (batch, positions), True where a token counts; None if all do.
+        tokens: Shape (batch, positions), True where a token counts, or shape (rows,), True where a row does, such as a
+            node of a graph; None if all do.
         axes: Dimensions that run over the positions of the batch that lies along dimension 0. Rows of all tokens one
-            after the other, ``(batch * positions, width)``, are known by their number.
+            after the other, ``(batch * positions, width)``, are known by their number. A tensor without such
+            dimensions has no rows that could be left out, either.
 
     Returns:
         Bool, with as many dimensions as the tensor and broadcastable to it; None where the shape does not fit: then
@@ -26,6 +29,8 @@ def token_mask(shape: Sequence[int], tokens: Tensor | None, axes: Sequence[int])
     """
     if tokens is None:
         return None
+    if tokens.dim() == 1:
+        return tokens.view(-1, *[1] * (len(shape) - 1)) if axes and shape and shape[0] == len(tokens) else None
     batch, positions = tokens.shape
     if axes and len(shape) == 2 and shape[0] == batch * positions:
         return tokens.reshape(-1, 1)

@@ -44,7 +44,7 @@ class Dropping:
             return call
 
         def choose(exact: Any, quantized: Any) -> Any:
-            real = isinstance(exact, Tensor) and exact.is_floating_point()
+            real = isinstance(exact, Tensor) and exact.is_floating_point() and exact.layout == torch.strided
             return self.choose(exact, quantized) if real else quantized
 
         mixed: UnitCall = tree_map(choose, float_call, call)

@@ -9,6 +9,7 @@ from ..calibration.recording import Recording, UnitCall
 from ..calibration.replay import Replay
 from ..network.network import QuantizedNetwork
 from .importance import measure_importance, token_weights
+from .objectives import make_objective, weighs_rows
 from .options import AdaQuantOptions
 from .units import Unit
 
@@ -59,7 +60,8 @@ class FloatStream:
         self._importance: dict[str, Recording] = {}
         if options.loss is not None:
             self._importance = measure_importance(network, calibration, units, self._stream, options.loss)
-        self._weighs = options.loss is not None or calibration.padded
+        self._objective = options.objective_in_use
+        self._weighs = options.loss is not None or calibration.padded or weighs_rows(self._objective)
 
     def record(self, unit: Unit, keep_inputs: bool, weighs: bool = True) -> FloatRecord:
         """Run the float unit at all its calls.
@@ -72,12 +74,13 @@ class FloatStream:
         stream, channels_last = self._stream, unit.prefers_channels_last
         importance = self._importance.pop(unit.name, None)
         weights = stream.recording(unit.name, channels_last) if self._weighs and weighs else None
+        objective = make_objective(self._objective, unit.layers)
         position = iter(range(stream.calls(unit.name) * len(self._calibration)))
 
         def weigh(index: int, call: UnitCall, output: Any) -> None:
             if weights is not None:
                 given = None if importance is None else importance[next(position)]
-                weights.append(token_weights(unit, output, self._calibration.tokens(index), given))
+                weights.append(token_weights(unit, output, self._calibration.tokens(index), given, objective))
 
         with self._network.quantized(False):
             inputs, outputs = stream.record(unit.name, keep_inputs, True, channels_last, weigh)

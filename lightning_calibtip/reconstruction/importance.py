@@ -14,6 +14,7 @@ from ..calibration.recording import Recording
 from ..calibration.replay import Replay
 from ..network.network import QuantizedNetwork
 from ..quantization.tokens import token_mask
+from .objectives import Objective
 from .units import Unit
 
 # ``loss(output, batch)`` is a scalar, from the model's output for a calibration batch.
@@ -75,14 +76,21 @@ def measure_importance(
     return found
 
 
-def token_weights(unit: Unit, output: Any, tokens: Tensor | None, importance: Sequence[Tensor] | None) -> list[Tensor]:
+def token_weights(
+    unit: Unit,
+    output: Any,
+    tokens: Tensor | None,
+    importance: Sequence[Tensor] | None,
+    objective: Objective | None = None,
+) -> list[Tensor]:
     """Weights of the floating-point tensors of a unit's output: 0 for tokens that do not count, else 1.
 
     Args:
         unit: The unit.
         output: Its output at one call.
-        tokens: Which tokens of the batch count, bool, shape (batch, positions); None if all do.
+        tokens: Which tokens of the batch count, bool, shape (batch, positions) or (rows,); None if all do.
         importance: Weights that these are multiplied by; None for 1.
+        objective: Objective that may weigh rows; None for one that does not.
 
     Returns:
         A tensor for each such tensor, broadcastable to it, with as many rows.
@@ -100,6 +108,9 @@ def token_weights(unit: Unit, output: Any, tokens: Tensor | None, importance: Se
         weights.append(
             leaf.new_ones([*leaf.shape[:1], *[1] * (leaf.dim() - 1)]) if mask is None else mask.to(leaf.dtype)
         )
+        rows = None if objective is None else objective.row_weights(leaf)
+        if rows is not None:
+            weights[-1] = weights[-1] * rows.to(leaf).view(-1, *[1] * (leaf.dim() - 1))
     if importance is None:
         return weights
     return [weight * given.to(weight.device) for weight, given in zip(weights, importance, strict=True)]

@@ -59,6 +59,18 @@ class Objective:
         """
         return None
 
+    def row_weights(self, output: Tensor) -> Tensor | None:
+        """Weights of the rows of an output tensor of the float unit, by which the ``weight`` of ``loss`` is multiplied;
+        called right after the unit has run.
+
+        Args:
+            output: The tensor.
+
+        Returns:
+            Shape (rows,), with a mean of 1; None if all weigh 1.
+        """
+        return None
+
     def penalty(self, progress: float) -> Tensor | None:
         """Regulariser that is added to the relative loss; None while there is none.
 
@@ -121,6 +133,16 @@ def make_objective(name: str, layers: Sequence[QuantizedLayer]) -> Objective:
         layers: Layers of the unit.
     """
     return _OBJECTIVES[name](layers)
+
+
+def weighs_rows(name: str) -> bool:
+    """Whether an objective weighs the rows of outputs, see ``Objective.row_weights``.
+
+    Example:
+        >>> weighs_rows("squared_error")
+        False
+    """
+    return _OBJECTIVES[name].row_weights is not Objective.row_weights
 
 
 @register_objective(SQUARED_ERROR)

@@ -19,6 +19,7 @@ from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
 from ..network.layers import QuantizedLayer
+from ..network.protection import protecting
 from ..network.states import LayerState
 from ..network.trainable import trainable
 from ..network.trial import Trial, trial
@@ -34,7 +35,7 @@ from .objectives import Objective, make_objective
 from .options import AdaQuantOptions
 from .rates import learning_rates
 from .rounding import RoundingPenalty, rounding_method
-from .unit_data import MiniBatch, UnitDataset
+from .unit_data import MiniBatch, UnitDataset, split_rows
 from .units import Unit
 
 log = logging.getLogger(__name__)
@@ -168,11 +169,12 @@ def optimize_unit(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     order = torch.randperm(dataset.count, generator=generator)
     held = min(max(1, round(options.holdout * dataset.count)), dataset.count - 1)
-    # With a single sample there is nothing to hold out: it serves for both.
+    # Of a single sample, such as a graph, some rows are held out.
     holdout, training = (order[:held], order[held:]) if dataset.count > 1 else (order, order)
+    judged, learned = (dataset, dataset) if dataset.count > 1 else split_rows(dataset, options.holdout, generator)
     objective = make_objective(options.objective_in_use, unit.layers)
-    judge = partial(relative_error, unit, [objective], dataset, holdout)
-    descent = _Descent(unit, dataset, options, objective, fixed, generator, progress)
+    judge = partial(relative_error, unit, [objective], judged, holdout)
+    descent = _Descent(unit, learned, options, objective, fixed, generator, progress)
     with trial(unit.layers, judge) as attempt:
         started = time.monotonic()
         if options.ratio_rate > 0:
@@ -261,6 +263,7 @@ class _Descent:
         clamp = clamping([quantizer for quantizers in learned.values() for quantizer in quantizers])
         with ExitStack() as stack:
             stack.enter_context(dropping(unit.layers, drops))
+            stack.enter_context(protecting(unit.module, unit.layers, options.protection, self.generator))
             roundings = {layer.name: make_rounding(layer) for layer in unit.layers if layer.weight_quantizer}
             for rounding in roundings.values():
                 stack.enter_context(rounding.acting())

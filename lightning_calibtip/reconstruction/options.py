@@ -7,9 +7,10 @@ from typing import Any
 
 from ..calibration.fingerprint import describe_function
 from ..option_fields import require_count
+from ..quantization.protection import Protection
 
-# Learned rounding registers itself.
-from . import learned_rounding  # noqa: F401
+# Each registers itself.
+from . import degree_weighting, learned_rounding  # noqa: F401
 from .feedback import FEEDBACK
 from .importance import ReconstructionLoss
 from .objectives import FISHER, SQUARED_ERROR, check_objective
@@ -62,8 +63,8 @@ class AdaQuantOptions:
             model; layers outside of these are units of their own. ``"layer"``: every layer is a unit.
         blocks: Names or patterns (``"layer1"``, ``"encoder.layer.*"``) of modules that are to be units; single layers
             and found blocks outside of these stay units of their own.
-        objective: Name of a registered objective: ``"squared_error"``, ``"fisher"``, or one of your own (see
-            ``register_objective``).
+        objective: Name of a registered objective: ``"squared_error"``, ``"fisher"``, ``"degree"`` (nodes of a graph by
+            their in-degree), or one of your own (see ``register_objective``).
         loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch. Each element of a
             unit's output is then weighted by the square of the loss's gradient (Fisher weighting, BRECQ), and the
             squared error becomes the ``"fisher"`` objective. None weights all elements alike.
@@ -88,6 +89,10 @@ class AdaQuantOptions:
             their rates, because a gradient of the input costs as much as one of the weights.
         drop_probability: Share of the activations, 0 to 1, that are left unquantized at each step, drawn anew (QDrop,
             Wei et al. 2022); in sequential mode the same share of the unit's inputs is the float model's.
+        protection_low: Of graphs, the probability of a node of the lowest in-degree to be protected: what it sends, and
+            what is aggregated for it, is left unquantized.
+        protection_high: The same of a node of the highest in-degree, at least ``protection_low`` and at most 1; between
+            them it grows with the rank (Degree-Quant: Tailor et al. 2021, who take 0.1 or 0.2). 0 protects none.
         relative: Whether rates are fractions of a quantization step, so that they fit any bit-width and any layer: for
             a weight, of its scale; for a scale, of the change that moves the end of the range by one step; for a bias,
             of the root mean square of the output error. Those of weights, biases, zero points and rounding are for 500
@@ -125,6 +130,8 @@ class AdaQuantOptions:
     rounding_strength: float = 1.0
     input_range_interval: int = 4
     drop_probability: float = 0.0
+    protection_low: float = 0.0
+    protection_high: float = 0.0
     relative: bool = True
     schedule: str = "cosine"
     holdout: float = 0.1
@@ -154,6 +161,7 @@ class AdaQuantOptions:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if not 0 <= self.drop_probability <= 1:
             raise ValueError(f"drop_probability must be from 0 to 1, got {self.drop_probability}.")
+        self.protection  # noqa: B018
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must be above 0 and below 1, got {self.holdout}.")
 
@@ -169,6 +177,11 @@ class AdaQuantOptions:
             50
         """
         return cls(**{**_PAPER, **changes})
+
+    @property
+    def protection(self) -> Protection:
+        """Probabilities of nodes of graphs to be protected."""
+        return Protection(self.protection_low, self.protection_high)
 
     @property
     def objective_in_use(self) -> str:

@@ -1,11 +1,13 @@
 """The data set of one unit: inputs and float targets over the calibration set, drawn in mini-batches."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
 from ..calibration.activation_store import TensorSeries
 from ..calibration.recording import Recording, UnitCall
@@ -121,6 +123,74 @@ class UnitDataset:
         if self._contiguous:
             values = [tree_map(_contiguous, value) for value in values]
         return MiniBatch(*values)
+
+
+class RowsOf(UnitDataset):
+    """A data set of one sample, of whose outputs only some rows count.
+
+    Args:
+        dataset: The data set.
+        chosen: ``chosen(counted)`` says which rows of an output count: bool, shape (rows,), as which of them have any
+            weight.
+
+    Example:
+        See ``split_rows``.
+    """
+
+    def __init__(self, dataset: UnitDataset, chosen: Callable[[Tensor], Tensor]) -> None:
+        self._dataset, self._chosen = dataset, chosen
+        self.whole, self.count = dataset.whole, dataset.count
+
+    def take(self, index: Tensor) -> MiniBatch:
+        """See ``UnitDataset``."""
+        batch = self._dataset.take(index)
+        leaves = [leaf for leaf in tree_leaves(batch.target) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        weights = []
+        for leaf, given in zip(leaves, batch.importance or repeat(None), strict=False):
+            weight = torch.ones_like(leaf) if given is None else given
+            if leaf.dim():
+                chosen = self._chosen((weight != 0).flatten(1).any(1).cpu()).to(weight)
+                weight = weight * chosen.view(-1, *[1] * (weight.dim() - 1))
+            weights.append(weight)
+        return batch._replace(importance=weights)
+
+
+def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -> tuple[UnitDataset, UnitDataset]:
+    """Split a data set of one sample by the rows of its outputs, such as the nodes of a graph.
+
+    Args:
+        dataset: The data set.
+        share: Share of the rows that is held out, above 0 and below 1; one row at least. An output of which only one
+            row has any weight is not split.
+        generator: Random generator of the choice.
+
+    Returns:
+        The same sample with the rows that are held out, and with the others.
+
+    Example:
+        >>> from lightning_calibtip.calibration.activation_store import ActivationStore
+        >>> inputs, targets = (Recording(ActivationStore(), 1) for _ in range(2))
+        >>> inputs.append(UnitCall((torch.ones(4, 1),), {}))
+        >>> targets.append(torch.ones(4, 1))
+        >>> dataset = UnitDataset(inputs, targets, whole=True)
+        >>> held, others = split_rows(dataset, 0.25, torch.Generator().manual_seed(0))
+        >>> [int(part.take(torch.tensor([0])).importance[0].sum()) for part in (held, others)]
+        [1, 3]
+    """
+    found: dict[int, Tensor] = {}
+
+    def held(counted: Tensor) -> Tensor:
+        rows = counted.nonzero().flatten()
+        if len(counted) not in found:
+            chosen = rows[torch.randperm(len(rows), generator=generator)][: max(1, round(share * len(rows)))]
+            found[len(counted)] = torch.zeros_like(counted).index_fill_(0, chosen, True)
+        return found[len(counted)] if len(rows) > 1 else counted
+
+    def others(counted: Tensor) -> Tensor:
+        left = counted & ~held(counted)
+        return left if bool(left.any()) else counted
+
+    return RowsOf(dataset, held), RowsOf(dataset, others)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_calibtip.calibration.calibration_set import CalibrationSet, FirstSamples, batch_size, output_logits
+from lightning_calibtip.batches import batch_size
+from lightning_calibtip.calibration.calibration_set import CalibrationSet, FirstSamples, output_logits
 from lightning_calibtip.calibration.logits import kl_divergence
 from lightning_calibtip.calibration.output_rms import output_rms
 from tests.networks import calibrated_network, calibration_set

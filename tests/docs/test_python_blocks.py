@@ -125,6 +125,12 @@ def simulates_sparq(ran):
     assert ran["run"].module.network.layers["net.head"].input_quantizers[0].windows == 3
 
 
+@checks("graph_networks.md: Graph networks")
+def quantizes_a_graph_network(ran):
+    assert "first.factor_edge_weight" in ran.printed and "second.aggregates" in ran.printed
+    assert stage_names(ran["run"]) == SEQUENTIAL and ran["run"].module(ran["graph"]).shape == (34, 4)
+
+
 @checks("stages.md: AdaQuant")
 def reconstructs_with_these_options(ran):
     stage = ran["stage"]
@@ -199,6 +205,9 @@ def test_python_block_runs_as_written(key, tiny_classifier, images, tmp_path, mo
         "calibration_loader": loader,
         "batch": images[:8],
     }
+    if key.startswith("graph_networks.md"):
+        graphs = pytest.importorskip("tests.graphs")
+        names |= {"model": graphs.make("gcn"), "graph": graphs.karate()}
     if key in ("README.md: Run the result", "README.md: Run the result 2", "deployment.md: Run it"):
         # These go on with what blocks before them have written.
         run = quantize(

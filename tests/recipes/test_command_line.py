@@ -8,12 +8,18 @@ from lightning_calibtip import AdaQuantOptions, PipelineOptions, QuantizationSch
 from lightning_calibtip.pipeline.arguments import split_scheme_and_options
 from recipes.bert_squad import __main__ as bert_squad
 from recipes.command_line import make_parser, run_recipe
+from recipes.graph_network import __main__ as graph_network
 from recipes.resnet_cifar10 import __main__ as resnet_cifar10
 from recipes.resnet_imagenet import __main__ as resnet_imagenet
 
-RECIPES = [bert_squad, resnet_cifar10, resnet_imagenet]
+RECIPES = [bert_squad, graph_network, resnet_cifar10, resnet_imagenet]
 FOLDER = Path(__file__).parents[2] / "recipes"
-REQUIRED = {bert_squad: [], resnet_cifar10: ["--checkpoint=resnet20.pt"], resnet_imagenet: ["--data=images"]}
+REQUIRED = {
+    bert_squad: [],
+    graph_network: [],
+    resnet_cifar10: ["--checkpoint=resnet20.pt"],
+    resnet_imagenet: ["--data=images"],
+}
 
 
 def read(recipe, *words):
@@ -33,7 +39,9 @@ def test_every_recipe_has_every_field_of_the_scheme_and_of_the_options(recipe):
         assert f"--{name} " in text, name
 
 
-@pytest.mark.parametrize("recipe,bits", [(bert_squad, (4, 8)), (resnet_cifar10, (4, 4)), (resnet_imagenet, (4, 8))])
+@pytest.mark.parametrize(
+    "recipe,bits", [(bert_squad, (4, 8)), (graph_network, (4, 4)), (resnet_cifar10, (4, 4)), (resnet_imagenet, (4, 8))]
+)
 def test_each_recipe_has_its_own_default_bit_widths(recipe, bits):
     scheme, options, _ = read(recipe)
     assert (scheme.weight_bits, scheme.activation_bits) == bits

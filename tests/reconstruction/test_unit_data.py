@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_calibtip.calibration.recording import UnitCall
-from lightning_calibtip.reconstruction.unit_data import UnitDataset
+from lightning_calibtip.reconstruction.unit_data import UnitDataset, split_rows
 from tests.networks import recorded
 
 
@@ -76,3 +76,27 @@ def test_a_constant_as_long_as_the_batch_can_be_drawn_by_rows():
     targets = recorded(torch.rand(2, 3), torch.rand(2, 3))
     assert UnitDataset(inputs, targets).take(torch.tensor([3])).call.args[1].tolist() == [0, 1]
     assert UnitDataset(inputs, targets, shares=False).take(torch.tensor([3])).call.args[1].tolist() == [1]
+
+
+def test_rows_of_a_single_sample_are_held_out_of_those_that_count(generator):
+    output = torch.arange(20.0).view(10, 2)
+    importance = torch.tensor([1.0, 0.0] * 5).view(10, 1)
+    inputs, targets = recorded(UnitCall((output,), {})), recorded(output)
+    data = UnitDataset(inputs, targets, importance=recorded([importance]), whole=True)
+    held, others = split_rows(data, 0.4, generator)
+    index = torch.tensor([0])
+    for _ in range(2):
+        # The same ones, whenever they are drawn.
+        (first,), (second,) = held.take(index).importance, others.take(index).importance
+        assert int(first.sum()) == 2 and int(second.sum()) == 3
+        assert torch.equal(first + second, importance)
+    assert torch.equal(held.take(index).target, output)
+
+
+def test_a_single_row_that_counts_serves_for_both(generator):
+    output, importance = torch.ones(4, 2), torch.tensor([0.0, 1.0, 0.0, 0.0]).view(4, 1)
+    inputs, targets = recorded(UnitCall((output,), {})), recorded(output)
+    data = UnitDataset(inputs, targets, importance=recorded([importance]), whole=True)
+    for part in split_rows(data, 0.5, generator):
+        (found,) = part.take(torch.tensor([0])).importance
+        assert torch.equal(found, importance)

@@ -1,0 +1,157 @@
+"""What a batch holds, of whatever class it is: nested containers, mappings, and objects that say what they hold."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+# What an object with ``to_dict`` (a ``Data`` or ``Batch`` of PyTorch Geometric) calls its targets, which of its nodes
+# are for training, and how many samples it has.
+_TARGETS, _MASK, _NODES, _GRAPHS, _SEEDS = "y", "train_mask", "num_nodes", "num_graphs", "batch_size"
+
+
+def content_of(value: Any) -> dict[Any, Any] | None:
+    """What a mapping of any class, or an object with a method ``to_dict()``, holds; None of anything else.
+
+    Args:
+        value: Any value.
+
+    Example:
+        >>> from collections import UserDict
+        >>> content_of(UserDict(a=1)), content_of([1]) is None
+        ({'a': 1}, True)
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Tensor | nn.Module | type) or not callable(getattr(value, "to_dict", None)):
+        return None
+    try:
+        content = value.to_dict()
+    except TypeError:
+        # It needs arguments.
+        return None
+    return dict(content) if isinstance(content, Mapping) else None
+
+
+def is_object(batch: Any) -> bool:
+    """Whether a batch is an object that says by ``to_dict()`` what it holds, and no mapping.
+
+    Example:
+        >>> is_object({"x": 1})
+        False
+    """
+    return not isinstance(batch, Mapping) and content_of(batch) is not None
+
+
+def plain(batch: Any, targets: bool = True) -> Any:
+    """A batch in which mappings of any class, and objects with ``to_dict()``, are dicts, whose parts torch finds.
+
+    Args:
+        batch: Any batch; what is neither is returned as it is, and so is what lies in containers of torch's.
+        targets: Whether what an object calls its targets (``y``) is among its parts.
+
+    Example:
+        >>> from collections import UserDict
+        >>> plain((UserDict(a=1), 2))
+        ({'a': 1}, 2)
+    """
+    content = content_of(batch)
+    if content is None:
+        return tree_map(lambda leaf: leaf if content_of(leaf) is None else plain(leaf, targets), batch)
+    if not targets and is_object(batch):
+        content.pop(_TARGETS, None)
+    return {key: plain(value, targets) for key, value in content.items()}
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """All tensors of a batch, in order.
+
+    Example:
+        >>> tensors_in({"x": torch.zeros(1), "name": "a"})
+        [tensor([0.])]
+    """
+    return [leaf for leaf in tree_leaves(plain(batch)) if isinstance(leaf, Tensor)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor, dense or sparse, is NaN or infinity.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0])), is_finite(torch.tensor([float("nan")]).to_sparse())
+        (True, False)
+    """
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.layout != torch.strided:
+        tensor = tensor.values()
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch.
+
+    Of an object that names its training nodes, or the nodes that it was sampled for, these are the samples; of one
+    that joins graphs, the graphs; of another graph, its nodes. Of everything else it is the length of the first tensor
+    that has dimensions; 1 if there is none.
+
+    Args:
+        batch: Any nesting of tensors.
+
+    Example:
+        >>> batch_size({"pixels": torch.zeros(4, 3)})
+        4
+    """
+    counted = counted_rows(batch)
+    if counted is not None:
+        return int(counted.sum())
+    if is_object(batch):
+        for name in (_GRAPHS, _NODES):
+            if isinstance(own := getattr(batch, name, None), int):
+                return own
+    return next((len(leaf) for leaf in tensors_in(batch) if leaf.dim()), 1)
+
+
+def counted_rows(batch: Any) -> Tensor | None:
+    """Which rows of a batch count, where it is an object that says so: the nodes of a graph that are for training
+    (``train_mask``), or that it was sampled for (the first ``batch_size`` ones).
+
+    Args:
+        batch: Any batch.
+
+    Returns:
+        Bool, shape (rows,); None if all count.
+
+    Raises:
+        ValueError: If the mask has several columns, one for each split.
+    """
+    if not is_object(batch):
+        return None
+    mask, nodes = getattr(batch, _MASK, None), getattr(batch, _NODES, None)
+    seeds = getattr(batch, _SEEDS, None)
+    if isinstance(seeds, int) and isinstance(nodes, int) and not hasattr(batch, _GRAPHS):
+        device = next((tensor.device for tensor in tensors_in(batch)), None)
+        return torch.arange(nodes, device=device) < seeds
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return None
+    if mask.dim() != 1:
+        raise ValueError(
+            f"{_MASK} of the {type(batch).__name__} has the shape {tuple(mask.shape)}, a column for each split: choose "
+            f"one, batch.{_MASK} = batch.{_MASK}[:, 0]."
+        )
+    return mask
+
+
+def shallow_copy(batch: Any) -> Any:
+    """A batch that is an object, as another one with the same tensors, so that a model may give it other ones.
+
+    Args:
+        batch: Any batch; what is no such object is returned as it is.
+
+    Example:
+        >>> shallow_copy(1)
+        1
+    """
+    return copy.copy(batch) if is_object(batch) else batch

@@ -1,0 +1,1 @@
+"""Graph networks, trained in a minute and quantized."""
