@@ -8,7 +8,7 @@ from typing import Any, get_origin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .batches import content_of, is_object, plain, shallow_copy
+from .batches import content_of, is_graph, is_object, plain, shallow_copy
 
 
 def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -17,7 +17,8 @@ def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
     A tensor is passed as it is. Of a tuple or list the first element is, or the first ones, where ``forward`` needs
     several. Of a mapping the entries that ``forward`` takes are passed by name, or the mapping itself where its single
     argument is a mapping by its annotation, or is called ``batch``. Of an object with ``to_dict()`` (a graph) they are
-    passed by name where ``forward`` needs nothing else, or several; otherwise the object itself is.
+    passed by name where ``forward`` needs several, and those of a graph where it needs nothing else; otherwise the
+    object itself is. The same goes for a graph that is the first element of a tuple.
 
     Args:
         model: The model.
@@ -45,7 +46,7 @@ def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         taken = {key: value for key, value in batch.items() if takes_any or key in parameters}
         if taken:
-            return (), taken
+            return (), {key: shallow_copy(value) for key, value in taken.items()}
         if len(needed) == 1 and _takes_mapping(parameters[needed[0]]):
             return (batch,), {}
         raise ValueError(
@@ -57,13 +58,15 @@ def batch_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict
         return _of_object(name, parameters, needed, batch)
     if not isinstance(batch, tuple | list):
         return (batch,), {}
+    if batch and is_graph(batch[0]):
+        return _of_object(name, parameters, needed, batch[0])
     count = max(1, len(needed))
     if len(batch) < count:
         raise ValueError(
             f"The calibration batch has {len(batch)} elements, and {name}.forward needs {', '.join(needed) or 'one'}: "
             "give your module a method calibration_step(batch, batch_idx) that returns its logits."
         )
-    return tuple(batch[:count]), {}
+    return tuple(shallow_copy(each) for each in batch[:count]), {}
 
 
 def _of_object(
@@ -72,7 +75,9 @@ def _of_object(
     """Arguments in a batch that is an object, which the model may change: they get a copy that shares its tensors."""
     content = content_of(batch) or {}
     taken = {key: value for key, value in content.items() if key in parameters}
-    if len(needed) == 1 and (needed[0] not in taken or _takes_whole(parameters[needed[0]], batch)):
+    first = next(iter(parameters.values()), None)
+    by_name = is_graph(batch) and bool(taken) and not (first is not None and _takes_whole(first, batch))
+    if len(needed) < 2 and not (by_name and all(each in taken for each in needed)):
         return (shallow_copy(batch),), {}
     if missing := [each for each in needed if each not in taken]:
         raise ValueError(

@@ -30,8 +30,8 @@ def content_of(value: Any) -> dict[Any, Any] | None:
         return None
     try:
         content = value.to_dict()
-    except TypeError:
-        # It needs arguments.
+    except Exception:
+        # It needs arguments, or is the user's own for something else.
         return None
     return dict(content) if isinstance(content, Mapping) else None
 
@@ -46,24 +46,25 @@ def is_object(batch: Any) -> bool:
     return not isinstance(batch, Mapping) and content_of(batch) is not None
 
 
-def plain(batch: Any, targets: bool = True) -> Any:
+def plain(batch: Any, targets: bool = True, within: tuple[Any, ...] = ()) -> Any:
     """A batch in which mappings of any class, and objects with ``to_dict()``, are dicts, whose parts torch finds.
 
     Args:
         batch: Any batch; what is neither is returned as it is, and so is what lies in containers of torch's.
         targets: Whether what an object calls its targets (``y``) is among its parts.
+        within: What holds the batch; something that holds itself is not taken apart again.
 
     Example:
         >>> from collections import UserDict
         >>> plain((UserDict(a=1), 2))
         ({'a': 1}, 2)
     """
-    content = content_of(batch)
+    content = None if any(batch is holder for holder in within) else content_of(batch)
     if content is None:
-        return tree_map(lambda leaf: leaf if content_of(leaf) is None else plain(leaf, targets), batch)
+        return tree_map(lambda leaf: leaf if leaf is batch else plain(leaf, targets, within), batch)
     if not targets and is_object(batch):
         content.pop(_TARGETS, None)
-    return {key: plain(value, targets) for key, value in content.items()}
+    return {key: plain(value, targets, (*within, batch)) for key, value in content.items()}
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
@@ -107,9 +108,9 @@ def batch_size(batch: Any) -> int:
     counted = counted_rows(batch)
     if counted is not None:
         return int(counted.sum())
-    if is_object(batch):
+    if (graph := object_in(batch)) is not None:
         for name in (_GRAPHS, _NODES):
-            if isinstance(own := getattr(batch, name, None), int):
+            if isinstance(own := getattr(graph, name, None), int):
                 return own
     return next((len(leaf) for leaf in tensors_in(batch) if leaf.dim()), 1)
 
@@ -127,31 +128,68 @@ def counted_rows(batch: Any) -> Tensor | None:
     Raises:
         ValueError: If the mask has several columns, one for each split.
     """
-    if not is_object(batch):
+    batch = object_in(batch)
+    if batch is None:
         return None
     mask, nodes = getattr(batch, _MASK, None), getattr(batch, _NODES, None)
     seeds = getattr(batch, _SEEDS, None)
     if isinstance(seeds, int) and isinstance(nodes, int) and not hasattr(batch, _GRAPHS):
         device = next((tensor.device for tensor in tensors_in(batch)), None)
         return torch.arange(nodes, device=device) < seeds
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    if not isinstance(mask, Tensor):
         return None
+    if mask.dtype not in (torch.bool, torch.uint8):
+        raise ValueError(
+            f"{_MASK} of the {type(batch).__name__} is {str(mask.dtype).removeprefix('torch.')}, and must be bool: "
+            "give a mask of its nodes."
+        )
     if mask.dim() != 1:
         raise ValueError(
             f"{_MASK} of the {type(batch).__name__} has the shape {tuple(mask.shape)}, a column for each split: choose "
             f"one, batch.{_MASK} = batch.{_MASK}[:, 0]."
         )
-    return mask
+    return mask.bool()
+
+
+def object_in(batch: Any) -> Any:
+    """The object in a batch that is one, or in a tuple or list whose first element, or a mapping whose only value of
+    this kind, is one; else None.
+
+    Args:
+        batch: Any batch.
+
+    Example:
+        >>> object_in((1, 2)) is None
+        True
+    """
+    if isinstance(batch, Mapping):
+        found = [value for value in batch.values() if is_object(value)]
+        return found[0] if len(found) == 1 else None
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    return first if is_object(first) else None
 
 
 def shallow_copy(batch: Any) -> Any:
-    """A batch that is an object, as another one with the same tensors, so that a model may give it other ones.
+    """A batch with other objects of the same tensors in the place of its objects, to which a model may give others.
 
     Args:
-        batch: Any batch; what is no such object is returned as it is.
+        batch: Any batch; what is no object is returned as it is.
 
     Example:
         >>> shallow_copy(1)
         1
     """
-    return copy.copy(batch) if is_object(batch) else batch
+    return tree_map(lambda leaf: copy.copy(leaf) if is_object(leaf) else leaf, batch)
+
+
+def is_graph(value: Any) -> bool:
+    """Whether a value is a graph: an object, and no mapping, that knows the number of its nodes.
+
+    Args:
+        value: Any value.
+
+    Example:
+        >>> is_graph({"num_nodes": 3})
+        False
+    """
+    return hasattr(type(value), _NODES) and is_object(value)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .batches import is_object
+from .batches import is_graph
 
 
 def check_loader(loader: Any, what: str, several: bool = False) -> None:
@@ -39,7 +39,7 @@ def check_loader(loader: Any, what: str, several: bool = False) -> None:
             f"{what} must give batches, got the Dataset {type(loader).__name__}, which gives single samples: wrap it, "
             "DataLoader(dataset, batch_size=32)."
         )
-    if is_object(loader) and not isinstance(loader, DataLoader):
+    if is_graph(loader) and not isinstance(loader, DataLoader):
         raise TypeError(
             f"{what} must give batches, got a {type(loader).__name__}, which is one: give a list of it, [graph], or a "
             "DataLoader."

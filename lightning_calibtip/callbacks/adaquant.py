@@ -16,6 +16,7 @@ from ..network.protection import require_nodes
 from ..quantization.spec import BitWidths, parse_bit_widths
 from ..reconstruction.adaquant import adaquant
 from ..reconstruction.candidates import adaquant_candidates, check_candidates
+from ..reconstruction.objectives import check_layers
 from ..reconstruction.optimize import UnitResult
 from ..reconstruction.options import AdaQuantOptions
 from ..reconstruction.resume import FILES
@@ -91,9 +92,11 @@ class AdaQuant(Stage):
 
     @override
     def check_plan(self, module: QuantizationModule) -> None:
-        """Refuse to protect nodes where there are none."""
+        """Refuse to protect nodes where there are none, and an objective that does not fit the model."""
         super().check_plan(module)
-        require_nodes(list(module.network.layers.values()), self.options.protection, self.name)
+        layers = list(module.network.layers.values())
+        require_nodes(layers, self.options.protection, self.name)
+        check_layers(self.options.objective, layers)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

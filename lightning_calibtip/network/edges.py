@@ -16,6 +16,7 @@ class Edges:
         edge_index: Shape (2, edges), or a sparse adjacency whose rows are the nodes that get messages.
         source_first: Whether the first row of a dense ``edge_index`` holds the nodes that send.
         bipartite: Whether these are other nodes than those that get messages.
+        targets: Number of nodes that get messages; None if only the edges tell of them.
 
     Example:
         >>> edges = Edges(torch.tensor([[0, 1, 2], [1, 2, 2]]))
@@ -23,8 +24,11 @@ class Edges:
         ([0, 1, 2], 3)
     """
 
-    def __init__(self, edge_index: Any, source_first: bool = True, bipartite: bool = False) -> None:
+    def __init__(
+        self, edge_index: Any, source_first: bool = True, bipartite: bool = False, targets: int | None = None
+    ) -> None:
         self._edge_index, self._source_first, self._bipartite = edge_index, source_first, bipartite
+        self._targets = targets
         self._ends: tuple[Tensor, Tensor] | None = None
         # What a protection has drawn, see ``protecting``.
         self.protected: Tensor | None = None
@@ -54,6 +58,13 @@ class Edges:
         ends = self.ends[1:] if self._bipartite else self.ends
         return 1 + max((int(end.max()) for end in ends if len(end)), default=-1)
 
+    def are_of(self, tokens: Tensor) -> bool:
+        """Whether a mask of a graph's nodes, shape (nodes,), is one of the nodes of these edges: not where senders are
+        other nodes than receivers, nor in a pooled graph."""
+        if tokens.dim() != 1 or self._bipartite:
+            return False
+        return len(tokens) >= self.nodes if self._targets is None else len(tokens) == self._targets
+
     def in_degrees(self) -> Tensor:
         """Number of messages that each node gets, int64, shape (nodes,)."""
         return torch.bincount(self.ends[1], minlength=self.nodes)
@@ -74,7 +85,7 @@ class Edges:
         return source, target
 
 
-def begin_edges(layer: Any, edge_index: Any, bipartite: bool = False) -> None:
+def begin_edges(layer: Any, edge_index: Any, bipartite: bool = False, targets: int | None = None) -> None:
     """Note the edges that a layer goes on to pass messages along.
 
     Example:
@@ -84,7 +95,7 @@ def begin_edges(layer: Any, edge_index: Any, bipartite: bool = False) -> None:
         1
     """
     source_first = getattr(layer, "flow", "source_to_target") == "source_to_target"
-    layer.__dict__[_EDGES] = Edges(edge_index, source_first, bipartite)
+    layer.__dict__[_EDGES] = Edges(edge_index, source_first, bipartite, targets)
 
 
 def end_edges(layer: Any) -> None:

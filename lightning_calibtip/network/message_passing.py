@@ -1,9 +1,8 @@
 """Message passing of PyTorch Geometric: messages, and what is aggregated of them, as modules, so that both can be
 quantized (Degree-Quant: Tailor, Fernandez-Marques, Lane 2021).
 
-PyTorch Geometric calls hooks around the functions of its layers, also of layers that users derive; they lead what is
-passed through the modules. The library itself is not imported here: a model with such a layer has imported it.
-"""
+The library calls hooks around the functions of its layers, those of users' too; they lead what is passed through the
+modules. It is not imported here: a model with such a layer has imported it."""
 
 import logging
 import sys
@@ -61,8 +60,10 @@ class Messages(nn.Module, OwnRows):
         edges = self.edges
         if edges is None or rows != edges.count:
             return None
-        is_of_nodes = tokens is not None and tokens.dim() == 1 and len(tokens) >= edges.nodes
-        counted = tokens[edges.ends[1]] if tokens is not None and is_of_nodes else None
+        counted = tokens[edges.ends[1]] if tokens is not None and edges.are_of(tokens) else None
+        if counted is not None and not bool(counted.any()):
+            # No node that counts gets a message, but those that send to others are like them.
+            counted = None
         return without(counted, self.protected_rows(rows))
 
     def protected_rows(self, rows: int) -> Tensor | None:
@@ -78,12 +79,7 @@ class Messages(nn.Module, OwnRows):
 
 
 class MessageFactor(Messages):
-    """A factor of messages that are products, as a module of its own, so that it can be quantized.
-
-    Example:
-        >>> MessageFactor(nn.Identity())(torch.ones(1, 2))
-        tensor([[1., 1.]])
-    """
+    """A factor of messages that are products, as a module of its own; see ``Messages`` for an example."""
 
 
 class Aggregates(Messages):
@@ -108,9 +104,10 @@ class Aggregates(Messages):
 
     def counted_rows(self, tokens: Tensor | None, rows: int) -> Tensor | None:
         """The nodes that count, without those that are protected."""
-        protected = self.protected_rows(rows)
-        is_of_nodes = tokens is not None and tokens.dim() == 1 and len(tokens) == rows
-        return tokens if protected is None else without(tokens if is_of_nodes else None, protected)
+        protected, edges = self.protected_rows(rows), self.edges
+        if tokens is not None and tokens.dim() == 1 and edges is not None:
+            tokens = tokens if len(tokens) == rows and edges.are_of(tokens) else None
+        return tokens if protected is None else without(tokens, protected)
 
     def protected_rows(self, rows: int) -> Tensor | None:
         """Which of so many nodes are protected, see ``Messages``."""
@@ -166,20 +163,26 @@ def message_factors(layer: Any) -> dict[str, nn.Module]:
         >>> message_factors(nn.Linear(2, 2))
         {}
     """
-    children = layer._modules.items()
-    return {
-        name.removeprefix(FACTOR): child
-        for name, child in children
-        if isinstance(child, MessageFactor) and name.startswith(FACTOR)
-    }
+    found = {name: child for name, child in layer._modules.items() if isinstance(child, MessageFactor)}
+    return {name.removeprefix(FACTOR): child for name, child in found.items()}
 
 
 def _note_edges(layer: Any, inputs: tuple[Any, Any, dict[str, Any]]) -> None:
     """Hook before ``propagate``."""
     edge_index, size, given = inputs
-    pairs = [size, *(value for value in given.values() if isinstance(value, tuple | list) and len(value) == 2)]
-    lengths = [[len(x) if isinstance(x, Tensor) else x for x in pair] for pair in pairs if pair is not None]
-    begin_edges(layer, edge_index, any(first != second for first, second in lengths))
+    names = {name[:-2] for name in _arguments(layer) if name.endswith(("_i", "_j"))}
+    values = [value for name, value in given.items() if name in names and value is not None]
+    pairs = [size, *(value if isinstance(value, tuple | list) else (value, value) for value in values)]
+    counts = [[_nodes_of(layer, x) for x in pair] for pair in pairs if pair]
+    targets = (pair[layer.flow == "source_to_target"] for pair in counts)
+    known = next((count for count in targets if count is not None), None)
+    begin_edges(layer, edge_index, any(first != second for first, second in counts), known)
+
+
+def _nodes_of(layer: Any, x: Any) -> int | None:
+    if isinstance(x, Tensor) and -x.dim() <= layer.node_dim < x.dim():
+        return x.size(layer.node_dim)
+    return x if isinstance(x, int) else None
 
 
 def _forget_edges(layer: Any, *_: Any) -> None:
@@ -244,6 +247,7 @@ class _Passed:
     messages: bool = False
     aggregates: bool = False
     fused: bool = False
+    unknown: bool = False
     factors: dict[str, None] = field(default_factory=dict)
 
 
@@ -279,6 +283,7 @@ def _watch(layers: Mapping[str, Any], run: Callable[[], Any]) -> tuple[dict[str,
             mode = modes.pop()
             mode.__exit__(None, None, None)
             passed.messages |= _is_real(output)
+            passed.unknown |= not _is_real(output)
             passed.factors.update(mode.found)
 
         return hook
@@ -345,6 +350,9 @@ class MessagePassingPreparation(Preparation):
             children: dict[str, type[Messages]] = {f"{FACTOR}{key}": MessageFactor for key in passed.factors}
             children |= {MESSAGES: Messages} if passed.messages else {}
             children |= {AGGREGATES: Aggregates} if passed.aggregates else {}
+            if passed.unknown:
+                layer.__dict__["_passes_unknown"] = True
+                log.warning("%s: what it sends along edges is no single tensor of numbers, and stays float.", name)
             if children:
                 _hold(name, layer, children)
 
@@ -373,6 +381,8 @@ class MessagePassingPreparation(Preparation):
 
     def float_part(self, module: nn.Module) -> str:
         """Parameters that a layer of message passing computes with by itself."""
+        if module.__dict__.get("_passes_unknown"):
+            return "what it sends along edges is no single tensor of numbers, and stays float"
         if not module.__dict__.get("_passes_through_modules"):
             return ""
         own = [name for name, parameter in module._parameters.items() if parameter is not None]

@@ -23,10 +23,11 @@ class Protection:
     high: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= 1:
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (self.low, self.high))
+        if not numbers or not 0 <= self.low <= self.high <= 1:
             raise ValueError(
-                f"The probabilities of a protection must be 0 <= low <= high <= 1, got low={self.low} and "
-                f"high={self.high}."
+                f"The probabilities of a protection must be 0 <= low <= high <= 1, got low={self.low!r} and "
+                f"high={self.high!r}."
             )
 
     def __bool__(self) -> bool:

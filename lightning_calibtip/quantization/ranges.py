@@ -127,7 +127,8 @@ class RangeOptions:
             raise ValueError(f"p must be above 0, got {self.p}.")
         if self.search not in SEARCHES:
             raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}.")
-        for what, least in (("joint_samples", 1), ("joint_iterations", 1), ("joint_evaluations", 2)):
+        counts = (("joint_samples", 1), ("joint_iterations", 1), ("joint_evaluations", 2), ("seed", 0))
+        for what, least in counts:
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}.")

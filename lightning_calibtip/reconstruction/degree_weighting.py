@@ -17,7 +17,8 @@ class DegreeWeightedError(SquaredError):
     """Squared error of which half weighs all nodes alike, and half each by its in-degree over the mean of the graph's:
     what goes wrong in a hub is heard by many.
 
-    It counts for units that pass messages and return a row for each node; elsewhere it is the squared error.
+    It counts for units that pass messages and return a row for each node; elsewhere it is the squared error. A model
+    without any is refused.
 
     Args:
         layers: Layers of the unit.
@@ -32,6 +33,15 @@ class DegreeWeightedError(SquaredError):
         self._aggregates = [layer.module for layer in self.layers if isinstance(layer.module, Aggregates)]
         for module in self._aggregates:
             module.keeps_degrees = True
+
+    @classmethod
+    def check_layers(cls, layers: Sequence[QuantizedLayer]) -> None:
+        """See ``Objective``."""
+        if not any(isinstance(layer.module, Aggregates) for layer in layers):
+            raise ValueError(
+                f"objective={DEGREE!r} weighs nodes of graphs, and no quantized layer of the model aggregates "
+                "messages: leave objective out."
+            )
 
     def row_weights(self, output: Tensor) -> Tensor | None:
         """See ``Objective``."""

@@ -36,6 +36,10 @@ class Objective:
     def __init__(self, layers: Sequence[QuantizedLayer] = ()) -> None:
         self.layers = tuple(layers)
 
+    @classmethod
+    def check_layers(cls, layers: Sequence[QuantizedLayer]) -> None:
+        """Raise ``ValueError`` if the objective makes no sense for a model of these quantized layers."""
+
     def loss(self, output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
         """Distance of an output tensor of the unit from the float unit's, a sum over its elements.
 
@@ -133,6 +137,22 @@ def make_objective(name: str, layers: Sequence[QuantizedLayer]) -> Objective:
         layers: Layers of the unit.
     """
     return _OBJECTIVES[name](layers)
+
+
+def check_layers(name: str, layers: Sequence[QuantizedLayer]) -> None:
+    """Refuse an objective that makes no sense for a model.
+
+    Args:
+        name: Name of the objective.
+        layers: All quantized layers of the model.
+
+    Raises:
+        ValueError: If it does not.
+
+    Example:
+        >>> check_layers("squared_error", [])
+    """
+    _OBJECTIVES[name].check_layers(layers)
 
 
 def weighs_rows(name: str) -> bool:

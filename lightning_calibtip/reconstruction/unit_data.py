@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 
 from ..calibration.activation_store import TensorSeries
 from ..calibration.recording import Recording, UnitCall
+from ..network.message_passing import message_passing_layers
 from .units import Unit
 
 # Samples on which it is tried whether a unit can be run on a part of a batch, and the relative difference that other
@@ -149,7 +150,8 @@ class RowsOf(UnitDataset):
         for leaf, given in zip(leaves, batch.importance or repeat(None), strict=False):
             weight = torch.ones_like(leaf) if given is None else given
             if leaf.dim():
-                chosen = self._chosen((weight != 0).flatten(1).any(1).cpu()).to(weight)
+                counted = weight != 0
+                chosen = self._chosen((counted.flatten(1).any(1) if counted.dim() > 1 else counted).cpu()).to(weight)
                 weight = weight * chosen.view(-1, *[1] * (weight.dim() - 1))
             weights.append(weight)
         return batch._replace(importance=weights)
@@ -250,7 +252,8 @@ def _table(recording: Recording, lengths: list[int], shares_constants: bool) -> 
 
 
 def split_by_samples(unit: Unit, data: UnitData) -> UnitDataset:
-    """The data set of a unit, split along the first dimension only if the unit gives the same on a part of them.
+    """The data set of a unit, split along the first dimension only if the unit gives the same on a part of them. Where
+    it passes messages along the edges of a graph, that is not even tried: they name nodes that would not be there.
 
     Args:
         unit: The unit.
@@ -266,6 +269,8 @@ def split_by_samples(unit: Unit, data: UnitData) -> UnitDataset:
         outputs = unit.output_tensors(unit(data.inputs[0]))
     if not outputs or not outputs[0].dim():
         raise ValueError(f"{unit.name} returns no floating-point tensor of samples")
+    if message_passing_layers(unit.module):
+        return UnitDataset(*data, whole=True)
     # Rows of convolutions come channels-last, which code with views of its own may not take.
     for contiguous in (False, True) if unit.prefers_channels_last else (False,):
         for shares in (True, False):
