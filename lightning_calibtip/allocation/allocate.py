@@ -89,7 +89,10 @@ def allocate(
     with trial([network.layers[name] for name in network.searchable_layers]):
         measurement = options.sensitivity_options(table_path)
         loss = Loss(network, calibration, measurement.metric, measurement.samples)
-        table, base_loss, comparable = _sensitivities(network, loss, problem, measurement, store, progress)
+        predictor = loss.predictor()
+        table, base_loss, comparable = _sensitivities(network, predictor, problem, measurement, store, progress)
+        if predictor is not loss:
+            base_loss, comparable = _loss_at_base(network, loss, problem), True
         model, checks = Model(network, loss, base_loss), options.checks if comparable else 0
         problem.set_losses(table)
         curve, uniform = [], []
@@ -161,9 +164,14 @@ def _sensitivities(
         "loss, which is that of the present states.",
         options.reuse,
     )
+    return table, _loss_at_base(network, loss, problem), False
+
+
+def _loss_at_base(network: QuantizedNetwork, loss: Loss, problem: Problem) -> float:
+    base = base_bits(problem.candidates)
     for name in network.searchable_layers:
         network.switch(name, base)
-    return table, loss(), False
+    return loss()
 
 
 @dataclass

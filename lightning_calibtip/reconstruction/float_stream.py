@@ -58,7 +58,8 @@ class FloatStream:
         self._stream = Replay(network.model, network.structure, calibration, names, store)
         self._importance: dict[str, Recording] = {}
         if options.loss is not None:
-            self._importance = measure_importance(network, calibration, units, self._stream, options.loss)
+            given = options.loss, options.seed
+            self._importance = measure_importance(network, calibration, units, self._stream, *given)
         self._weighs = options.loss is not None or calibration.padded
 
     def record(self, unit: Unit, keep_inputs: bool, weighs: bool = True) -> FloatRecord:
