@@ -51,8 +51,8 @@ class AllocationOptions:
         agree_on_input: Whether layers that read the same tensor must.
         agree_on_add: Whether layers whose outputs are added up must.
         metric: What is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, what mistakes cost (a
-            ``Utility``, or a mapping of its fields), another ``Divergence`` or its name, or a function ``metric(output, batch)``, less being
-            better: a labelled loss, say (in YAML its import path).
+            ``Utility``, or a mapping of its fields), another ``Divergence`` or its name, or a function
+            ``metric(output, batch)``, less being better: a labelled loss, say (in YAML its import path).
         samples: Number of calibration samples to measure on; all if None.
         checks: Number of alternatives to the program's answer whose true loss is measured; the best is kept.
         pick_under: Greatest compression of the point that is picked from a sweep; None for any.

@@ -2,7 +2,7 @@
 name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Divergence(ABC):
         Raises:
             ValueError: If the divergence is for others; the message says for which.
         """
+        return None
 
     def targets(self, network: QuantizedNetwork, calibration: CalibrationSet) -> list[list[Tensor]]:
         """What the float model says of each batch: its logits, see ``float_logits``.
@@ -176,7 +177,7 @@ def check_divergence(value: Any, option: str, others: str = "") -> None:
         raise ValueError(f"{option} must be {', '.join(_DIVERGENCES)}, a Utility{others}, got {value!r}.")
 
 
-def divergence_of(value: str | Divergence) -> Divergence:
+def divergence_of(value: str | Divergence | Mapping[str, Any]) -> Divergence:
     """The divergence of a name; one that is given is returned as it is.
 
     Args:
@@ -186,6 +187,7 @@ def divergence_of(value: str | Divergence) -> Divergence:
         >>> divergence_of("kl").name
         'kl'
     """
+    assert not isinstance(value, Mapping), "options make a Utility of a mapping"
     return value if isinstance(value, Divergence) else _DIVERGENCES[value]()
 
 

@@ -1,6 +1,6 @@
 """Loss of a model as it is, over the calibration set: how much quantization has cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .fingerprint import describe_function
 LossFunction = Callable[[Any, Any], Any]
 
 
-def check_metric(metric: str | LossFunction | Divergence, option: str = "metric") -> None:
+def check_metric(metric: str | LossFunction | Divergence | Mapping[str, Any], option: str = "metric") -> None:
     """Raise ``ValueError`` unless ``metric`` is a divergence, the name of one, or a function.
 
     Args:
@@ -59,7 +59,7 @@ class Loss:
         self,
         network: QuantizedNetwork,
         calibration: CalibrationSet,
-        metric: str | LossFunction | Divergence = "kl",
+        metric: str | LossFunction | Divergence | Mapping[str, Any] = "kl",
         samples: int | None = None,
     ) -> None:
         check_metric(metric)

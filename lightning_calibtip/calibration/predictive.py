@@ -36,8 +36,8 @@ def dropout_passes(
     dropouts = [module for module in network.model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
     if not dropouts:
         raise ValueError(
-            f"dropout_samples={samples} needs dropout layers (nn.Dropout with p above 0), and the model has none: leave "
-            "it out, or give an ensemble."
+            f"dropout_samples={samples} needs dropout layers (nn.Dropout with p above 0), and the model has none: "
+            "leave it out, or give an ensemble."
         )
     with _training(dropouts), torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -29,14 +29,17 @@ class Utility(Divergence):
     cost(h, c)``, and the quantized model is to cost as little as the float one.
 
     As the loss of bit allocation and of the diagnosis it is what the quantized model's decisions cost by the float
-    model's own probabilities, in the unit of the matrix, so that no labels are needed. So that a few samples tell,
-    decisions are soft there, with chances ``softmax(-cost(h) / T)``. Bias tuning and AdaQuant's weights get the KL
-    divergence from the float model plus ``-log(M - cost)``, M being 1 per cent above the largest cost.
+    model's own probabilities, in the unit of the matrix, so that no labels are needed. Bias tuning and AdaQuant's
+    weights get the KL divergence from the float model plus ``-log(M - cost)``, M being 1 per cent above the largest
+    cost. Decisions are soft in these, with chances ``softmax(-cost(h) / T)``, so that samples that hardly decide
+    otherwise count in part. Bit allocation adds up, layer by layer, the divergence of soft decisions: a decision turns
+    only where errors of several layers come together.
 
     Args:
-        matrix: ``matrix[decision][truth]`` is what a decision costs where the truth is another class (or the same one),
-            shape (classes, classes), in any unit; finite numbers of at least 0.
-        cost: Function ``cost(decision, truth)`` of two classes, in place of ``matrix``; it is called once for each pair.
+        matrix: ``matrix[decision][truth]`` is what a decision costs where the truth is that class, shape (classes,
+            classes), in any unit; finite numbers of at least 0.
+        cost: Function ``cost(decision, truth)`` of two classes, in place of ``matrix``, which then takes what it gives
+            for each pair.
         classes: Number of classes that ``cost`` is asked about.
         temperature: T, as a share of the largest cost, above 0: how far two decisions must be apart in cost for the
             one to be taken for certain.
@@ -68,13 +71,15 @@ that are avoided: subtract each from the greatest.
     matrix: Sequence[Sequence[float]] | None = None
     cost: Callable[[int, int], float] | None = None
     classes: int | None = None
-    temperature: float = 0.03
+    temperature: float = 0.01
     dropout_samples: int = 0
     ensemble: Sequence[nn.Module] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix", _checked(self._given()))
+        matrix = _checked(self._given())
+        for name, value in (("matrix", matrix), ("cost", None), ("classes", len(matrix))):
+            object.__setattr__(self, name, value)
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"Utility: temperature must be a finite number above 0, got {self.temperature!r}.")
         for name in ("dropout_samples", "seed"):
@@ -90,8 +95,10 @@ that are avoided: subtract each from the greatest.
         if (self.matrix is None) == (self.cost is None):
             raise ValueError("Utility: give either matrix or cost, a function cost(decision, truth).")
         if self.cost is None:
-            if self.classes is not None and len(self.matrix or ()) != self.classes:
-                raise ValueError(f"Utility: matrix has {len(self.matrix or ())} rows, and classes is {self.classes}.")
+            if self.classes is not None and len(self.matrix) != self.classes:  # type: ignore[arg-type]
+                raise ValueError(
+                    f"Utility: matrix has {len(self.matrix)} rows, and classes is {self.classes}."  # type: ignore[arg-type]
+                )
             return self.matrix
         if isinstance(self.classes, bool) or not isinstance(self.classes, int):
             raise ValueError(
@@ -175,9 +182,23 @@ that are avoided: subtract each from the greatest.
             Costs, shape (samples, ...).
         """
         judged = self.expected_costs(self.probabilities(wanted))
-        sharpness = self.temperature * float(self.table.max())
-        chances = (-self.expected_costs(self.probabilities(logits)) / sharpness).softmax(-1)
-        return (chances * judged).sum(-1)
+        return (self.log_chances(logits).exp() * judged).sum(-1)
+
+    def log_chances(self, logits: Tensor) -> Tensor:
+        """Logarithms of the chances of soft decisions.
+
+        Args:
+            logits: Logits by which decisions are taken, see ``probabilities``.
+
+        Returns:
+            Shape (samples, ..., decisions).
+        """
+        costs = self.expected_costs(self.probabilities(logits))
+        return (-costs / (self.temperature * float(self.table.max()))).log_softmax(-1)
+
+    def predictor(self) -> Divergence:
+        """The divergence of soft decisions, see ``SoftDecisions``."""
+        return SoftDecisions(self)
 
     def of_samples(self, output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
         """What the decisions are expected to cost by the float model's probabilities; see ``Divergence``."""
@@ -245,6 +266,45 @@ that are avoided: subtract each from the greatest.
         return mean_logits([*passes, *ensemble_passes(network, calibration, self.ensemble)])
 
 
+class SoftDecisions(Divergence):
+    """KL divergence of the quantized model's soft decisions from the float model's, in nats: like any divergence it
+    adds up over layers while it is small, but it does not see what makes no difference to decisions.
+
+    Args:
+        utility: What mistakes cost.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 0.0]])
+        >>> SoftDecisions(Utility([[0, 1], [10, 0]])).of_samples(logits, [logits])
+        tensor([0.])
+    """
+
+    def __init__(self, utility: Utility) -> None:
+        self.utility = utility
+
+    @property
+    def name(self) -> str:
+        """``"decisions"`` and the digest of the utility's name."""
+        return self.utility.name.replace("cost", "decisions")
+
+    def check_logits(self, logits: Sequence[tuple[str, Tensor]]) -> None:
+        """See ``Utility``."""
+        self.utility.check_logits(logits)
+
+    def targets(self, network: QuantizedNetwork, calibration: CalibrationSet) -> list[list[Tensor]]:
+        """See ``Utility``."""
+        return self.utility.targets(network, calibration)
+
+    def of_samples(self, output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
+        """See ``Divergence``."""
+        found = []
+        for logits, wanted, counts in self.utility.compared(output, target, tokens):
+            ours, theirs = (self.utility.log_chances(each) for each in (logits, wanted))
+            lost = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+            found.append(over_positions(lost, counts, logits))
+        return torch.stack(found).sum(0)
+
+
 def with_utility(value: Any, option: str) -> Any:
     """A mapping of the fields of ``Utility``, as YAML gives it, as a ``Utility``; anything else as it is.
 
@@ -295,8 +355,8 @@ def _checked(matrix: Any) -> tuple[tuple[float, ...], ...]:
         for truth, cost in enumerate(row):
             if not 0 <= cost < math.inf:
                 raise ValueError(
-                    f"Utility: matrix[{decision}][{truth}] is {cost}; costs must be finite numbers of at least 0. Count "
-                    "gains as costs that are avoided: subtract each from the greatest."
+                    f"Utility: matrix[{decision}][{truth}] is {cost}; costs must be finite numbers of at least 0. "
+                    "Count gains as costs that are avoided: subtract each from the greatest."
                 )
     if len(set(found)) == 1:
         raise ValueError("Utility: all rows of the matrix are alike, so that every decision costs the same.")

@@ -115,8 +115,9 @@ def allocation_outcome(chosen: Point) -> str:
     """
     counts = Counter(bits.label for bits in chosen.bits.values())
     choices = ", ".join(f"{label} for {count} layer{'s' * (count > 1)}" for label, count in sorted(counts.items()))
+    predicted = "" if math.isnan(chosen.predicted_loss) else f" ({chosen.predicted_loss:.4g} was predicted)"
     sentence = (
-        f"Chosen: {choices}; the loss rises by {chosen.measured_loss:.4g} ({chosen.predicted_loss:.4g} was predicted), "
-        f"weights take {chosen.compression:.1%} of float32."
+        f"Chosen: {choices}; the loss rises by {chosen.measured_loss:.4g}{predicted}, weights take "
+        f"{chosen.compression:.1%} of float32."
     )
     return sentence if chosen.proved else f"{sentence} The solver has not proved that no choice is better."

@@ -38,8 +38,8 @@ class PipelineOptions:
         state_folder: Folder of its own for finished units and measurements: a run that was killed and is repeated is
             resumed from there. ``QuantizationRun.save`` removes them once the checkpoint is written. None to keep
             nothing.
-        utility: What mistakes cost, a ``Utility`` or a mapping of its fields: the metric of bit allocation, the loss that
-            weights AdaQuant and the divergence of bias tuning, where these are left at their defaults, and rows of the
+        utility: What mistakes cost, a ``Utility`` or a mapping of its fields: metric of bit allocation, loss that
+            weights AdaQuant and divergence of bias tuning where these are left at their defaults, and rows of the
             report (``DecisionCosts``). None where all mistakes are alike.
         seed: Random seed of every stage; None leaves each stage the seed of its own options.
 

@@ -1,7 +1,7 @@
 """Importance of each element of a unit's output: by the loss's gradient (Fisher weighting; BRECQ: Li et al. 2021), and
 none where it belongs to padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ def measure_importance(
     calibration: CalibrationSet,
     units: Sequence[Unit],
     stream: Replay,
-    loss: ReconstructionLoss | Divergence | str,
+    loss: ReconstructionLoss | Divergence | Mapping[str, Any] | str,
     seed: int = 0,
 ) -> dict[str, Recording]:
     """Weights of the elements of each unit's output, in one pass forward and backward through the float model.
@@ -86,7 +86,7 @@ def _labelled(loss: ReconstructionLoss, calibration: CalibrationSet) -> Callable
 
 
 def _probing(
-    loss: Divergence | str, network: QuantizedNetwork, calibration: CalibrationSet, seed: int
+    loss: Divergence | Mapping[str, Any] | str, network: QuantizedNetwork, calibration: CalibrationSet, seed: int
 ) -> Callable[[Any, int], Tensor]:
     """What a divergence probes of an output for the batch of an index."""
     divergence = divergence_of(loss)

@@ -68,8 +68,9 @@ class AdaQuantOptions:
             ``register_objective``).
         loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch. Each element of a
             unit's output is then weighted by the square of the loss's gradient (Fisher weighting, BRECQ), and the
-            squared error becomes the ``"fisher"`` objective. ``"kl"``, a ``Utility`` (or a mapping of its fields) or another ``Divergence`` needs no
-            labels: classes are drawn from the float model's own probabilities. None weights all elements alike.
+            squared error becomes the ``"fisher"`` objective. ``"kl"``, a ``Utility`` (or a mapping of its
+            fields) or another ``Divergence`` needs no labels: classes are drawn from the float model's own
+            probabilities. None weights all elements alike.
         rounding: Name of a registered rounding method: ``"straight_through"`` moves the weights and rounds them to
             nearest; ``"learned"`` keeps them and learns which way each is rounded (AdaRound, Nagel et al. 2020); or one
             of your own (see ``register_rounding``).

@@ -41,8 +41,8 @@ class BiasTuningOptions:
         holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below
             1.
         seed: Random seed of the order of batches and of the choice of held-out ones.
-        divergence: What is minimised: the divergence from the float logits, ``"kl"``, the squared error of the outputs,
-            ``"mse"``, KL and what mistakes cost (a ``Utility``, or a mapping of its fields), or another ``Divergence`` or its name.
+        divergence: What is minimised: ``"kl"`` from the float logits, ``"mse"`` of the outputs, KL and what mistakes
+            cost (a ``Utility``, or a mapping of its fields), or another ``Divergence`` or its name.
 
     Raises:
         ValueError: If an option is out of its range; the message names it, its value and the allowed range.
