@@ -17,8 +17,8 @@ from .networks import Classifier, cancer_network, digits_network
 
 SUBJECTS = ("cancer", "digits", "cifar10")
 
-# The test samples of breast cancer are those at the end of this permutation, of digits the last images (other writers).
-_CANCER_TEST, _DIGITS_TEST, _CANCER_ORDER = 200, 798, 0
+# The test samples of scikit-learn's data are those at the end of a permutation of this seed.
+_ORDER, _CANCER_TEST, _DIGITS_TEST = 0, 200, 798
 # CIFAR-10: calibration images are drawn from the first training images; settings are chosen on those after them.
 _CIFAR_POOL, _CIFAR_CALIBRATION = 3000, 512
 _CIFAR_ANIMALS = (2, 3, 4, 5, 6, 7)
@@ -90,43 +90,45 @@ def load_subject(name: str, seed: int, split: str = "test", data: str | None = N
     if name == "cifar10":
         if data is None:
             raise ValueError("cifar10 needs data, a folder with train*.parquet, test*.parquet and resnet20.pt.")
-        model = CifarClassifier("resnet20", Path(data) / "resnet20.pt")
+        resnet = CifarClassifier("resnet20", Path(data) / "resnet20.pt")
         train, chosen = load_images(data, "train").tensors, torch.randperm(_CIFAR_POOL)[:_CIFAR_CALIBRATION]
         calibration = TensorDataset(*(each[chosen] for each in train))
         rest = TensorDataset(*(each[_CIFAR_POOL:] for each in train))
         evaluation = load_images(data, "test") if split == "test" else rest
-        return Subject(name, model, "top1", DataLoader(calibration, 128), DataLoader(evaluation, 250), matrix)
-    (x, y), (x_test, y_test) = _cancer() if name == "cancer" else _digits()
-    order = torch.randperm(len(x))
-    kept = len(x) if split == "test" else (3 * len(x)) // 5
-    parts = [x[order[:kept]], y[order[:kept]], x[order[kept:]], y[order[kept:]]]
-    if split == "test":
-        parts[2:] = [x_test, y_test]
+        return Subject(name, resnet, "top1", DataLoader(calibration, 128), DataLoader(evaluation, 250), matrix)
+    x, y, x_test, y_test = _cancer() if name == "cancer" else _digits()
+    if split == "train":
+        kept = (3 * len(x)) // 5
+        x, y, x_test, y_test = x[:kept], y[:kept], x[kept:], y[kept:]
     if name == "cancer":
-        mean, deviation = parts[0].mean(0), parts[0].std(0) + 1e-6
-        parts[0], parts[2] = ((each - mean) / deviation for each in (parts[0], parts[2]))
-    train, evaluation = TensorDataset(*parts[:2]), TensorDataset(*parts[2:])
+        mean, deviation = x.mean(0), x.std(0) + 1e-6
+        x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
+    # Calibrated on all of them, of which some were not trained on: there the network's own doubt is an honest one.
+    trained_on = torch.randperm(len(x))[: (7 * len(x)) // 10]
     net, decay, epochs, size = (cancer_network(), 1e-2, 30, 32) if name == "cancer" else (digits_network(), 0.0, 8, 50)
     model = Classifier(net, len(matrix), decay)
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=False,
+        enable_progress_bar=False, limit_val_batches=0,
     )  # fmt: skip
-    trainer.fit(model, DataLoader(train, size, shuffle=True))
-    return Subject(name, model, "accuracy", DataLoader(train, 100), DataLoader(evaluation, 250), matrix)
+    trainer.fit(model, DataLoader(TensorDataset(x[trained_on], y[trained_on]), size, shuffle=True))
+    calibration, evaluation = TensorDataset(x, y), TensorDataset(x_test, y_test)
+    return Subject(name, model, "accuracy", DataLoader(calibration, 100), DataLoader(evaluation, 250), matrix)
 
 
-Parts = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+def _shuffled(x: Tensor, y: Tensor, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples and labels to train on, and those of the test."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(_ORDER))
+    x, y = x[order], y[order]
+    return x[:-test], y[:-test], x[-test:], y[-test:]
 
 
-def _cancer() -> Parts:
+def _cancer() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     data = load_breast_cancer()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(_CANCER_ORDER))
-    x, y = torch.tensor(data.data, dtype=torch.float32)[order], torch.tensor(data.target)[order]
-    return (x[:-_CANCER_TEST], y[:-_CANCER_TEST]), (x[-_CANCER_TEST:], y[-_CANCER_TEST:])
+    return _shuffled(torch.tensor(data.data, dtype=torch.float32), torch.tensor(data.target), _CANCER_TEST)
 
 
-def _digits() -> Parts:
+def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     data = load_digits()
-    x, y = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target)
-    return (x[:-_DIGITS_TEST], y[:-_DIGITS_TEST]), (x[-_DIGITS_TEST:], y[-_DIGITS_TEST:])
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    return _shuffled(images, torch.tensor(data.target), _DIGITS_TEST)
