@@ -12,7 +12,8 @@ from recipes.utility.subjects import SUBJECTS, cost_matrix, load_subject
 
 def test_it_quantizes_by_its_matrix_and_writes_result_and_report(tmp_path):
     words = ["--subject=cancer", f"--output={tmp_path}", "--pipeline=mixed", "--allocation.compression=0.12",
-             "--allocation.candidates=[2, 3, 8]", "--allocation.checks=2", "--edge_bits=null", "--adaquant.iterations=3",
+             "--allocation.candidates=[2, 3, 8]", "--allocation.checks=2", "--edge_bits=null",
+             "--adaquant.iterations=2",
              "--preparation.iterations=3", "--bias_tuning.epochs=1", "--accelerator=cpu", "--target=null"]  # fmt: skip
     run_recipe(main, words)
     record = json.loads((tmp_path / "result.json").read_text())
