@@ -91,13 +91,17 @@ def allocate(
         loss = Loss(network, calibration, measurement.metric, measurement.samples)
         predictor = loss.predictor()
         table, base_loss, comparable = _sensitivities(network, predictor, problem, measurement, store, progress)
+        searched = model = Model(network, predictor, base_loss)
         if predictor is not loss:
-            base_loss, comparable = _loss_at_base(network, loss, problem), True
-        model, checks = Model(network, loss, base_loss), options.checks if comparable else 0
+            model, comparable = Model(network, loss, _loss_at_base(network, loss, problem)), True
+        # Alternatives are told apart by what predicts them, but for a limit, which is one of the loss itself.
+        measure = searched.measure if constraints.minimise == "loss" else model.measure
+        checks = options.checks if comparable else 0
         problem.set_losses(table)
         curve, uniform = [], []
         for limits in budgets:
-            bits, measured, proved = _best(problem, limits, model.measure, checks, predictor is loss)
+            bits, measured, proved = _best(problem, limits, measure, checks, predictor is loss)
+            measured = measured if predictor is loss else model.measure(bits)
             label = f"{limits.get('compression', constraints.minimise)}"
             curve.append(_point(problem, model, label, bits, measured, proved, evaluate if sweep.compression else None))
         for candidate in candidates if sweep.compression else ():

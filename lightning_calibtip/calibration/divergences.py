@@ -68,8 +68,8 @@ class Divergence(ABC):
         """
 
     def predictor(self) -> "Divergence":
-        """The divergence whose rises of single layers bit allocation adds up to choose what it measures: this one, but
-        where errors of several layers have to come together before it rises at all.
+        """The divergence by which bit allocation predicts and compares choices, whose loss it then reports: this one,
+        but where it moves with so few samples that a choice among many would fit these.
         """
         return self
 

@@ -75,7 +75,7 @@ class Loss:
         self._targets = [] if callable(self.metric) else self.metric.targets(network, self.calibration)
 
     def predictor(self) -> "Loss":
-        """The loss on the same samples whose rises of single layers add up, see ``Divergence.predictor``; this one, but
+        """The loss on the same samples by which choices are compared, see ``Divergence.predictor``; this one, but
         where the metric names another."""
         if callable(self.metric) or (other := self.metric.predictor()) is self.metric:
             return self

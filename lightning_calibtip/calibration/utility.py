@@ -22,6 +22,12 @@ from .predictive import dropout_passes, ensemble_passes, mean_logits
 # By which share of the largest cost M is above it.
 _ABOVE = 0.01
 
+# The share of the KL divergence in the divergence of decisions.
+_OF_PROBABILITIES = 0.1
+
+# Costs below this share of the largest are nothing.
+_NOTHING = 1e-6
+
 
 @dataclass(frozen=True)
 class Utility(Divergence):
@@ -32,8 +38,8 @@ class Utility(Divergence):
     model's own probabilities, in the unit of the matrix, so that no labels are needed. Bias tuning and AdaQuant's
     weights get the KL divergence from the float model plus ``-log(M - cost)``, M being 1 per cent above the largest
     cost. Decisions are soft in these, with chances ``softmax(-cost(h) / T)``, so that samples that hardly decide
-    otherwise count in part. Bit allocation adds up, layer by layer, the divergence of soft decisions: a decision turns
-    only where errors of several layers come together.
+    otherwise count in part. Bit allocation chooses by a divergence of decisions (``DecisionDivergence``): the cost itself
+    turns on few samples, and a choice among many alternatives would fit those.
 
     Args:
         matrix: ``matrix[decision][truth]`` is what a decision costs where the truth is that class, shape (classes,
@@ -197,8 +203,8 @@ that are avoided: subtract each from the greatest.
         return (-costs / (self.temperature * float(self.table.max()))).log_softmax(-1)
 
     def predictor(self) -> Divergence:
-        """The divergence of soft decisions, see ``SoftDecisions``."""
-        return SoftDecisions(self)
+        """The divergence of decisions, see ``DecisionDivergence``."""
+        return DecisionDivergence(self)
 
     def of_samples(self, output: Any, target: list[Tensor], tokens: Tensor | None = None) -> Tensor:
         """What the decisions are expected to cost by the float model's probabilities; see ``Divergence``."""
@@ -266,16 +272,21 @@ that are avoided: subtract each from the greatest.
         return mean_logits([*passes, *ensemble_passes(network, calibration, self.ensemble)])
 
 
-class SoftDecisions(Divergence):
-    """KL divergence of the quantized model's soft decisions from the float model's, in nats: like any divergence it
-    adds up over layers while it is small, but it does not see what makes no difference to decisions.
+class DecisionDivergence(Divergence):
+    """How far the quantized model has come from the float one in what its decisions depend on: a smooth loss, which
+    falls and rises with every sample, where the expected cost moves only with the few whose decision turns.
+
+    With chances ``r(h)`` of decisions in inverse proportion to their expected costs (of two classes: the model's own
+    probabilities, moved so that they are even where the decision turns), it is ``KL(r float || r quantized)``, weighted
+    by what the decision is about, the harmonic mean of the float model's expected costs as a share of the matrix'
+    mean; plus a tenth of the KL divergence of the probabilities, without which rare samples would settle everything.
 
     Args:
         utility: What mistakes cost.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0]])
-        >>> SoftDecisions(Utility([[0, 1], [10, 0]])).of_samples(logits, [logits])
+        >>> DecisionDivergence(Utility([[0, 1], [10, 0]])).of_samples(logits, [logits])
         tensor([0.])
     """
 
@@ -299,10 +310,19 @@ class SoftDecisions(Divergence):
         """See ``Divergence``."""
         found = []
         for logits, wanted, counts in self.utility.compared(output, target, tokens):
-            ours, theirs = (self.utility.log_chances(each) for each in (logits, wanted))
-            lost = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-            found.append(over_positions(lost, counts, logits))
+            ours, theirs = (self.utility.probabilities(each) for each in (logits, wanted))
+            (by_ours, _), (by_theirs, stake) = self._log_chances(ours), self._log_chances(theirs)
+            turned = F.kl_div(by_ours, by_theirs, reduction="none", log_target=True).sum(-1)
+            lost = F.kl_div(_logarithm(ours), _logarithm(theirs), reduction="none", log_target=True).sum(-1)
+            found.append(over_positions(stake * turned + _OF_PROBABILITIES * lost, counts, logits))
         return torch.stack(found).sum(0)
+
+    def _log_chances(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the chances of decisions, and the mean cost by these chances over the matrix' mean."""
+        table = self.utility.table
+        costs = self.utility.expected_costs(probabilities)
+        chances = (-(costs + _NOTHING * float(table.max())).log()).log_softmax(-1)
+        return chances, (chances.exp() * costs).sum(-1) / float(table.mean())
 
 
 def with_utility(value: Any, option: str) -> Any:

@@ -142,7 +142,7 @@ def test_a_matrix_of_another_number_of_classes_is_refused_on_the_first_batch(tum
     assert first.seconds == 0
 
 
-def test_allocation_measures_the_expected_cost_and_predicts_by_soft_decisions(tumours):
+def test_allocation_reports_the_expected_cost_and_chooses_by_the_divergence_of_decisions(tumours):
     model, calibration, _ = tumours
     module = QuantizationModule(model, weight_bits=3, activation_bits=None, edge_bits=None)
     stage = BitAllocation(metric=Utility(MATRIX), candidates=[2, 3, 4], compression=3 / 32, checks=8)
