@@ -38,8 +38,8 @@ class Utility(Divergence):
     model's own probabilities, in the unit of the matrix, so that no labels are needed. Bias tuning and AdaQuant's
     weights get the KL divergence from the float model plus ``-log(M - cost)``, M being 1 per cent above the largest
     cost. Decisions are soft in these, with chances ``softmax(-cost(h) / T)``, so that samples that hardly decide
-    otherwise count in part. Bit allocation chooses by a divergence of decisions (``DecisionDivergence``): the cost itself
-    turns on few samples, and a choice among many alternatives would fit those.
+    otherwise count in part. Bit allocation chooses by a divergence of decisions (``DecisionDivergence``): the cost
+    itself turns on few samples, and a choice among many alternatives would fit those.
 
     Args:
         matrix: ``matrix[decision][truth]`` is what a decision costs where the truth is that class, shape (classes,

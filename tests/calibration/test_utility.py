@@ -80,6 +80,33 @@ def test_the_measured_loss_is_the_expected_cost_by_the_float_probabilities(gener
     assert (found >= utility.of_samples(wanted, [wanted]) - 1e-4).all()
 
 
+def test_the_divergence_of_two_classes_is_that_of_probabilities_moved_to_where_the_decision_turns():
+    """With costs 1 and 20 the decision turns at a logit of log 20; there the chances of both are even."""
+    logits, wanted = torch.tensor([3.2, -1.0, 2.0]), torch.tensor([2.8, 0.5, 2.0])
+    divergence = Utility([[0, 1], [20, 0]]).predictor()
+    found = divergence.of_samples(logits, [wanted])
+    p, q = wanted.sigmoid(), logits.sigmoid()
+    r, s = (wanted - math.log(20)).sigmoid(), (logits - math.log(20)).sigmoid()
+
+    def kl(a, b):
+        return a * (a / b).log() + (1 - a) * ((1 - a) / (1 - b)).log()
+
+    # Of the costs p and 20 (1 - p), the harmonic mean; 5.25 is the matrix' mean.
+    stake = 2 * p * 20 * (1 - p) / (p + 20 * (1 - p)) / 5.25
+    torch.testing.assert_close(found, stake * kl(r, s) + 0.1 * kl(p, q), rtol=1e-3, atol=1e-6)
+    assert found[2] == 0 and stake[0] > stake[1]
+
+
+def test_the_divergence_of_decisions_hardly_sees_what_makes_no_difference_to_them(generator):
+    """Two classes that cost alike, whatever is taken for the other, against one whose mistakes are dear."""
+    matrix = [[0, 0.01, 10], [0.01, 0, 10], [10, 10, 0]]
+    wanted = torch.zeros(1, 3)
+    between, across = torch.tensor([[0.5, -0.5, 0.0]]), torch.tensor([[0.25, 0.25, -0.5]])
+    kl = [F.kl_div(each.log_softmax(1), wanted.log_softmax(1), log_target=True).item() for each in (between, across)]
+    lost = [Utility(matrix).predictor().of_samples(each, [wanted]).item() for each in (between, across)]
+    assert lost[0] / kl[0] < 0.5 * lost[1] / kl[1]
+
+
 def test_the_training_loss_is_kl_and_the_logarithm_of_what_is_left_to_the_largest_cost(generator):
     logits, wanted = torch.randn(2, 50, 3, generator=generator)
     utility = Utility(MATRIX, temperature=0.1)
