@@ -16,7 +16,7 @@ from ..utility.subjects import Subject, load_subject
 
 METHODS = ("float", "kl", "cost")
 
-CANDIDATES, BUDGET, CHECKS = (2, 3, 4), 3, 96
+CANDIDATES, BUDGET, CHECKS = (2, 3, 4), 3, 32
 
 
 def measure_costs(
