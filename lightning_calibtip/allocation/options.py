@@ -54,7 +54,8 @@ class AllocationOptions:
             ``Utility``, or a mapping of its fields), another ``Divergence`` or its name, or a function
             ``metric(output, batch)``, less being better: a labelled loss, say (in YAML its import path).
         samples: Number of calibration samples to measure on; all if None.
-        checks: Number of alternatives to the program's answer whose true loss is measured; the best is kept.
+        checks: Number of alternatives to the program's answer whose true loss is measured (with a ``Utility``, its
+            divergence of decisions, see there); the best is kept.
         pick_under: Greatest compression of the point that is picked from a sweep; None for any.
         max_degradation: Greatest rise of the measured loss of the point that is picked from a sweep, which is then the
             smallest one; if None, the one of least loss is picked.
