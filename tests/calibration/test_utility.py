@@ -94,7 +94,7 @@ def test_the_divergence_of_two_classes_is_that_of_probabilities_moved_to_where_t
     # Of the costs p and 20 (1 - p), the harmonic mean; 5.25 is the matrix' mean.
     stake = 2 * p * 20 * (1 - p) / (p + 20 * (1 - p)) / 5.25
     torch.testing.assert_close(found, stake * kl(r, s) + 0.1 * kl(p, q), rtol=1e-3, atol=1e-6)
-    assert found[2] == 0 and stake[0] > stake[1]
+    assert found[2] == 0
 
 
 def test_the_divergence_of_decisions_hardly_sees_what_makes_no_difference_to_them(generator):
