@@ -102,7 +102,10 @@ def test_the_divergence_of_decisions_hardly_sees_what_makes_no_difference_to_the
     matrix = [[0, 0.01, 10], [0.01, 0, 10], [10, 10, 0]]
     wanted = torch.zeros(1, 3)
     between, across = torch.tensor([[0.5, -0.5, 0.0]]), torch.tensor([[0.25, 0.25, -0.5]])
-    kl = [F.kl_div(each.log_softmax(1), wanted.log_softmax(1), log_target=True).item() for each in (between, across)]
+    kl = [
+        F.kl_div(each.log_softmax(1), wanted.log_softmax(1), reduction="sum", log_target=True).item()
+        for each in (between, across)
+    ]
     lost = [Utility(matrix).predictor().of_samples(each, [wanted]).item() for each in (between, across)]
     assert lost[0] / kl[0] < 0.5 * lost[1] / kl[1]
 
