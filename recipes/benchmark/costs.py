@@ -89,9 +89,9 @@ def costs_table(rows: list[dict[str, Any]]) -> str:
         >>> rows = [dict(subject="digits", seed=s, method=m, cost=c + 0.01 * s, accuracy=0.9, bytes=100)
         ...         for s in range(2) for m, c in (("float", 0.1), ("kl", 0.3), ("cost", 0.2 + 0.01 * s))]
         >>> print(costs_table(rows))
-        subject  cost: float     kl   cost  cost less kl  standard error  times  accuracy: float   kl  cost    bytes
-        -------  -----------  -----  -----  ------------  --------------  -----  ---------------  ---  ----  -------
-        digits         0.105  0.305   0.21        -0.095           0.005    -19              0.9  0.9   0.9  100, 100
+        subject  cost: float     kl  cost  cost less kl  standard error  times  accuracy: float   kl  cost  bytes
+        -------  -----------  -----  ----  ------------  --------------  -----  ---------------  ---  ----  --------
+        digits         0.105  0.305  0.21        -0.095           0.005    -19              0.9  0.9   0.9  100, 100
     """
     lines = []
     for name in dict.fromkeys(row["subject"] for row in rows):
