@@ -34,8 +34,8 @@ class Utility(Divergence):
     """What each mistake costs. A user takes the decision of least expected cost, ``h*(x) = argmin_h sum_c p(c|x)
     cost(h, c)``, and the quantized model is to cost as little as the float one.
 
-    As the loss that the diagnosis and bit allocation report it is what the quantized model's decisions cost by the float
-    model's own probabilities, in the unit of the matrix, so that no labels are needed. Bias tuning and AdaQuant's
+    As the loss that the diagnosis and bit allocation report it is what the quantized model's decisions cost by the
+    float model's own probabilities, in the unit of the matrix, so that no labels are needed. Bias tuning and AdaQuant's
     weights get the KL divergence from the float model plus ``-log(M - cost)``, M being 1 per cent above the largest
     cost. Decisions are soft in these, with chances ``softmax(-cost(h) / T)``, so that samples that hardly decide
     otherwise count in part. Bit allocation chooses by a divergence of decisions (``DecisionDivergence``): the cost
