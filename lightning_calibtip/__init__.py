@@ -2,12 +2,15 @@
 
 from .allocation.costs import register_cost
 from .allocation.options import AllocationOptions
+from .calibration.divergences import Divergence, register_divergence
 from .calibration.options import StorageOptions
+from .calibration.utility import Utility
 from .callbacks.adaquant import AdaQuant
 from .callbacks.batch_norm_tuning import BatchNormTuning
 from .callbacks.bias_tuning import BiasTuning
 from .callbacks.bit_allocation import BitAllocation
 from .callbacks.calibration import Calibration
+from .callbacks.decision_costs import DecisionCosts
 from .callbacks.diagnosis import Diagnosis
 from .callbacks.equalization import Equalization
 from .callbacks.stage import Stage, StageResult
@@ -48,9 +51,11 @@ __all__ = [
     "BitAllocation",
     "CalibTIP",
     "Calibration",
+    "DecisionCosts",
     "Diagnosis",
     "DiagnosisOptions",
     "DiagnosisResult",
+    "Divergence",
     "Equalization",
     "EqualizationOptions",
     "ExportReport",
@@ -65,12 +70,14 @@ __all__ = [
     "StorageOptions",
     "Target",
     "TensorSpec",
+    "Utility",
     "export_onnx",
     "export_packed",
     "load_packed",
     "make_stages",
     "quantize",
     "register_cost",
+    "register_divergence",
     "register_layer",
     "register_objective",
     "register_observer",

@@ -16,7 +16,8 @@ from typing_extensions import override
 
 from . import ranks
 from .batch_arguments import batch_arguments, naming_batch
-from .calibration.calibration_set import CalibrationSet, attention_mask, named_logits
+from .calibration.calibration_set import CalibrationSet, attention_mask
+from .calibration.divergences import Divergence, FirstOutput
 from .calibration.shared_batches import batches_of_all_ranks
 from .files.damage import describe_error
 from .lightning_types import is_a, overrides
@@ -111,7 +112,7 @@ class QuantizationModule(pl.LightningModule):
         self.network = QuantizedNetwork(self.model, scheme)
         self.calibration = CalibrationSet(self.calibration_step, self.token_mask)
         self.calibration_done = False
-        self._logits_error: TypeError | None = None
+        self._first_output: FirstOutput | None = None
         # Positions of the batches that the last training step has kept.
         self.latest_batches = range(0)
         self.automatic_optimization = False
@@ -255,17 +256,14 @@ class QuantizationModule(pl.LightningModule):
     def _run_first_batch(self) -> Any:
         with naming_batch(self.inputs_of(self.calibration.batches[0])):
             output = self.calibration.run(0)
-        try:
-            named_logits(output)
-            self._logits_error = None
-        except TypeError as error:
-            self._logits_error = error
+        self._first_output = FirstOutput(output)
         return output
 
-    def require_logits(self) -> None:
-        """Raise ``TypeError`` if the model's output for the first batch had no logits, which some stages compare."""
-        if self._logits_error is not None:
-            raise self._logits_error
+    def require_logits(self, divergence: Divergence | None = None) -> None:
+        """Raise ``TypeError`` if the model's output for the first batch had no logits, which some stages compare, and
+        ``ValueError`` if these are not those that a divergence is for."""
+        if self._first_output is not None:
+            self._first_output.require(divergence)
 
     @override
     def on_fit_end(self) -> None:

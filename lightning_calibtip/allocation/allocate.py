@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..calibration.activation_store import ActivationStore
@@ -89,12 +89,19 @@ def allocate(
     with trial([network.layers[name] for name in network.searchable_layers]):
         measurement = options.sensitivity_options(table_path)
         loss = Loss(network, calibration, measurement.metric, measurement.samples)
-        table, base_loss, comparable = _sensitivities(network, loss, problem, measurement, store, progress)
-        model, checks = Model(network, loss, base_loss), options.checks if comparable else 0
+        predictor = loss.predictor()
+        table, base_loss, comparable = _sensitivities(network, predictor, problem, measurement, store, progress)
+        searched = model = Model(network, predictor, base_loss)
+        if predictor is not loss:
+            model, comparable = Model(network, loss, _loss_at_base(network, loss, problem)), True
+        # Alternatives are told apart by what predicts them, but for a limit, which is one of the loss itself.
+        measure = searched.measure if constraints.minimise == "loss" else model.measure
+        checks = options.checks if comparable else 0
         problem.set_losses(table)
         curve, uniform = [], []
         for limits in budgets:
-            bits, measured, proved = _best(problem, limits, model.measure, checks)
+            bits, measured, proved = _best(problem, limits, measure, checks, predictor is loss)
+            measured = measured if predictor is loss else model.measure(bits)
             label = f"{limits.get('compression', constraints.minimise)}"
             curve.append(_point(problem, model, label, bits, measured, proved, evaluate if sweep.compression else None))
         for candidate in candidates if sweep.compression else ():
@@ -102,7 +109,11 @@ def allocate(
             uniform.append(_point(problem, model, candidate.label, bits, model.measure(bits), True, evaluate))
         chosen = sweep.pick(curve) if sweep.compression else curve[0]
         model.apply(chosen.bits)
-    return Allocation(chosen, curve, uniform, table)
+    if predictor is not loss:
+        # What the program has added up is another loss, in another unit.
+        curve, uniform = ([replace(point, predicted_loss=math.nan) for point in of] for of in (curve, uniform))
+        chosen = replace(chosen, predicted_loss=math.nan)
+    return Allocation(chosen, curve, uniform, table, loss.name)
 
 
 def state_problem(
@@ -161,9 +172,14 @@ def _sensitivities(
         "loss, which is that of the present states.",
         options.reuse,
     )
+    return table, _loss_at_base(network, loss, problem), False
+
+
+def _loss_at_base(network: QuantizedNetwork, loss: Loss, problem: Problem) -> float:
+    base = base_bits(problem.candidates)
     for name in network.searchable_layers:
         network.switch(name, base)
-    return table, loss(), False
+    return loss()
 
 
 @dataclass
@@ -222,17 +238,23 @@ def _point(
 
 
 def _best(
-    problem: Problem, limits: Mapping[str, float], measure: Callable[[Assignment], float], checks: int
+    problem: Problem,
+    limits: Mapping[str, float],
+    measure: Callable[[Assignment], float],
+    checks: int,
+    comparable: bool = True,
 ) -> tuple[Mapping[str, BitWidths], float, bool]:
     """The program's solution, checked by its true loss; and whether the solver had proved it."""
-    choice = problem.solve(limits)
+    others = {name: value for name, value in limits.items() if name != "loss"}
+    # A limit of the measured loss is none of predictions that are another one's.
+    choice = problem.solve(limits if comparable else others)
     if not choice.proved:
         log.warning("time_limit ended the search: a better choice may exist.")
     if problem.constraints.minimise == "loss":
         return *improve(problem, choice.candidates, limits, measure, checks), choice.proved
     # The cheapest model is wanted: only its loss has to be right.
     wanted = limits["loss"]
-    limit = wanted
+    limit = wanted if comparable else problem.total("loss", choice.candidates)
     for _ in range(checks):
         if (measured := measure(choice.candidates)) <= wanted:
             return choice.candidates, measured, choice.proved
@@ -242,7 +264,6 @@ def _best(
         except InfeasibleBudgetError:
             break
     # What is left is the model of least loss that the other budgets allow.
-    others = {name: value for name, value in limits.items() if name != "loss"}
     last = choice if checks == 0 else problem.solve(others, "loss")
     measured = measure(last.candidates)
     if checks and measured > wanted:

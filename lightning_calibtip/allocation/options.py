@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.activation_store import parse_bytes
+from ..calibration.divergences import Divergence
 from ..calibration.losses import LossFunction
+from ..calibration.utility import with_utility
 from ..network.scheme import QuantizationScheme
 from ..quantization.spec import FLOAT_BITS, BitWidths, parse_bit_widths
 from .constraints import Constraints
@@ -48,10 +50,12 @@ class AllocationOptions:
         groups: Lists of names or patterns of layers that must have the same bit-widths.
         agree_on_input: Whether layers that read the same tensor must.
         agree_on_add: Whether layers whose outputs are added up must.
-        metric: What is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, or a function
+        metric: What is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, what mistakes cost (a
+            ``Utility``, or a mapping of its fields), another ``Divergence`` or its name, or a function
             ``metric(output, batch)``, less being better: a labelled loss, say (in YAML its import path).
         samples: Number of calibration samples to measure on; all if None.
-        checks: Number of alternatives to the program's answer whose true loss is measured; the best is kept.
+        checks: Number of alternatives to the program's answer whose true loss is measured (with a ``Utility``, its
+            divergence of decisions, see there); the best is kept.
         pick_under: Greatest compression of the point that is picked from a sweep; None for any.
         max_degradation: Greatest rise of the measured loss of the point that is picked from a sweep, which is then the
             smallest one; if None, the one of least loss is picked.
@@ -89,7 +93,7 @@ class AllocationOptions:
     agree_on_input: bool = False
     agree_on_add: bool = False
     # In this order jsonargparse takes the path of a function for the function.
-    metric: LossFunction | str = "kl"
+    metric: LossFunction | Divergence | Mapping[str, Any] | str = "kl"
     samples: int | None = None
     checks: int = 16
     pick_under: float | None = None
@@ -103,6 +107,7 @@ class AllocationOptions:
     gap: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", with_utility(self.metric, "metric"))
         # Everything that is derived is checked when it is made.
         _ = self.sweep
         if isinstance(self.candidates, str) or not isinstance(self.candidates, Sequence):

@@ -16,7 +16,7 @@ class Point:
         label: ``"0.13"`` for the budget it was solved for, ``"W4A8"`` for uniform bit-widths.
         bits: Bit-widths of each searchable layer.
         compression: Bits of the weights over 32 bits each.
-        predicted_loss: Sum of the single-layer losses.
+        predicted_loss: Sum of the single-layer losses; NaN where these are of another loss than the measured one.
         measured_loss: True rise of the loss over the base.
         costs: All costs that the constraints name.
         metrics: Metrics of the user's own evaluation, if there is one.
@@ -46,6 +46,7 @@ class Allocation:
         curve: All solved points, in the order of the budgets; one without a sweep.
         uniform: Every candidate in all searchable layers, for comparison (with a sweep only).
         sensitivity: Table of sensitivities that was solved.
+        metric: Name of the loss that was measured; ``""`` if it is the table's.
 
     Example:
         See ``allocate``.
@@ -55,6 +56,7 @@ class Allocation:
     curve: list[Point]
     uniform: list[Point]
     sensitivity: SensitivityTable
+    metric: str = ""
 
 
 @dataclass(frozen=True)

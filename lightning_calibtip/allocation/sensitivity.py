@@ -1,17 +1,20 @@
 """Sensitivity: the loss when one layer has a candidate's bit-widths and all others those of the base."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from .. import ranks
 from ..calibration.activation_store import ActivationStore
+from ..calibration.divergences import Divergence
 from ..calibration.fingerprint import digest_data, digest_states
 from ..calibration.layer_by_layer import Run, owners_of, visit_layers
 from ..calibration.losses import Loss, LossFunction, check_metric
 from ..calibration.progress import ProgressCallback, no_progress
+from ..calibration.utility import with_utility
 from ..files.digest import digest
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
@@ -39,12 +42,13 @@ class SensitivityOptions:
         'kl'
     """
 
-    metric: str | LossFunction = "kl"
+    metric: str | LossFunction | Divergence | Mapping[str, Any] = "kl"
     samples: int | None = None
     path: Path | None = None
     reuse: Path | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "metric", with_utility(self.metric, "metric"))
         check_metric(self.metric)
         if self.samples is not None and (not isinstance(self.samples, int) or self.samples < 1):
             raise ValueError(f"samples must be an integer of at least 1, got {self.samples!r}.")

@@ -117,12 +117,11 @@ def sample_divergences(output: Any, target: list[Tensor], tokens: Tensor | None 
         >>> sample_divergences(logits, [logits])
         tensor([0.])
     """
-    return sum(
-        (
+    return over_outputs(
+        [
             _divergences(logits.float(), wanted.float(), counts, name.startswith(POSITION_LOGITS))
             for name, logits, wanted, counts in paired_logits(output, target, tokens)
-        ),
-        torch.zeros((), device=target[0].device),
+        ]
     )
 
 
@@ -130,12 +129,58 @@ def _divergences(logits: Tensor, wanted: Tensor, tokens: Tensor | None, of_posit
     if tokens is not None and of_positions and logits.shape == tokens.shape:
         lowest = torch.finfo(torch.float32).min
         logits, wanted = logits.masked_fill(~tokens, lowest), wanted.masked_fill(~tokens, lowest)
-    axis = 1 if logits.dim() >= 4 else -1
+    axis = class_axis(logits)
     if logits.dim() == 1 or logits.shape[axis] == 1:
         lost = (logits - wanted).square() / (2 * wanted.square().mean().clamp_min(1e-12))
     else:
         student, teacher = F.log_softmax(logits, axis), F.log_softmax(wanted, axis)
         lost = F.kl_div(student, teacher, reduction="none", log_target=True).sum(axis)
+    return over_positions(lost, tokens, logits)
+
+
+def class_axis(logits: Tensor) -> int:
+    """Dimension that classes run along: the last one, or dimension 1 of tensors with four or more (segmentation).
+
+    Example:
+        >>> class_axis(torch.zeros(2, 10)), class_axis(torch.zeros(2, 10, 8, 8))
+        (-1, 1)
+    """
+    return 1 if logits.dim() >= 4 else -1
+
+
+def over_outputs(lost: Sequence[Tensor]) -> Tensor:
+    """Sum of what samples have lost in each output; where outputs are of other samples each (of several kinds of
+    nodes), one after the other.
+
+    Args:
+        lost: Losses of each output, shape (samples,); at least one.
+
+    Example:
+        >>> one, two, three = torch.ones(1), torch.ones(2), 3 * torch.ones(2)
+        >>> over_outputs([two, three]), over_outputs([one, three])
+        (tensor([4., 4.]), tensor([1., 3., 3.]))
+    """
+    alike = len({len(each) for each in lost}) == 1
+    return torch.stack(list(lost)).sum(0) if alike else torch.cat(list(lost))
+
+
+def over_positions(lost: Tensor, tokens: Tensor | None, logits: Tensor) -> Tensor:
+    """Mean of what each sample has lost over those of its positions that count.
+
+    Args:
+        lost: Losses of a batch, shape (samples,) or (samples, positions, ...).
+        tokens: Which tokens count, bool, shape (samples, positions), or which samples (nodes of a graph), shape
+            (samples,); all if None.
+        logits: The logits that were compared.
+
+    Returns:
+        Losses, shape (samples,), of those samples that count.
+
+    Example:
+        >>> lost, tokens = torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]])
+        >>> over_positions(lost, tokens, torch.zeros(1, 2, 3))
+        tensor([1.])
+    """
     if tokens is not None and tokens.dim() == 1 and len(lost) == len(tokens):
         lost = lost[tokens]
     elif tokens is not None and logits.dim() > 2 and lost.shape == tokens.shape:
@@ -164,6 +209,7 @@ def measure_divergences(
     targets: list[list[Tensor]],
     indices: Iterable[int],
     run: Callable[[int], Any] | None = None,
+    of_samples: Callable[[Any, list[Tensor], Tensor | None], Tensor] = sample_divergences,
 ) -> Tensor:
     """Divergences of the model, as it is now, from its float outputs; of several ranks each runs its share of the
     batches.
@@ -173,6 +219,7 @@ def measure_divergences(
         targets: Float output tensors of each batch, see ``float_logits``.
         indices: Batches to measure on.
         run: See ``float_logits``.
+        of_samples: Which divergence is measured, see ``Divergence.of_samples``.
 
     Returns:
         Divergence of each sample of these batches, shape (samples,).
@@ -186,7 +233,7 @@ def measure_divergences(
     run = run or calibration.run
 
     def divergences(index: int) -> Tensor:
-        return sample_divergences(run(index), targets[index], calibration.tokens(index))
+        return of_samples(run(index), targets[index], calibration.tokens(index))
 
     found = ranks.share(list(indices), divergences)
     return torch.cat([of_batch.to(targets[0][0].device) for of_batch in found])

@@ -1,34 +1,32 @@
 """Loss of a model as it is, over the calibration set: how much quantization has cost."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import ranks
 from ..batches import batch_size
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet
+from .divergences import Divergence, check_divergence, divergence_of
 from .fingerprint import describe_function
-from .logits import POSITION_LOGITS, float_logits, paired_logits, sample_divergences
 
 LossFunction = Callable[[Any, Any], Any]
-METRICS = ("kl", "mse")
 
 
-def check_metric(metric: str | LossFunction) -> None:
-    """Raise ``ValueError`` unless ``metric`` is one of ``METRICS`` or a function.
+def check_metric(metric: str | LossFunction | Divergence | Mapping[str, Any], option: str = "metric") -> None:
+    """Raise ``ValueError`` unless ``metric`` is a divergence, the name of one, or a function.
 
     Args:
-        metric: Name or function.
+        metric: Divergence, name or function.
+        option: Name of the option, for the message.
 
     Example:
         >>> check_metric("kl")
     """
-    if not callable(metric) and metric not in METRICS:
-        raise ValueError(f"metric must be {', '.join(METRICS)} or a function metric(output, batch), got {metric!r}.")
+    if not callable(metric):
+        check_divergence(metric, option, f" or a function {option}(output, batch)")
 
 
 class Loss:
@@ -38,12 +36,13 @@ class Loss:
         network: Calibrated network, whose float model gives the targets of the unlabelled metrics.
         calibration: Calibration set.
         metric: ``"kl"``: KL divergence to the float logits, in nats (see ``sample_divergences``). ``"mse"``: mean
-            squared difference from the float outputs, over their mean square. Or a function ``metric(output, batch)``
-            whose mean over a batch counts, less being better: the user's labelled loss, or anything else.
+            squared difference from the float outputs, over their mean square. A ``Utility``, or another ``Divergence``
+            or its name. Or a function ``metric(output, batch)`` whose mean over a batch counts, less being better: the
+            user's labelled loss, or anything else.
         samples: Number of samples to measure on (the first whole batches that hold as many); all if None.
 
     Raises:
-        ValueError: If ``metric`` is unknown.
+        ValueError: If ``metric`` is unknown, or does not fit the model's outputs.
 
     Example:
         >>> from torch import nn
@@ -61,22 +60,27 @@ class Loss:
         self,
         network: QuantizedNetwork,
         calibration: CalibrationSet,
-        metric: str | LossFunction = "kl",
+        metric: str | LossFunction | Divergence | Mapping[str, Any] = "kl",
         samples: int | None = None,
     ) -> None:
         check_metric(metric)
-        self._described = metric if isinstance(metric, str) else describe_function(metric)
+        self.network = network
+        self.metric: LossFunction | Divergence = metric if callable(metric) else divergence_of(metric)
+        # Name of the metric; for a function, with a digest, so that lambdas differ.
+        self.name = describe_function(metric) if callable(metric) else divergence_of(metric).name
         calibration.require()
-        self.metric, self.calibration = metric, CalibrationSet(calibration.forward, calibration.token_mask)
+        self.calibration = CalibrationSet(calibration.forward, calibration.token_mask)
         for batch in calibration.batches:
             if samples is None or self.calibration.samples < samples:
                 self.calibration.batches.append(batch)
-        self._targets = [] if callable(metric) else float_logits(network, self.calibration)
+        self._targets = [] if callable(self.metric) else self.metric.targets(network, self.calibration)
 
-    @property
-    def name(self) -> str:
-        """Name of the metric; for a function, with a digest, so that lambdas differ."""
-        return self.metric if isinstance(self.metric, str) else self._described
+    def predictor(self) -> "Loss":
+        """The loss on the same samples by which choices are compared, see ``Divergence.predictor``; this one, but
+        where the metric names another."""
+        if callable(self.metric) or (other := self.metric.predictor()) is self.metric:
+            return self
+        return Loss(self.network, self.calibration, other)
 
     @torch.no_grad()
     def __call__(self, run: Callable[[int], Any] | None = None) -> float:
@@ -100,16 +104,4 @@ class Loss:
         if callable(self.metric):
             return float(torch.as_tensor(self.metric(output, batch)).float().mean())
         tokens = self.calibration.tokens(index)
-        if self.metric == "kl":
-            return float(sample_divergences(output, self._targets[index], tokens).mean())
-        return math.fsum(
-            _relative_squared_error(*parts) for parts in paired_logits(output, self._targets[index], tokens)
-        )
-
-
-def _relative_squared_error(name: str, output: Tensor, target: Tensor, tokens: Tensor | None) -> float:
-    output, target = output.float(), target.float()
-    by_token = target.dim() > 2 or name.startswith(POSITION_LOGITS) or (tokens is not None and tokens.dim() == 1)
-    if tokens is not None and by_token and target.shape[: tokens.dim()] == tokens.shape:
-        output, target = output[tokens], target[tokens]
-    return float((output - target).square().mean() / target.square().mean().clamp_min(1e-20))
+        return float(self.metric.of_samples(output, self._targets[index], tokens).mean())

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from .. import ranks
 from ..calibration.activation_store import ActivationStore
+from ..calibration.divergences import divergence_of
 from ..calibration.options import StorageOptions
 from ..files.state_folder import remove_state
 from ..module import QuantizationModule
@@ -65,6 +66,9 @@ class AdaQuant(Stage):
         super().__init__()
         changes = merge_fields(self.name, AdaQuantOptions, options, changes)
         self.options = AdaQuantOptions(**changes)
+        loss = self.options.loss
+        if loss is not None and not callable(loss):
+            self.compares_logits, self.divergence = True, divergence_of(loss)
         self.candidates = None if candidates is None else list(candidates)
         if self.candidates is not None:
             # What a number stands for depends on the module; whether it is one does not.

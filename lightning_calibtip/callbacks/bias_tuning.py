@@ -1,10 +1,11 @@
-"""BiasTuning: tune the biases of the quantized model to the float model's logits."""
+"""BiasTuning: tune the biases of the quantized model to what the float model says."""
 
 import math
 from typing import Any
 
 from typing_extensions import override
 
+from ..calibration.divergences import divergence_of
 from ..module import QuantizationModule
 from ..tuning.bias import BiasTuningOptions, tune_bias
 from .options import merge_fields
@@ -13,7 +14,7 @@ from .stage import Stage, StageResult
 
 
 class BiasTuning(Stage):
-    """Minimises the KL divergence to the float model's logits over biases (and scales, if asked), end to end.
+    """Minimises the divergence from the float model's logits over biases (and scales, if asked), end to end.
 
     Args:
         options: How biases are tuned; the defaults of ``BiasTuningOptions`` if None.
@@ -34,6 +35,7 @@ class BiasTuning(Stage):
         super().__init__()
         changes = merge_fields(self.name, BiasTuningOptions, options, changes)
         self.options = BiasTuningOptions(**changes)
+        self.divergence = divergence_of(self.options.divergence)
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

@@ -9,6 +9,7 @@ from typing_extensions import override
 from ..allocation.allocate import allocate, state_problem
 from ..allocation.options import AllocationOptions
 from ..allocation.outcome import Allocation
+from ..calibration.divergences import divergence_of
 from ..calibration.options import StorageOptions
 from ..files.state_folder import holding, remove_state
 from ..module import QuantizationModule
@@ -58,6 +59,8 @@ class BitAllocation(Stage):
         super().__init__()
         changes = merge_fields(self.name, AllocationOptions, options, changes)
         self.options = AllocationOptions(**changes)
+        metric = self.options.metric
+        self.divergence = None if callable(metric) else divergence_of(metric)
         self.storage = storage_options(self.name, storage)
         keeps = state_folder is not None and self.options.table is None
         self.state_folder = Path(state_folder) if keeps and state_folder is not None else None

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from ..calibration.divergences import divergence_of
 from ..calibration.options import StorageOptions
 from ..diagnosis.apply import apply_remedies
 from ..diagnosis.diagnose import DiagnosisResult, diagnose
@@ -67,9 +68,10 @@ class Diagnosis(Stage):
 
     @override
     def check_plan(self, module: QuantizationModule) -> None:
-        """See ``Stage``: the KL divergence compares logits."""
-        if self.options.loss == "kl":
-            module.require_logits()
+        """See ``Stage``: divergences compare logits."""
+        loss = self.options.loss
+        if not callable(loss):
+            module.require_logits(divergence_of(loss))
 
     @override
     def run(self, module: QuantizationModule) -> StageResult:

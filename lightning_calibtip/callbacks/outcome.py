@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..allocation.outcome import Point
+from ..calibration.decisions import BY_LABELS, Decisions
 from ..reconstruction.optimize import UnitResult
 
 
@@ -75,6 +76,32 @@ def units_outcome(results: Sequence[UnitResult], at_candidates: bool = False) ->
     return f"{sentence}; the mean error went from {before:.4g} to {after:.4g}."
 
 
+def decisions_outcome(found: Sequence[Decisions]) -> str:
+    """Say what the decisions of the float and of the quantized model cost.
+
+    Args:
+        found: What was counted.
+
+    Example:
+        >>> import torch
+        >>> found = Decisions("labels", 100, (0.5, 0.75), 0.1, (0.9, 0.8), 0.05, torch.zeros(2, 2, 2))
+        >>> print(decisions_outcome([found]))
+        By the labels of 100 samples a decision of the float model costs 0.5, one of the quantized model 0.75 (a change
+        of 0.25, standard error 0.1); 5.0% of the decisions differ.
+    """
+    sentences = []
+    for each in found:
+        basis = "the labels" if each.judged_by == BY_LABELS else "the float model's own probabilities"
+        sentences.append(
+            f"By {basis} of {each.samples} samples a decision of the float model costs {each.costs[0]:.4g}, one of the "
+            f"quantized model {each.costs[1]:.4g} (a change of {each.rise:.4g}, standard error "
+            f"{each.standard_error:.4g}); {each.changed:.1%} of the decisions differ."
+        )
+    if all(each.judged_by != BY_LABELS for each in found):
+        sentences.append("No validation batch had labels to judge by.")
+    return " ".join(sentences)
+
+
 def allocation_outcome(chosen: Point) -> str:
     """Say which bit-widths the layers got, and what that costs.
 
@@ -88,8 +115,9 @@ def allocation_outcome(chosen: Point) -> str:
     """
     counts = Counter(bits.label for bits in chosen.bits.values())
     choices = ", ".join(f"{label} for {count} layer{'s' * (count > 1)}" for label, count in sorted(counts.items()))
+    predicted = "" if math.isnan(chosen.predicted_loss) else f" ({chosen.predicted_loss:.4g} was predicted)"
     sentence = (
-        f"Chosen: {choices}; the loss rises by {chosen.measured_loss:.4g} ({chosen.predicted_loss:.4g} was predicted), "
-        f"weights take {chosen.compression:.1%} of float32."
+        f"Chosen: {choices}; the loss rises by {chosen.measured_loss:.4g}{predicted}, weights take "
+        f"{chosen.compression:.1%} of float32."
     )
     return sentence if chosen.proved else f"{sentence} The solver has not proved that no choice is better."

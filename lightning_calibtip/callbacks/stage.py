@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from .. import ranks
+from ..calibration.divergences import Divergence
 from ..calibration.finite import require_finite_outputs
 from ..calibration.progress import ProgressCallback, no_progress
 from ..lightning_types import is_a, package_of
@@ -101,9 +102,10 @@ class Stage(pl.Callback, ABC):
     calibration data. ``result`` holds what the last run has found, which loggers get too, and ``seconds`` the time that
     it took. ``run`` may report to ``progress``, which the Trainer's progress bar shows; where the output goes to a
     file, there is one line at the end. ``evaluate``, a function without arguments that gives metrics of the model as it
-    is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation. A stage
-    that can be resumed keeps what it has done in ``state_folder``, in which one process works at a time; one that
-    compares the model's logits with the float ones says so by ``compares_logits``.
+    is, can be set for stages that compare several models; ``quantize`` sets it to the user's own validation, and
+    ``watch_validation`` to a function that runs a callback along with it. A stage that can be resumed keeps what it has
+    done in ``state_folder``, in which one process works at a time; one that compares the model's logits with the float
+    ones says so by ``compares_logits``, and how by ``divergence``.
 
     Example:
         >>> class CountSamples(Stage):
@@ -116,12 +118,14 @@ class Stage(pl.Callback, ABC):
 
     state_folder: Path | None = None
     compares_logits = False
+    divergence: Divergence | None = None
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.result = StageResult()
         self.progress: ProgressCallback = no_progress
         self.evaluate: Callable[[], Mapping[str, float]] | None = None
+        self.watch_validation: Callable[[pl.Callback], object] | None = None
 
     @property
     def name(self) -> str:
@@ -153,11 +157,11 @@ class Stage(pl.Callback, ABC):
         """Refuse, as soon as the first batch has shown which layers there are, what cannot be done with them.
 
         Raises:
-            ValueError: If there is something; the message says what.
+            ValueError: If there is something, or the model's outputs do not fit the divergence; the message says what.
             TypeError: If the stage compares logits and the model's output has none.
         """
         if self.compares_logits:
-            module.require_logits()
+            module.require_logits(self.divergence)
 
     def clean_up(self) -> None:
         """Remove what the stage has kept on disk for a run that breaks off; called when the run's result is written."""

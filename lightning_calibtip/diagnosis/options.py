@@ -1,9 +1,12 @@
 """Options of a diagnosis."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from ..calibration.divergences import Divergence
 from ..calibration.losses import LossFunction, check_metric
+from ..calibration.utility import with_utility
 from ..option_fields import require_count
 
 
@@ -12,8 +15,8 @@ class DiagnosisOptions:
     """Options of a diagnosis.
 
     Args:
-        loss: Loss whose rise is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, or a function
-            ``loss(output, batch)``, see ``Loss``.
+        loss: Loss whose rise is measured: ``"kl"`` to the float logits, ``"mse"`` of the outputs, what mistakes cost
+            (a ``Utility``, or a mapping of its fields), or a function ``loss(output, batch)``, see ``Loss``.
         samples: Number of calibration samples to measure on; None for a quarter of them, at least 16 and at most 256.
         apply: Whether remedies are applied, the one of greatest measured gain first, until the user's own validation
             metric is within ``max_degradation`` of the float model's.
@@ -34,7 +37,7 @@ class DiagnosisOptions:
     """
 
     # In this order jsonargparse takes the path of a function for the function.
-    loss: LossFunction | str = "kl"
+    loss: LossFunction | Divergence | Mapping[str, Any] | str = "kl"
     samples: int | None = None
     apply: bool = False
     max_degradation: float = 0.01
@@ -43,7 +46,8 @@ class DiagnosisOptions:
     tries: int = 4
 
     def __post_init__(self) -> None:
-        check_metric(self.loss)
+        object.__setattr__(self, "loss", with_utility(self.loss, "loss"))
+        check_metric(self.loss, "loss")
         require_count(self.tries, "tries")
         if self.samples is not None:
             require_count(self.samples, "samples")

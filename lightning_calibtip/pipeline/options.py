@@ -8,6 +8,7 @@ from typing import Any
 
 from ..allocation.options import AllocationOptions
 from ..calibration.options import StorageOptions
+from ..calibration.utility import Utility, with_utility
 from ..option_fields import with_changes
 from ..quantization.ranges import RangeOptions
 from ..reconstruction.equalizable import EqualizationOptions
@@ -37,6 +38,9 @@ class PipelineOptions:
         state_folder: Folder of its own for finished units and measurements: a run that was killed and is repeated is
             resumed from there. ``QuantizationRun.save`` removes them once the checkpoint is written. None to keep
             nothing.
+        utility: What mistakes cost, a ``Utility`` or a mapping of its fields: metric of bit allocation, loss that
+            weights AdaQuant and divergence of bias tuning where these are left at their defaults, and rows of the
+            report (``DecisionCosts``). None where all mistakes are alike.
         seed: Random seed of every stage; None leaves each stage the seed of its own options.
 
     Raises:
@@ -62,6 +66,7 @@ class PipelineOptions:
     bias_tuning: BiasTuningOptions = field(default_factory=BiasTuningOptions)
     storage: StorageOptions = field(default_factory=StorageOptions)
     state_folder: Path | None = None
+    utility: Mapping[str, Any] | Utility | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +74,9 @@ class PipelineOptions:
             if callable(declared.default_factory):
                 options = _stage_options(getattr(self, declared.name), declared.default_factory(), declared.name)
                 object.__setattr__(self, declared.name, options)
+        object.__setattr__(self, "utility", with_utility(self.utility, "options.utility"))
+        if self.utility is not None and not isinstance(self.utility, Utility):
+            raise TypeError(f"options.utility must be a Utility or a mapping of its fields, got {self.utility!r}.")
         if self.state_folder is not None:
             object.__setattr__(self, "state_folder", Path(self.state_folder))
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):

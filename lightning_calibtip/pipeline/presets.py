@@ -9,6 +9,7 @@ from ..callbacks.batch_norm_tuning import BatchNormTuning
 from ..callbacks.bias_tuning import BiasTuning
 from ..callbacks.bit_allocation import BitAllocation
 from ..callbacks.calibration import Calibration
+from ..callbacks.decision_costs import DecisionCosts
 from ..callbacks.equalization import Equalization
 from ..callbacks.stage import Stage
 from ..quantization.ranges import RangeOptions
@@ -45,6 +46,9 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     its target, and BatchNorm tuning would blow it up again. Bias tuning comes last, since it corrects what is left, end
     to end.
 
+    With ``options={"utility": ...}`` the stages minimise what mistakes cost where they name no other loss, and
+    ``DecisionCosts`` comes last.
+
     Args:
         pipeline: One of the above.
         options: Options of the stages, or a nested mapping of those that differ from the defaults.
@@ -60,6 +64,7 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline must be one of {', '.join(PIPELINES)}, got {pipeline!r}.")
     options = PipelineOptions.of(options)
+    options = _with_costs(options)
     storage, folder = options.storage, options.state_folder
     adaquant, preparation = (_seeded(of, options.seed) for of in (options.adaquant, options.preparation))
     allocation, candidates = options.allocation, options.allocation.candidates
@@ -85,7 +90,25 @@ def make_stages(pipeline: str, options: PipelineOptions | Mapping[str, Any] | No
         stages.append(BatchNormTuning(options.batch_norm_tuning, storage=storage))
     if pipeline in ("advanced", "sequential", "mixed"):
         stages.append(BiasTuning(_seeded(options.bias_tuning, options.seed)))
+    if options.utility is not None:
+        stages.append(DecisionCosts(options.utility))
     return stages
+
+
+def _with_costs(options: PipelineOptions) -> PipelineOptions:
+    """Options whose stages minimise what mistakes cost, where that is known and they name no loss of their own."""
+    utility = options.utility
+    if utility is None:
+        return options
+    adaquant, preparation = (
+        of if of.loss is not None else replace(of, loss=utility) for of in (options.adaquant, options.preparation)
+    )
+    allocation, tuning = options.allocation, options.bias_tuning
+    if allocation.metric == "kl":
+        allocation = replace(allocation, metric=utility)
+    if tuning.divergence == "kl":
+        tuning = replace(tuning, divergence=utility)
+    return replace(options, adaquant=adaquant, preparation=preparation, allocation=allocation, bias_tuning=tuning)
 
 
 def _seeded(options: Seeded, seed: int | None) -> Seeded:

@@ -127,21 +127,23 @@ def run_stages(
 
     observer, work = ValidationObserver(), WorkObserver()
 
-    def validate(*observers: ValidationObserver) -> dict[str, float]:
+    def validate(*observers: pl.Callback) -> dict[str, float]:
         # The user's step may use self.logger; what it logs there belongs to no stage.
         trainer = _quiet_trainer({**options, "logger": DummyLogger()}, [*callbacks, *observers])
         with ExitStack() as stack:
             for each in observers:
-                stack.enter_context(each.noting(module))
+                if isinstance(each, ValidationObserver):
+                    stack.enter_context(each.noting(module))
             logged = trainer.validate(module, validation, verbose=False)
         return {key: float(value) for results in logged for key, value in results.items()}
 
-    def evaluate_meanwhile() -> dict[str, float]:
-        """Validate while another Trainer is at work on the module, and give it back as it was."""
+    def evaluate_meanwhile(*observers: pl.Callback) -> dict[str, float]:
+        """Validate, along with callbacks, while another Trainer is at work on the module, and give it back as it
+        was."""
         trainer, device = module.trainer, module.device
         try:
             # Ranks must not part by what is decided from it.
-            return ranks.from_first(validate())
+            return ranks.from_first(validate(*observers))
         finally:
             module.trainer = trainer
             module.to(device)
@@ -205,14 +207,14 @@ def run_stages(
 
 
 @contextmanager
-def _evaluating(stage: Stage, evaluate: Callable[[], dict[str, float]] | None) -> Iterator[None]:
-    """Inside, a stage that has no function to evaluate the model has this one."""
-    own = stage.evaluate
-    stage.evaluate = own or evaluate
+def _evaluating(stage: Stage, evaluate: Callable[..., dict[str, float]] | None) -> Iterator[None]:
+    """Inside, a stage that has no function to evaluate the model, or to run a callback along, has this one."""
+    own = stage.evaluate, stage.watch_validation
+    stage.evaluate, stage.watch_validation = own[0] or evaluate, own[1] or evaluate
     try:
         yield
     finally:
-        stage.evaluate = own
+        stage.evaluate, stage.watch_validation = own
 
 
 def _of_float_model(module: QuantizationModule, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -59,7 +59,8 @@ class FloatStream:
         self._stream = Replay(network.model, network.structure, calibration, names, store)
         self._importance: dict[str, Recording] = {}
         if options.loss is not None:
-            self._importance = measure_importance(network, calibration, units, self._stream, options.loss)
+            given = options.loss, options.seed
+            self._importance = measure_importance(network, calibration, units, self._stream, *given)
         self._objective = options.objective_in_use
         self._weighs = options.loss is not None or calibration.padded or weighs_rows(self._objective)
 

@@ -1,7 +1,7 @@
 """Importance of each element of a unit's output: by the loss's gradient (Fisher weighting; BRECQ: Li et al. 2021), and
 none where it belongs to padding."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..calibration.calibration_set import CalibrationSet
+from ..calibration.divergences import Divergence, divergence_of
 from ..calibration.recording import Recording
 from ..calibration.replay import Replay
 from ..network.network import QuantizedNetwork
@@ -29,7 +30,8 @@ def measure_importance(
     calibration: CalibrationSet,
     units: Sequence[Unit],
     stream: Replay,
-    loss: ReconstructionLoss,
+    loss: ReconstructionLoss | Divergence | Mapping[str, Any] | str,
+    seed: int = 0,
 ) -> dict[str, Recording]:
     """Weights of the elements of each unit's output, in one pass forward and backward through the float model.
 
@@ -42,7 +44,9 @@ def measure_importance(
         calibration: Calibration set.
         units: Units of the network.
         stream: Replay whose store keeps the recordings.
-        loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch.
+        loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch; or a divergence,
+            which needs no labels, or its name: see ``Divergence.probe``.
+        seed: Random seed of what a divergence draws.
 
     Returns:
         For each unit by its name, a list of tensors for each of its calls.
@@ -53,13 +57,14 @@ def measure_importance(
     Example:
         See ``adaquant``, whose option ``loss`` leads here.
     """
+    value_of = _labelled(loss, calibration) if callable(loss) else _probing(loss, network, calibration, seed)
     found = {unit.name: stream.recording(unit.name, unit.prefers_channels_last) for unit in units}
     with network.quantized(False), torch.enable_grad():
         for index in range(len(calibration)):
             # What the graph starts from: no parameter needs a gradient.
             anchor = torch.zeros((), requires_grad=True)
             with _tracing(units, anchor) as outputs:
-                value = loss(calibration.run(index), calibration.batches[index])
+                value = value_of(calibration.run(index), index)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(
                     "loss(output, batch) must return a scalar tensor that depends on the model's output, got "
@@ -74,6 +79,20 @@ def measure_importance(
                     counts = token_weights(unit, gradients, tokens, None)
                     found[unit.name].append(_weights(gradients, counts))
     return found
+
+
+def _labelled(loss: ReconstructionLoss, calibration: CalibrationSet) -> Callable[[Any, int], Tensor]:
+    """The user's loss of an output for the batch of an index."""
+    return lambda output, index: loss(output, calibration.batches[index])
+
+
+def _probing(
+    loss: Divergence | Mapping[str, Any] | str, network: QuantizedNetwork, calibration: CalibrationSet, seed: int
+) -> Callable[[Any, int], Tensor]:
+    """What a divergence probes of an output for the batch of an index."""
+    divergence = divergence_of(loss)
+    targets, generator = divergence.targets(network, calibration), torch.Generator().manual_seed(seed)
+    return lambda output, index: divergence.probe(output, targets[index], calibration.tokens(index), generator)
 
 
 def token_weights(

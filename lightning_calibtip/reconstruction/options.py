@@ -1,11 +1,13 @@
 """Options of AdaQuant, checked at construction, and the schedule of its optimiser."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..calibration.divergences import Divergence, check_divergence, divergence_of
 from ..calibration.fingerprint import describe_function
+from ..calibration.utility import with_utility
 from ..option_fields import require_count
 from ..quantization.protection import Protection
 
@@ -67,7 +69,9 @@ class AdaQuantOptions:
             their in-degree), or one of your own (see ``register_objective``).
         loss: ``loss(output, batch)`` gives a scalar from the model's output for a calibration batch. Each element of a
             unit's output is then weighted by the square of the loss's gradient (Fisher weighting, BRECQ), and the
-            squared error becomes the ``"fisher"`` objective. None weights all elements alike.
+            squared error becomes the ``"fisher"`` objective. ``"kl"``, a ``Utility`` (or a mapping of its
+            fields) or another ``Divergence`` needs no labels: classes are drawn from the float model's own
+            probabilities. None weights all elements alike.
         rounding: Name of a registered rounding method: ``"straight_through"`` moves the weights and rounds them to
             nearest; ``"learned"`` keeps them and learns which way each is rounded (AdaRound, Nagel et al. 2020); or one
             of your own (see ``register_rounding``).
@@ -115,7 +119,7 @@ class AdaQuantOptions:
     granularity: str = "block"
     blocks: Sequence[str] = ()
     objective: str = SQUARED_ERROR
-    loss: ReconstructionLoss | None = None
+    loss: ReconstructionLoss | Divergence | Mapping[str, Any] | str | None = None
     rounding: str = STRAIGHT_THROUGH
     start: str = "nearest"
     iterations: int = 500
@@ -150,8 +154,9 @@ class AdaQuantOptions:
         if isinstance(self.blocks, str):
             raise ValueError(f"blocks must be a list of names or patterns, got {self.blocks!r}.")
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        object.__setattr__(self, "loss", with_utility(self.loss, "loss"))
         if self.loss is not None and not callable(self.loss):
-            raise ValueError(f"loss must be a function loss(output, batch), got {self.loss!r}.")
+            check_divergence(self.loss, "loss", " or a function loss(output, batch)")
         check_objective(self.objective, has_loss=self.loss is not None)
         for name in _COUNTS:
             value = getattr(self, name)
@@ -207,4 +212,6 @@ class AdaQuantOptions:
     def describe(self) -> dict[str, Any]:
         """Plain values that identify the options, the loss by its name and a digest."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "loss": None if self.loss is None else describe_function(self.loss)}
+        if self.loss is not None:
+            values["loss"] = describe_function(self.loss) if callable(self.loss) else divergence_of(self.loss).name
+        return values

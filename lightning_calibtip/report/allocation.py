@@ -1,5 +1,6 @@
 """What a bit allocation has found: bit-widths over depth, sensitivities, and the trade-off of size and loss."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,14 +66,15 @@ def _sensitivity_item(allocation: Allocation) -> ReportItem:
         image = axes.imshow(values, aspect="auto", norm=LogNorm(least, max(most, least * 1.01)), cmap="viridis")
         axes.set_yticks(range(len(candidates)), [bits.label for bits in candidates])
         figure.colorbar(image, ax=axes)
-        axes.set_title(f"Rise of the {_loss_name(allocation)}", fontsize=10)
+        axes.set_title(f"Rise of the {_loss_name(allocation.sensitivity.conditions.metric)}", fontsize=10)
         axes.set_ylabel("bit-widths of this layer alone")
         return figure
 
     columns = ["layer", *(bits.label for bits in candidates)]
 
     def charts() -> list[Chart]:
-        title = f"Rise of the {_loss_name(allocation)} with this layer alone at these bit-widths"
+        name = _loss_name(allocation.sensitivity.conditions.metric)
+        title = f"Rise of the {name} with this layer alone at these bit-widths"
         of_candidates = [[_rise(allocation, name, bits) for name in names] for bits in candidates]
         series = [
             Series(bits.label, over_layers(rises), "points")
@@ -101,14 +103,15 @@ def _trade_off_item(allocation: Allocation) -> ReportItem:
         losses, *others = figure.subplots(1 + len(metrics), sharex=True, squeeze=False)[:, 0]
         curve = sorted(allocation.curve, key=lambda point: point.compression)
         sizes = [point.compression for point in curve]
-        losses.plot(sizes, [point.predicted_loss for point in curve], ":", color="C0", label="mixed, predicted")
+        if not math.isnan(allocation.chosen.predicted_loss):
+            losses.plot(sizes, [point.predicted_loss for point in curve], ":", color="C0", label="mixed, predicted")
         losses.plot(sizes, [point.measured_loss for point in curve], "o-", color="C0", label="mixed, measured")
         _uniform_points(losses, allocation.uniform, [point.measured_loss for point in allocation.uniform])
         chosen = allocation.chosen
         losses.plot(chosen.compression, chosen.measured_loss, "*", color="C3", markersize=12, label="chosen")
         losses.set_yscale("symlog", linthresh=1e-3)
         losses.margins(x=0.1, y=0.1)
-        losses.set_ylabel(f"rise of the {_loss_name(allocation)}")
+        losses.set_ylabel(f"rise of the {_loss_name(allocation.metric or allocation.sensitivity.conditions.metric)}")
         for axes, name in zip(others, metrics, strict=True):
             axes.plot(sizes, [point.metrics[name] for point in curve], "o-", color="C0")
             _uniform_points(axes, allocation.uniform, [point.metrics[name] for point in allocation.uniform])
@@ -137,9 +140,10 @@ def _trade_off_charts(allocation: Allocation) -> list[Chart]:
             Series("uniform bit-widths", points(allocation.uniform), "points", labels),
             Series("chosen", points([allocation.chosen]), "points"),
         ]
-        if name is None:
+        if name is None and not math.isnan(allocation.chosen.predicted_loss):
             series.append(Series("mixed, predicted", [(p.compression, p.predicted_loss) for p in curve], "dashed"))
-        title = name or f"Rise of the {_loss_name(allocation)}"
+        measured = allocation.metric or allocation.sensitivity.conditions.metric
+        title = name or f"Rise of the {_loss_name(measured)}"
         charts.append(Chart(title, series, x_label="size of the weights (share of float32)", log=name is None))
     return charts
 
@@ -151,8 +155,7 @@ def _uniform_points(axes: Any, points: Sequence[Point], heights: Sequence[float]
         axes.annotate(point.label, (point.compression, height), (4, 4), textcoords="offset points", fontsize=7)
 
 
-def _loss_name(allocation: Allocation) -> str:
-    metric = allocation.sensitivity.conditions.metric
+def _loss_name(metric: str) -> str:
     return {"kl": "KL divergence (nats)", "mse": "relative squared error"}.get(metric, f"loss ({metric})")
 
 

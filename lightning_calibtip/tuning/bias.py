@@ -2,18 +2,21 @@
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calibration.calibration_set import CalibrationSet
-from ..calibration.logits import float_logits, kl_divergence, measure_divergences
+from ..calibration.divergences import Divergence, check_divergence, divergence_of
+from ..calibration.logits import measure_divergences
 from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
+from ..calibration.utility import with_utility
 from ..network.network import QuantizedNetwork
 from ..network.trainable import trainable
 from ..network.trial import falls_on_average, trial
@@ -38,6 +41,8 @@ class BiasTuningOptions:
         holdout: Share of the batches that is not tuned on and decides whether the result is kept, at least 0 and below
             1.
         seed: Random seed of the order of batches and of the choice of held-out ones.
+        divergence: What is minimised: ``"kl"`` from the float logits, ``"mse"`` of the outputs, KL and what mistakes
+            cost (a ``Utility``, or a mapping of its fields), or another ``Divergence`` or its name.
 
     Raises:
         ValueError: If an option is out of its range; the message names it, its value and the allowed range.
@@ -52,6 +57,7 @@ class BiasTuningOptions:
     scale_rate: float = 0.0
     holdout: float = 0.25
     seed: int = 0
+    divergence: Divergence | Mapping[str, Any] | str = "kl"
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
@@ -61,6 +67,8 @@ class BiasTuningOptions:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be at least 0 and below 1, got {self.holdout}.")
+        object.__setattr__(self, "divergence", with_utility(self.divergence, "divergence"))
+        check_divergence(self.divergence, "divergence")
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class BiasTuningResult:
     """Outcome of bias tuning.
 
     Args:
-        divergence_before: KL divergence from the float model on held-out batches before, in nats a sample; NaN where
-            there was nothing to tune.
+        divergence_before: Divergence from the float model on held-out batches before, for KL in nats a sample; NaN
+            where there was nothing to tune.
         divergence_after: The same of the state that was kept.
         kept: Whether the tuned state was kept.
         note: Why it was not; ``""`` if it was.
@@ -105,6 +113,7 @@ def tune_bias(
     Raises:
         RuntimeError: If the model is not calibrated or there is no calibration batch.
         TypeError: If the model's output holds no logits.
+        ValueError: If these do not fit the divergence.
 
     Example:
         >>> from torch import nn
@@ -129,13 +138,14 @@ def tune_bias(
     options = options or BiasTuningOptions()
     if options.scale_rate == 0 and all(layer.bias is None for layer in network.layers.values()):
         return BiasTuningResult(math.nan, math.nan, False, _NOTHING_TO_TUNE)
-    targets = float_logits(network, calibration)
+    divergence = divergence_of(options.divergence)
+    targets = divergence.targets(network, calibration)
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(calibration), generator=generator).tolist()
     held = min(math.ceil(options.holdout * len(order)), len(order) - 1)
     training = order[held:]
     judging = order[:held] or training
-    measure = partial(measure_divergences, calibration, targets, judging)
+    measure = partial(measure_divergences, calibration, targets, judging, None, divergence.training_loss)
     given_up: Tensor | None = None
     with trial(network.layers.values(), measure, falls_beyond_chance) as attempt:
         groups = _groups(network, calibration, options, training[0])
@@ -173,19 +183,20 @@ def _descend(
     optimizer = torch.optim.Adam(groups)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     quantizers = network.quantizers
-    total = options.epochs * len(training)
+    divergence, total = divergence_of(options.divergence), options.epochs * len(training)
     with trainable(parameters):
         for step in range(total):
             if step % len(training) == 0:
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
             index = training[shuffled[step % len(training)]]
             optimizer.zero_grad(set_to_none=True)
-            divergence = kl_divergence(calibration.run(index), targets[index], calibration.tokens(index))
-            divergence.backward()
+            of_samples = divergence.training_loss(calibration.run(index), targets[index], calibration.tokens(index))
+            lost = of_samples.mean()
+            lost.backward()
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / total))
             optimizer.step()
-            progress(step + 1, total, f"epoch {step // len(training)}: KL divergence {float(divergence.detach()):.3g}")
+            progress(step + 1, total, f"epoch {step // len(training)}: divergence {float(lost.detach()):.3g}")
             # Autocast keeps casts of parameters, which have just changed.
             torch.clear_autocast_cache()
             for quantizer in quantizers:

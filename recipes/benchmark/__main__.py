@@ -12,9 +12,11 @@ from lightning_calibtip import QuantizationScheme
 from lightning_calibtip.pipeline.presets import PipelineName
 from lightning_calibtip.report.record import write_record
 from recipes.output import set_up_logging
+from recipes.utility.subjects import SUBJECTS as SUBJECTS_OF_COSTS
 
 from .accuracy import BITS, KINDS, NETWORKS, accuracy_table, load_subject, measure_accuracy, parse_bits, summarize
 from .allocation import measure_correlation, measure_replay, measure_solver
+from .costs import costs_table, measure_costs
 from .diagnosis import SUBJECTS as DIAGNOSED
 from .diagnosis import diagnosis_table, measure_diagnosis
 from .figure import accuracy_figure, benchmark_figure, inference_figure
@@ -321,6 +323,40 @@ def graphs(
     print(f"written to {output}")
 
 
+def costs(
+    data: Path | None = None,
+    output: Path = Path("runs/bench"),
+    subjects: str | None = None,
+    seeds: int = 5,
+    first_seed: int = 0,
+    split: Literal["test", "train"] = "test",
+) -> None:
+    """Measure what decisions cost after bit allocation by cost and by KL divergence at 3 bits a weight, and print means
+    and paired standard errors.
+
+    Writes costs-<subject>.json after each seed.
+
+    Args:
+        data: For cifar10, a folder with train*.parquet, test*.parquet and resnet20.pt.
+        output: Folder for the results.
+        subjects: What to measure, separated by commas: cancer, digits, cifar10; all if not given, without cifar10 where
+            there is no data.
+        seeds: Number of seeds.
+        first_seed: The first seed.
+        split: Evaluate on the test samples, or on training samples that are kept apart (to choose settings).
+
+    Raises:
+        ValueError: If a subject is unknown, or cifar10 has no data.
+    """
+    set_up_logging("ERROR")
+    known = SUBJECTS_OF_COSTS if data is not None or subjects is not None else SUBJECTS_OF_COSTS[:-1]
+    rows: list[dict[str, Any]] = []
+    for name in _chosen_parts(subjects, known, "subjects"):
+        rows += measure_costs(name, seeds, output, split, None if data is None else str(data), first_seed)
+    print(costs_table(rows))
+    print(f"written to {output}")
+
+
 COMMANDS: dict[str, Any] = {
     "accuracy": accuracy,
     "reconstruction": reconstruction,
@@ -330,6 +366,7 @@ COMMANDS: dict[str, Any] = {
     "scale": scale,
     "diagnosis": diagnosis,
     "graphs": graphs,
+    "costs": costs,
 }
 
 if __name__ == "__main__":

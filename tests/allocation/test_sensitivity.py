@@ -241,5 +241,5 @@ def test_a_layer_whose_loss_is_not_finite_is_named(images):
 def test_bad_settings_are_named(samples, message):
     with pytest.raises(ValueError, match=message):
         SensitivityOptions(samples=samples)
-    with pytest.raises(ValueError, match="metric must be kl, mse or a function"):
+    with pytest.raises(ValueError, match=r"metric must be kl, mse.* or a function"):
         SensitivityOptions(metric="accuracy")

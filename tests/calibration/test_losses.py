@@ -82,5 +82,5 @@ def test_samples_are_whole_batches(quantized):
 
 
 def test_an_unknown_metric_is_named(quantized):
-    with pytest.raises(ValueError, match=r"metric must be kl, mse or a function metric.*, got 'top1'"):
+    with pytest.raises(ValueError, match=r"metric must be kl, mse.* a Utility or a function metric.*, got 'top1'"):
         Loss(*quantized, metric="top1")

@@ -125,7 +125,7 @@ def test_a_parser_takes_storage_folder_and_candidates(tmp_path):
         (lambda: AdaQuant(iterations=0), "iterations must be an integer of at least 1, got 0"),
         (lambda: AdaQuant(iterations=2.5), "iterations must be an integer of at least 1, got 2.5"),
         (lambda: AdaQuant(blocks="layer1"), "blocks must be a list of names or patterns, got 'layer1'"),
-        (lambda: AdaQuant(loss=3), "loss must be a function"),
+        (lambda: AdaQuant(loss=3), "loss must be kl, mse.* or a function"),
         (lambda: AdaQuant(rounding="up"), "rounding must be one of straight_through, .*learned.*, got 'up'"),
         (lambda: AdaQuant(drop_probability=1.5), "drop_probability must be from 0 to 1, got 1.5"),
         (
@@ -152,7 +152,7 @@ def test_a_parser_takes_storage_folder_and_candidates(tmp_path):
         (lambda: BitAllocation(weight_bytes="lots"), "weight_bytes must be a positive number of bytes"),
         (lambda: BitAllocation(max_degradation=0.1), "pick a point of a sweep"),
         (lambda: BitAllocation(checks=-1), "checks must be an integer of at least 0, got -1"),
-        (lambda: BitAllocation(metric="top1"), "metric must be kl, mse or a function"),
+        (lambda: BitAllocation(metric="top1"), "metric must be kl, mse.* or a function"),
         (lambda: BitAllocation(samples=0), "samples must be an integer of at least 1, got 0"),
         (lambda: BitAllocation(solver="glpk"), "solver must be one of cbc, highs, got 'glpk'"),
         (lambda: BitAllocation(latency=3.0), "latency needs a latency_table"),

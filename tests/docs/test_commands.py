@@ -165,7 +165,7 @@ def test_commands_within_the_text_are_read_by_their_programs(settings):
 def test_options_within_the_text_exist(settings):
     names = {"--stages", "--ckpt_path"}
     names |= {f"--{name}" for name in inspect.signature(QuantizationTrainer.diagnose).parameters}
-    for recipe in ("bert_squad", "causal_lm", "resnet_cifar10", "resnet_imagenet"):
+    for recipe in ("bert_squad", "causal_lm", "resnet_cifar10", "resnet_imagenet", "utility"):
         names |= set(make_parser(importlib.import_module(f"recipes.{recipe}.__main__").main)._option_string_actions)
     for command in COMMANDS.values():
         names |= {f"--{name}" for name in inspect.signature(command).parameters}

@@ -131,6 +131,13 @@ def quantizes_a_graph_network(ran):
     assert stage_names(ran["run"]) == SEQUENTIAL and ran["run"].module(ran["graph"]).shape == (34, 4)
 
 
+@checks("costs.md: What mistakes cost")
+def counts_what_mistakes_cost(ran):
+    outcome, worst = ran.printed.strip().splitlines()[-2:]
+    assert "By the labels of 48 samples a decision of the float model costs" in outcome
+    assert worst in ran["run"].module.network.layers and stage_names(ran["run"])[5] == "DecisionCosts"
+
+
 @checks("stages.md: AdaQuant")
 def reconstructs_with_these_options(ran):
     stage = ran["stage"]

@@ -11,14 +11,16 @@ from recipes.command_line import make_parser, run_recipe
 from recipes.graph_network import __main__ as graph_network
 from recipes.resnet_cifar10 import __main__ as resnet_cifar10
 from recipes.resnet_imagenet import __main__ as resnet_imagenet
+from recipes.utility import __main__ as utility
 
-RECIPES = [bert_squad, graph_network, resnet_cifar10, resnet_imagenet]
+RECIPES = [bert_squad, graph_network, resnet_cifar10, resnet_imagenet, utility]
 FOLDER = Path(__file__).parents[2] / "recipes"
 REQUIRED = {
     bert_squad: [],
     graph_network: [],
     resnet_cifar10: ["--checkpoint=resnet20.pt"],
     resnet_imagenet: ["--data=images"],
+    utility: [],
 }
 
 

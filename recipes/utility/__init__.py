@@ -1,0 +1,1 @@
+"""Quantizing by what mistakes cost: breast cancer, digits and CIFAR-10."""
