@@ -8,6 +8,10 @@ _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 _TEXT = {"vocab_size": 50, "max_position_embeddings": 40, **_SIZES}
 
 
+# Older releases of transformers compute the angles of rotary embeddings as a matrix product.
+ROTATIONS = {"model.rotary_emb"}
+
+
 def _sharpened(model: nn.Module) -> nn.Module:
     """Random weights are so small that attention hardly attends: larger ones make every product matter."""
     generator = torch.Generator().manual_seed(1)

@@ -26,6 +26,7 @@ def attention_mask(batch: Any) -> Tensor | None:
         batch: Any batch.
 
     Example:
+        >>> import torch
         >>> attention_mask({"attention_mask": torch.tensor([[1, 0]])})
         tensor([[ True, False]])
     """
@@ -42,6 +43,7 @@ class CalibrationSet:
             which of its rows do (nodes of a graph), shape (rows,); None if all do.
 
     Example:
+        >>> import torch
         >>> calibration = CalibrationSet(lambda batch, index: batch * 2)
         >>> calibration.append(torch.ones(2, 1))
         >>> calibration.samples, calibration.run(0).tolist()
@@ -128,6 +130,7 @@ def named_logits(output: Any) -> list[tuple[str, Tensor]]:
         TypeError: If there is no such tensor.
 
     Example:
+        >>> import torch
         >>> [name for name, _ in named_logits({"loss": torch.zeros(1), "logits": torch.zeros(2, 3)})]
         ['logits']
     """
@@ -160,6 +163,7 @@ def output_logits(output: Any) -> list[Tensor]:
         output: Output of the model.
 
     Example:
+        >>> import torch
         >>> len(output_logits((torch.zeros(2, 3), torch.zeros(2, 4))))
         2
     """
@@ -177,6 +181,7 @@ class FirstSamples:
         ValueError: If ``samples`` is less than 1.
 
     Example:
+        >>> import torch
         >>> [len(batch) for batch in FirstSamples([torch.zeros(4)] * 5, 6)]
         [4, 4]
     """

@@ -1,6 +1,6 @@
 """Distance of a quantized model's outputs from the float model's: the unlabelled loss of tuning and allocation."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch

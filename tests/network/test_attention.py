@@ -14,8 +14,6 @@ from tests.networks import as_loader
 from tests.products import products_of
 
 LINEAR_LAYERS = {"bert": 13, "bert_classifier": 14, "roberta": 14, "distilbert": 13, "gpt2": 9, "llama": 15, "t5": 12}
-# Before release 5.1, transformers computed the angles of rotary embeddings as a matrix product.
-ROTATIONS = {"model.rotary_emb"}
 EMBEDDINGS = {"bert": 3, "bert_classifier": 3, "roberta": 3, "distilbert": 2, "gpt2": 2, "llama": 1, "t5": 2}
 
 
@@ -56,7 +54,7 @@ def test_every_linear_layer_embedding_and_product_is_quantized(make, make_traine
     assert len(products) == 4
     others = len(module.network.layers) - len(products) - sum(nn.Embedding in mro for mro in classes)
     assert others == LINEAR_LAYERS[make.__name__]
-    assert not module.network.float_layers and set(module.network.plan.float_matmuls) <= ROTATIONS
+    assert not module.network.float_layers and set(module.network.plan.float_matmuls) <= models.ROTATIONS
 
 
 def test_probabilities_have_a_range_of_their_own_that_is_never_negative(make_trainer):
@@ -82,7 +80,7 @@ def test_no_float_matrix_product_is_left(make, make_trainer):
     tokens = models.padded_tokens()
     module = calibrated(make(), make_trainer, models.batches_of(tokens))
     listed = module.network.plan.float_matmuls
-    assert set(listed) <= ROTATIONS
+    assert set(listed) <= models.ROTATIONS
     seen = products_of(module, **tokens)
     assert sum(not all(operands) for _, operands in seen) == len(listed)
     seen = [(name, operands) for name, operands in seen if all(operands)]

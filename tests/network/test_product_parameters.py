@@ -11,6 +11,7 @@ from lightning_calibtip import Calibration, QuantizationModule, quantize
 from lightning_calibtip.network.observe import record
 from lightning_calibtip.network.product_parameters import find_product_parameters
 from tests.networks import as_loader
+from tests.transformer_models import ROTATIONS
 
 
 class Experts(nn.Module):
@@ -193,12 +194,14 @@ def test_mixtures_of_transformers_have_no_float_product(way, make_trainer, gener
     )  # fmt: skip
     if not hasattr(transformers.MixtralForCausalLM, "set_experts_implementation"):
         pytest.skip("experts are linear layers in this release of transformers")
+    if way == "grouped_mm" and not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this release of PyTorch has no grouped_mm")
     net = transformers.MixtralForCausalLM(config).eval()
     net.set_experts_implementation(way)
     batch = {"input_ids": torch.randint(0, 32, (3, 7), generator=generator)}
     wanted = net(**batch).logits.detach()
     module = calibrated(net, make_trainer, [batch], weight_bits=8, activation_bits=8)
-    assert module.network.plan.float_matmuls == {}
+    assert set(module.network.plan.float_matmuls) <= ROTATIONS
     experts = {name for name in module.network.layers if "mlp.experts." in name}
     place = "model.layers.0.mlp.experts"
     assert experts == {

@@ -247,7 +247,7 @@ def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
 
 @pytest.mark.parametrize("pipeline", ["advanced", "mixed", "light"])
 @pytest.mark.parametrize("options, scheme, message", [
-    ({"compression": 0.01}, {}, "compression=0.01 is out of reach: with these candidates it can be"),
+    ({"compression": 0.126}, {}, "compression=0.126 is out of reach: with these candidates it can be"),
     ({"compression": 0.2}, {"overrides": {"*": 8}}, "No layer's bit-widths are free to be chosen"),
 ])  # fmt: skip
 def test_an_allocation_that_cannot_be_solved_is_refused_before_anything_is_reconstructed(
