@@ -118,6 +118,12 @@ class AllocationOptions:
         if isinstance(self.checks, bool) or not isinstance(self.checks, int) or self.checks < 0:
             raise ValueError(f"checks must be an integer of at least 0, got {self.checks!r}.")
         self.sensitivity_options()
+        predicts = isinstance(self.metric, Divergence) and self.metric.predictor() is not self.metric
+        if predicts and self.max_loss is not None and self.checks == 0:
+            raise ValueError(
+                "checks=0 cannot keep max_loss with this metric, whose values for single layers are not added up: let "
+                "some choices be measured, checks=16, say."
+            )
 
     def bit_widths(self, scheme: QuantizationScheme) -> list[BitWidths]:
         """The candidates under a scheme, which says what a single number stands for.

@@ -75,9 +75,12 @@ class Tally:
             of_quantized: Logits of the quantized model, same shape.
             truth: Classes, int64, shape (samples, ...), other numbers for what does not count (-100, say); or
                 probabilities of the classes, shape (samples, ..., classes).
-            tokens: Which tokens count, bool, shape (samples, positions); all if None.
+            tokens: Which tokens count, bool, shape (samples, positions), or which samples, such as nodes, shape
+                (samples,); all if None.
         """
         utility = self.utility
+        if tokens is not None and tokens.dim() == 1 and len(tokens) == len(of_float):
+            of_float, of_quantized, truth = of_float[tokens], of_quantized[tokens], truth[tokens]
         probabilities = [utility.probabilities(logits) for logits in (of_float, of_quantized)]
         if not truth.is_floating_point():
             known = (truth >= 0) & (truth < len(utility.table))

@@ -244,9 +244,9 @@ class RelativeSquaredError(Divergence):
         found = []
         for name, logits, wanted, counts in paired_logits(output, target, tokens):
             weight = _counting(name, wanted, counts)
-            error, power = (
-                (each.float().square() * weight).reshape(len(wanted), -1).sum(1) for each in (logits - wanted, wanted)
-            )
+            # What does not count may be NaN.
+            ours, theirs = (each.float().where(weight > 0, 0) for each in (logits, wanted))
+            error, power = (each.square().reshape(len(wanted), -1).sum(1) for each in (ours - theirs, theirs))
             found.append(error / power.mean().clamp_min(1e-20))
         return over_outputs(found)
 

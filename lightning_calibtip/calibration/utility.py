@@ -22,6 +22,9 @@ from .predictive import dropout_passes, ensemble_passes, mean_logits
 # By which share of the largest cost M is above it.
 _ABOVE = 0.01
 
+# Logarithm of the probability of a class that is ruled out.
+_RULED_OUT = -1e4
+
 # The share of the KL divergence in the divergence of decisions.
 _OF_PROBABILITIES = 0.1
 
@@ -86,12 +89,15 @@ that are avoided: subtract each from the greatest.
         matrix = _checked(self._given())
         for name, value in (("matrix", matrix), ("cost", None), ("classes", len(matrix))):
             object.__setattr__(self, name, value)
-        if not 0 < self.temperature < math.inf:
+        number = isinstance(self.temperature, int | float) and not isinstance(self.temperature, bool)
+        if not number or not 0 < self.temperature < math.inf:
             raise ValueError(f"Utility: temperature must be a finite number above 0, got {self.temperature!r}.")
         for name in ("dropout_samples", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"Utility: {name} must be an integer of at least 0, got {value!r}.")
+        if isinstance(self.ensemble, nn.Module):
+            raise ValueError("Utility: ensemble must be a list of models, got one model: give [model].")
         object.__setattr__(self, "ensemble", tuple(self.ensemble))
         for member in self.ensemble:
             if not isinstance(member, nn.Module):
@@ -106,6 +112,8 @@ that are avoided: subtract each from the greatest.
                     f"Utility: matrix has {len(self.matrix)} rows, and classes is {self.classes}."  # type: ignore[arg-type]
                 )
             return self.matrix
+        if not callable(self.cost):
+            raise ValueError(f"Utility: cost must be a function cost(decision, truth), got {self.cost!r}.")
         if isinstance(self.classes, bool) or not isinstance(self.classes, int):
             raise ValueError(
                 f"Utility: cost needs classes, the number of classes that it is asked about, got {self.classes!r}."
@@ -145,15 +153,26 @@ that are avoided: subtract each from the greatest.
 
         Args:
             logits: Shape (samples, classes), (samples, positions, classes), or (samples, classes, height, width); or
-                single logits of the second of two classes, shape (samples,) or (samples, 1).
+                single logits of the second of two classes, shape (samples,) or with one class in place of several.
+
+        Returns:
+            Float32, shape (samples, ..., classes).
+        """
+        return self.log_probabilities(logits).exp()
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """Logarithms of ``probabilities``, at least -10,000, so that a class that is ruled out makes no NaN.
+
+        Args:
+            logits: See ``probabilities``.
 
         Returns:
             Float32, shape (samples, ..., classes).
         """
         if _is_single(logits):
-            second = torch.sigmoid(logits.float().flatten(1).squeeze(1) if logits.dim() > 1 else logits.float())
-            return torch.stack([1 - second, second], -1)
-        return logits.float().movedim(class_axis(logits), -1).softmax(-1)
+            second = logits.float() if logits.dim() == 1 else logits.float().squeeze(class_axis(logits))
+            return F.logsigmoid(torch.stack([-second, second], -1)).clamp_min(_RULED_OUT)
+        return logits.float().movedim(class_axis(logits), -1).log_softmax(-1).clamp_min(_RULED_OUT)
 
     def expected_costs(self, probabilities: Tensor) -> Tensor:
         """What each decision is expected to cost, ``sum_c p(c|x) cost(h, c)``.
@@ -218,8 +237,8 @@ that are avoided: subtract each from the greatest.
         """KL divergence from the float probabilities, plus ``-log(M - cost)``; see ``Divergence``."""
         found = []
         for logits, wanted, counts in self.compared(output, target, tokens):
-            ours, theirs = self.probabilities(logits), self.probabilities(wanted)
-            lost = F.kl_div(_logarithm(ours), _logarithm(theirs), reduction="none", log_target=True).sum(-1)
+            ours, theirs = self.log_probabilities(logits), self.log_probabilities(wanted)
+            lost = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
             found.append(over_positions(lost + self._weight(self.soft_costs(logits, wanted)), counts, logits))
         return over_outputs(found)
 
@@ -232,7 +251,7 @@ that are avoided: subtract each from the greatest.
             decided = self.decide(theirs).unsqueeze(-1)
             cost = self.expected_costs(ours).gather(-1, decided).squeeze(-1)
             drawn = draw_classes(theirs, generator).unsqueeze(-1)
-            lost = self._weight(cost) - _logarithm(ours.gather(-1, drawn).squeeze(-1))
+            lost = self._weight(cost) - self.log_probabilities(logits).gather(-1, drawn).squeeze(-1)
             found.append(over_positions(lost, counts, logits).sum())
         return torch.stack(found).sum()
 
@@ -310,10 +329,10 @@ class DecisionDivergence(Divergence):
         """See ``Divergence``."""
         found = []
         for logits, wanted, counts in self.utility.compared(output, target, tokens):
-            ours, theirs = (self.utility.probabilities(each) for each in (logits, wanted))
-            (by_ours, _), (by_theirs, stake) = self._log_chances(ours), self._log_chances(theirs)
+            ours, theirs = (self.utility.log_probabilities(each) for each in (logits, wanted))
+            (by_ours, _), (by_theirs, stake) = self._log_chances(ours.exp()), self._log_chances(theirs.exp())
             turned = F.kl_div(by_ours, by_theirs, reduction="none", log_target=True).sum(-1)
-            lost = F.kl_div(_logarithm(ours), _logarithm(theirs), reduction="none", log_target=True).sum(-1)
+            lost = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
             found.append(over_positions(stake * turned + _OF_PROBABILITIES * lost, counts, logits))
         return over_outputs(found)
 
@@ -349,12 +368,8 @@ def with_utility(value: Any, option: str) -> Any:
 
 
 def _is_single(logits: Tensor) -> bool:
-    """Whether there is one logit a sample."""
-    return logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
-
-
-def _logarithm(probabilities: Tensor) -> Tensor:
-    return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
+    """Whether there is one logit in the place of those of several classes."""
+    return logits.dim() == 1 or logits.shape[class_axis(logits)] == 1
 
 
 def _checked(matrix: Any) -> tuple[tuple[float, ...], ...]:
@@ -373,11 +388,12 @@ def _checked(matrix: Any) -> tuple[tuple[float, ...], ...]:
         )
     for decision, row in enumerate(found):
         for truth, cost in enumerate(row):
-            if not 0 <= cost < math.inf:
+            if not 0 <= cost <= torch.finfo(torch.float32).max:
                 raise ValueError(
                     f"Utility: matrix[{decision}][{truth}] is {cost}; costs must be finite numbers of at least 0. "
                     "Count gains as costs that are avoided: subtract each from the greatest."
                 )
-    if len(set(found)) == 1:
+    table = torch.tensor(found, dtype=torch.float32)
+    if bool((table == table[0]).all()):
         raise ValueError("Utility: all rows of the matrix are alike, so that every decision costs the same.")
     return found

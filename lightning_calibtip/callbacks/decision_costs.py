@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..batches import object_in
 from ..calibration.calibration_set import named_logits
 from ..calibration.decisions import BY_LABELS, Decisions, Tally, expected_decisions
 from ..calibration.utility import Utility, with_utility
@@ -72,6 +73,14 @@ class _LabelledDecisions(pl.Callback):
 
     def __init__(self, utility: Utility) -> None:
         self.tally = Tally(utility)
+        self._labels: Tensor | None = None
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before each validation batch, from which the user's step may take the labels out."""
+        self._labels = labels_of(batch)
 
     @override
     def on_validation_batch_end(
@@ -85,18 +94,21 @@ class _LabelledDecisions(pl.Callback):
     ) -> None:
         """Called after each validation batch: both models pass it once more."""
         assert isinstance(pl_module, QuantizationModule)
-        labels = labels_of(batch)
+        labels = self._labels
         if labels is None:
             return
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             quantized = pl_module.calibration_step(batch, batch_idx)
             with pl_module.quantized(False):
                 of_float = [logits for _, logits in named_logits(pl_module.calibration_step(batch, batch_idx))]
-        tokens = pl_module.token_mask(batch)
+        # Of a graph with a mask for each split, the nodes for validation are judged by their labels.
+        tokens = getattr(object_in(batch), "val_mask", None)
+        tokens = pl_module.token_mask(batch) if tokens is None else tokens
         for logits, other, counts in self.tally.utility.compared(quantized, of_float, tokens):
             wanted = self.tally.utility.probabilities(logits).shape[:-1]
-            if tuple(labels.shape) == tuple(wanted):
-                self.tally.add(other, logits, labels.to(logits.device), counts)
+            # Labels may have a dimension of one class, as single logits have.
+            if [size for size in labels.shape if size != 1] == [size for size in wanted if size != 1]:
+                self.tally.add(other, logits, labels.reshape(wanted).to(logits.device), counts)
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -117,6 +129,8 @@ def labels_of(batch: Any) -> Tensor | None:
         found = batch[-1] if len(batch) > 1 else None
     else:
         found = next((getattr(batch, name) for name in _LABELS if hasattr(batch, name)), None)
-    if not isinstance(found, Tensor) or found.is_floating_point() or found.is_complex():
+    if not isinstance(found, Tensor) or found.is_complex():
         return None
-    return found.long()
+    # Binary cross entropy wants its labels as floats.
+    is_whole = not found.is_floating_point() or bool((found == found.round()).all())
+    return found.long() if is_whole else None

@@ -40,9 +40,10 @@ def apply_remedies(
 
     In each round the gain of ``tries`` remedies is measured, those of the layers that cost most first, and the one that
     lowers the loss most is kept. Validation runs after 1, 2, 4, 8, ... of them; where the metric is then good enough,
-    the fewest that make it so are sought by bisection. What needs a new calibration (``per_token``, groups) or a longer
-    run (``AdaQuant``) is left to the user. Where the tolerance is not reached, the model ends with the remedies up to
-    the best value of the metric that was seen, with none if all made it worse; where validation raises, as it was.
+    the fewest that make it so are sought by bisection, and where it never is, it runs after the others, too. What needs
+    a new calibration (``per_token``, groups) or a longer run (``AdaQuant``) is left to the user. Where the tolerance is
+    not reached, the model ends with the remedies up to the best value of the metric, with none if all made it worse;
+    where validation raises, as it was.
 
     Args:
         network: The network that was diagnosed.
@@ -116,6 +117,14 @@ def apply_remedies(
                 enough = between
             else:
                 too_few = between
+        # The metric need not improve with every remedy: where the last was not enough, one before it may have been.
+        for number in range(len(applied), 0, -1) if enough is None else ():
+            if number not in metrics:
+                steps.go_to(number)
+                metrics[number] = float(evaluate()[name])
+            if lost(metrics[number]) <= options.max_degradation:
+                enough = number
+                break
         best = min(sorted(metrics), key=lambda number: lost(metrics[number])) if enough is None else enough
         steps.go_to(best)
         if not best:

@@ -79,8 +79,9 @@ class PipelineOptions:
             raise TypeError(f"options.utility must be a Utility or a mapping of its fields, got {self.utility!r}.")
         if self.state_folder is not None:
             object.__setattr__(self, "state_folder", Path(self.state_folder))
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ValueError(f"options.seed must be an integer or None, got {self.seed!r}.")
+        is_count = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
+        if self.seed is not None and not is_count:
+            raise ValueError(f"options.seed must be an integer of at least 0 or None, got {self.seed!r}.")
 
     @classmethod
     def of(cls, options: "PipelineOptions | Mapping[str, Any] | None") -> "PipelineOptions":

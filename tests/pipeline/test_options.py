@@ -77,7 +77,7 @@ def test_unknown_options_are_errors_that_name_the_place(given, message):
         ({"calibration": {"percentile": 3}}, r"options\.calibration: percentile must be"),
         ({"batch_norm_tuning": {"reference": "old"}}, r"options\.batch_norm_tuning: reference must be"),
         ({"storage": {"precision": "int8"}}, r"options\.storage: precision must be"),
-        ({"seed": 1.5}, r"options\.seed must be an integer or None, got 1\.5"),
+        ({"seed": 1.5}, r"options\.seed must be an integer of at least 0 or None, got 1\.5"),
     ],
 )
 def test_values_out_of_range_are_errors_that_name_the_place(given, message):
