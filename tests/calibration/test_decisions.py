@@ -71,3 +71,11 @@ def test_expected_costs_need_no_labels_and_the_float_model_s_are_least(generator
     assert found.samples == len(x) and abs(float(found.confusion[0].sum()) - 1) < 1e-6
     # Two bits change many decisions, each for one that is expected to cost more.
     assert found.changed > 0.02 and found.rise > 0.001
+
+
+def test_only_rows_that_count_are_counted():
+    logits = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
+    tally = Tally(Utility([[0, 1], [10, 0]]))
+    tally.add(logits, -logits, torch.tensor([0, 0, 0, 1]), torch.tensor([True, True, False, False]))
+    found = tally.decisions("labels")
+    assert found.samples == 2 and found.costs == (0.0, 10.0)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_calibtip.calibration.calibration_set import CalibrationSet
+from lightning_calibtip.calibration.divergences import divergence_of
 from lightning_calibtip.calibration.losses import Loss
 from tests.networks import calibrated_network, calibration_set
 
@@ -84,3 +85,13 @@ def test_samples_are_whole_batches(quantized):
 def test_an_unknown_metric_is_named(quantized):
     with pytest.raises(ValueError, match=r"metric must be kl, mse.* a Utility or a function metric.*, got 'top1'"):
         Loss(*quantized, metric="top1")
+
+
+def test_padding_that_is_not_finite_does_not_count_for_squared_errors():
+    wanted, tokens = torch.ones(1, 3, 2), torch.tensor([[True, True, False]])
+    output = 1.5 * wanted
+    wanted[0, 2], output[0, 2] = torch.nan, torch.inf
+    assert float(divergence_of("mse").of_samples(output, [wanted], tokens)) == pytest.approx(0.25)
+    # The difference of numbers of 16 bits may be beyond these.
+    large = torch.tensor([[60000.0]], dtype=torch.float16)
+    assert float(divergence_of("mse").of_samples(-large, [large])) == pytest.approx(4.0)

@@ -232,3 +232,38 @@ def test_an_ensemble_s_probabilities_are_the_mean_of_its_members_and_the_model(g
     assert len(names) == 3
     with pytest.raises(ValueError, match="outputs of different shapes"):
         Utility(MATRIX, ensemble=[nn.Linear(6, 4)]).targets(network, calibration)
+
+
+@pytest.mark.parametrize("logits, wanted", [([[30.0]], [[-30.0]]), ([[0.0, 95.0]], [[10.0, 0.0]])])
+def test_confident_mistakes_have_the_gradient_of_the_kl_divergence(logits, wanted):
+    logits, wanted = torch.tensor(logits, requires_grad=True), torch.tensor(wanted)
+    utility = Utility([[0, 1], [1, 0]])
+    utility.training_loss(logits, [wanted]).sum().backward()
+    assert float(logits.grad.abs().sum()) > 0.5
+    # What a model rules out altogether is no NaN.
+    masked = torch.tensor([[0.0, -math.inf]])
+    assert bool(torch.isfinite(utility.training_loss(masked, [masked])).all())
+
+
+def test_one_logit_stands_for_two_classes_in_images_and_sequences_too(generator):
+    utility = Utility([[0, 1], [10, 0]])
+    for shape, wanted in (((4, 1, 5, 5), (4, 5, 5, 2)), ((4, 6, 1), (4, 6, 2)), ((4,), (4, 2))):
+        logits = torch.randn(shape, generator=generator)
+        assert utility.probabilities(logits).shape == wanted
+        torch.testing.assert_close(utility.probabilities(logits)[..., 1].flatten(), logits.sigmoid().flatten())
+        utility.check_logits([("", logits)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"matrix": [[0, 1e39], [2, 0]]}, r"matrix\[0\]\[1\] is 1e\+39; costs must be finite"),
+        ({"matrix": [[0, 1e-46], [2e-46, 0]]}, "all rows of the matrix are alike"),
+        ({"matrix": [[0, 1], [2, 0]], "ensemble": nn.Sequential(nn.Linear(2, 2))}, r"got one model: give \[model\]"),
+        ({"matrix": [[0, 1], [2, 0]], "temperature": "low"}, "temperature must be a finite number above 0, got 'low'"),
+        ({"cost": "package.function", "classes": 2}, "cost must be a function"),
+    ],
+)
+def test_what_no_cost_can_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Utility(**options)

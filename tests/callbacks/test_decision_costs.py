@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_calibtip import (
     AdaQuant,
+    AllocationOptions,
     BiasTuning,
     BitAllocation,
     Calibration,
@@ -24,6 +25,7 @@ from lightning_calibtip import (
     run_stages,
 )
 from lightning_calibtip.calibration.losses import Loss
+from lightning_calibtip.callbacks.decision_costs import labels_of
 
 MATRIX = [[0, 1], [20, 0]]
 CPU = {"accelerator": "cpu"}
@@ -213,3 +215,14 @@ def test_adaquant_is_weighted_by_a_divergence_without_labels_and_repeats_itself(
 
     weighted = weights(loss=loss)
     assert torch.equal(weighted, weights(loss=loss)) and not torch.equal(weighted, weights())
+
+
+def test_labels_are_what_a_batch_holds_of_whole_numbers():
+    x = torch.zeros(3, 2)
+    assert labels_of((x, torch.tensor([[1.0], [0.0], [1.0]]))).flatten().tolist() == [1, 0, 1]
+    assert labels_of((x, torch.tensor([0.5, 1.0, 0.0]))) is None
+
+
+def test_a_limit_of_the_cost_needs_choices_to_be_measured():
+    with pytest.raises(ValueError, match="checks=0 cannot keep max_loss with this metric"):
+        AllocationOptions(minimise="weight_bytes", max_loss=0.1, checks=0, metric=Utility([[0, 1], [2, 0]]))
