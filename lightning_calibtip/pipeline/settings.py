@@ -29,7 +29,8 @@ def run_settings(configuration: Mapping[str, Any], stages: Mapping[str, Stage]) 
         # The stages themselves know better which options they had.
         of_stages = {declared.name for declared in fields(PipelineOptions) if callable(declared.default_factory)}
         configuration = {name: value for name, value in configuration.items() if name not in of_stages}
-    defaults = {**QuantizationScheme().to_dict(), "seed": None, "state_folder": None, "ckpt_path": None}
+    of_run = {declared.name: declared.default for declared in fields(PipelineOptions)}
+    defaults = {**QuantizationScheme().to_dict(), **of_run, "ckpt_path": None}
     found = list(flat_settings("", plain_values(configuration), defaults))
     for name, stage in stages.items():
         options = getattr(stage, "options", None)

@@ -56,11 +56,12 @@ def test_mixed_with_sensitivities_does_not_prepare_candidates(tmp_path):
 
 
 def test_a_seed_is_that_of_every_stage_and_none_leaves_each_its_own():
-    own = {"adaquant": {"seed": 5}, "preparation": {"seed": 6}, "bias_tuning": {"seed": 7}, "equalization": {"seed": 8}}
+    of_stages = {"calibration": 4, "adaquant": 5, "preparation": 6, "bias_tuning": 7, "equalization": 8}
+    own = {stage: {"seed": seed} for stage, seed in of_stages.items()}
     seeds = [stage.options.seed for stage in make_stages("mixed", own) if hasattr(stage.options, "seed")]
-    assert seeds == [6, 8, 5, 7]
+    assert seeds == [4, 6, 8, 5, 7]
     given = [stage.options.seed for stage in make_stages("mixed", {**own, "seed": 3}) if hasattr(stage.options, "seed")]
-    assert given == [3, 3, 3, 3]
+    assert given == [3, 3, 3, 3, 3]
 
 
 def test_an_unknown_pipeline_is_an_error_that_lists_all():
