@@ -1,7 +1,7 @@
 """Settings of a run for its report: those of the stages that ran, and of everything else."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from ..calibration.options import StorageOptions
@@ -29,7 +29,9 @@ def run_settings(configuration: Mapping[str, Any], stages: Mapping[str, Stage]) 
         # The stages themselves know better which options they had.
         of_stages = {declared.name for declared in fields(PipelineOptions) if callable(declared.default_factory)}
         configuration = {name: value for name, value in configuration.items() if name not in of_stages}
-    of_run = {declared.name: declared.default for declared in fields(PipelineOptions)}
+    of_run = {
+        declared.name: declared.default for declared in fields(PipelineOptions) if declared.default is not MISSING
+    }
     defaults = {**QuantizationScheme().to_dict(), **of_run, "ckpt_path": None}
     found = list(flat_settings("", plain_values(configuration), defaults))
     for name, stage in stages.items():

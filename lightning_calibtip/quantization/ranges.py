@@ -80,7 +80,7 @@ class RangeOptions:
             first ones, in whole batches.
         joint_iterations: For ``"joint"``: number of Powell's iterations, at least 1, each of which moves every step.
         joint_evaluations: For ``"joint"``: how often the model is measured at most, at least 2.
-        protection_low: Of graphs, the probability of a node of the lowest in-degree to be protected: what it sends, and
+        protection_low: Probability that a node of the lowest in-degree of its graph is protected: what it sends, and
             what is aggregated for it, is not observed.
         protection_high: The same of a node of the highest in-degree, at least ``protection_low`` and at most 1; between
             them it grows with the rank (Degree-Quant: Tailor et al. 2021, who take 0.1 or 0.2). 0 protects none.
@@ -132,7 +132,7 @@ class RangeOptions:
             value = getattr(self, what)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}.")
-        self.protection  # noqa: B018
+        _ = self.protection
         if self.search == "joint" and self.observer not in HISTOGRAMS:
             raise ValueError(
                 f"search='joint' starts from histograms: observer must be one of {', '.join(HISTOGRAMS)}, got "

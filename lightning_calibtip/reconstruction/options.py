@@ -93,7 +93,7 @@ class AdaQuantOptions:
             their rates, because a gradient of the input costs as much as one of the weights.
         drop_probability: Share of the activations, 0 to 1, that are left unquantized at each step, drawn anew (QDrop,
             Wei et al. 2022); in sequential mode the same share of the unit's inputs is the float model's.
-        protection_low: Of graphs, the probability of a node of the lowest in-degree to be protected: what it sends, and
+        protection_low: Probability that a node of the lowest in-degree of its graph is protected: what it sends, and
             what is aggregated for it, is left unquantized.
         protection_high: The same of a node of the highest in-degree, at least ``protection_low`` and at most 1; between
             them it grows with the rank (Degree-Quant: Tailor et al. 2021, who take 0.1 or 0.2). 0 protects none.
@@ -166,7 +166,7 @@ class AdaQuantOptions:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         if not 0 <= self.drop_probability <= 1:
             raise ValueError(f"drop_probability must be from 0 to 1, got {self.drop_probability}.")
-        self.protection  # noqa: B018
+        _ = self.protection
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must be above 0 and below 1, got {self.holdout}.")
 

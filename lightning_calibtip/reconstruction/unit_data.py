@@ -141,10 +141,17 @@ class RowsOf(UnitDataset):
     def __init__(self, dataset: UnitDataset, chosen: Callable[[Tensor], Tensor]) -> None:
         self._dataset, self._chosen = dataset, chosen
         self.whole, self.count = dataset.whole, dataset.count
+        # Of the one sample they are always the same.
+        self._weights: list[Tensor] | None = None
 
     def take(self, index: Tensor) -> MiniBatch:
         """See ``UnitDataset``."""
         batch = self._dataset.take(index)
+        if self._weights is None:
+            self._weights = self._weights_of(batch)
+        return batch._replace(importance=self._weights)
+
+    def _weights_of(self, batch: MiniBatch) -> list[Tensor]:
         leaves = [leaf for leaf in tree_leaves(batch.target) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         weights = []
         for leaf, given in zip(leaves, batch.importance or repeat(None), strict=False):
@@ -154,7 +161,7 @@ class RowsOf(UnitDataset):
                 chosen = self._chosen((counted.flatten(1).any(1) if counted.dim() > 1 else counted).cpu()).to(weight)
                 weight = weight * chosen.view(-1, *[1] * (weight.dim() - 1))
             weights.append(weight)
-        return batch._replace(importance=weights)
+        return weights
 
 
 def split_rows(dataset: UnitDataset, share: float, generator: torch.Generator) -> tuple[UnitDataset, UnitDataset]:

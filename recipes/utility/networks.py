@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from recipes.quickstart.digits import Residual
+
 
 class DenseResidual(nn.Module):
     """Two linear layers around a shortcut."""
@@ -21,21 +23,6 @@ class DenseResidual(nn.Module):
         return F.relu(x + self.linear2(F.relu(self.linear1(x))))
 
 
-class ConvResidual(nn.Module):
-    """Two convolutions around a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape."""
-        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
-
-
 def cancer_network(width: int = 16, blocks: int = 6) -> nn.Sequential:
     """30 measurements to 2 logits."""
     residuals = [DenseResidual(width) for _ in range(blocks)]
@@ -44,7 +31,7 @@ def cancer_network(width: int = 16, blocks: int = 6) -> nn.Sequential:
 
 def digits_network(channels: int = 8, blocks: int = 7) -> nn.Sequential:
     """Images of 8 x 8 to 10 logits."""
-    residuals = [ConvResidual(channels) for _ in range(blocks)]
+    residuals = [Residual(channels) for _ in range(blocks)]
     stem = [nn.Conv2d(1, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
     return nn.Sequential(*stem, *residuals, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
 
