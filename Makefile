@@ -15,10 +15,10 @@ test: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -n 2
 
-# The library's tests with the oldest releases that pyproject.toml allows, in an environment of their own. Files are
-# exported with torch 2.8 or newer, so tests of exports, recipes and pages are not among them.
+# The library's tests with the oldest releases that pyproject.toml allows, in an environment of their own; those of
+# recipes and pages are not among them.
 test-oldest: $(OLDEST)/dev.stamp
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(OLDEST)/bin/python -m pytest -n 2 tests --ignore tests/export --ignore tests/recipes --ignore tests/docs
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(OLDEST)/bin/python -m pytest -n 2 tests --ignore tests/recipes --ignore tests/docs
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -112,8 +112,6 @@ def require_packages(check: bool = True) -> None:
     Example:
         >>> require_packages()
     """
-    if not hasattr(torch.onnx, "ops"):
-        raise ModuleNotFoundError(f"Exporting needs torch 2.8 or newer, this is {torch.__version__}: update torch.")
     try:
         import onnx  # noqa: F401
         import onnx_ir  # noqa: F401
