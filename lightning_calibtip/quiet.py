@@ -19,8 +19,15 @@ _EXPECTED_WARNINGS = (
     ".*smaller than the logging interval.*",
 )
 
-# Of every Trainer that is made: devices, and what else could be installed.
-_SETUP_MESSAGES = ("GPU available:", "TPU available:", "HPU available:", "💡 Tip:")
+# Of every Trainer that is made: devices, precision, and what else could be installed.
+_SETUP_MESSAGES = (
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "Using 16bit Automatic Mixed Precision",
+    "Using bfloat16 Automatic Mixed Precision",
+    "💡 Tip:",
+)
 
 
 def _is_no_setup_message(record: logging.LogRecord) -> bool:
@@ -29,8 +36,8 @@ def _is_no_setup_message(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet_trainers() -> Iterator[None]:
-    """Inside, Trainers that are made say nothing of devices and of packages to install, and calibrations give no
-    warnings of what is meant. All other messages are shown.
+    """Inside, Trainers that are made say nothing of devices, precision and packages to install, and calibrations give
+    no warnings of what is meant. All other messages are shown.
 
     Example:
         >>> with quiet_trainers():

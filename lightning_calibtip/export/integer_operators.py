@@ -229,6 +229,12 @@ def _transpose(node: ir.Node, x: Tensor, others: list[Any], zero: int) -> Tensor
     return x.permute(*attribute_of(node, "perm", list(reversed(range(x.dim())))))
 
 
+def _shape(node: ir.Node, inputs: list[Any]) -> Tensor:
+    (x,) = inputs
+    lengths = (x if isinstance(x, Tensor) else x.values).shape
+    return torch.tensor(lengths[attribute_of(node, "start", 0) : attribute_of(node, "end", None)])
+
+
 def _concatenate(node: ir.Node, inputs: list[Any]) -> Any:
     first = inputs[0]
     if isinstance(first, Tensor):
@@ -259,4 +265,5 @@ OPERATORS: dict[str, Callable[[ir.Node, list[Any]], Any]] = {
     "MaxPool": _moved(_max_pool),
     "Transpose": _moved(_transpose),
     "Concat": _concatenate,
+    "Shape": _shape,
 }

@@ -93,29 +93,51 @@ def _pads_zero(pad: ir.Node) -> bool:
 
 
 def limit_integers(graph: ir.Graph, quantize: ir.Node) -> None:
-    """Let integers saturate where the activation function before the quantizer does. See ``rewrite``."""
+    """Let integers saturate where the activation functions before the quantizer do. See ``rewrite``."""
+    while _limit_integers(graph, quantize):
+        pass
+
+
+def _ends(activation: ir.Node) -> list[np.ndarray | None] | None:
+    """Least and greatest output of an activation function, None where it has no end; None if it is another one."""
+    if activation.op_type == "Relu":
+        return [np.zeros((), np.float32), None]
+    given: list[ir.Value | None] = []
+    if activation.op_type == "Clip":
+        given = [*activation.inputs[1:3], None, None][:2]
+    elif activation.op_type in ("Min", "Max") and len(activation.inputs) == 2:
+        end = activation.inputs[1]
+        given = [None, end] if activation.op_type == "Min" else [end, None]
+    ends = [constant(value) for value in given]
+    scalars = all(
+        value is None or (end is not None and end.shape in ((), (1,))) for value, end in zip(given, ends, strict=True)
+    )
+    return ends if given and scalars else None
+
+
+def _limit_integers(graph: ir.Graph, quantize: ir.Node) -> bool:
+    """Whether an activation function before the quantizer has become the limits of its integers."""
     activation = quantize.inputs[0].producer()
-    if activation is None or activation.op_type not in ("Relu", "Clip"):
-        return
-    if only_reader(activation.outputs[0]) is not quantize:
-        return
+    ends = None if activation is None else _ends(activation)
+    if activation is None or ends is None or only_reader(activation.outputs[0]) is not quantize:
+        return False
     scale, point = constant(quantize.inputs[1]), constant(quantize.inputs[2])
-    given = [None, None] if activation.op_type == "Relu" else [*activation.inputs[1:3], None, None][:2]
-    ends = [np.float32(0), None] if activation.op_type == "Relu" else [constant(value) for value in given]
-    computed = any(value is not None and end is None for value, end in zip(given, ends, strict=True))
-    if computed or scale is None or point is None or scale.size != 1:
-        return
+    if scale is None or point is None or scale.size != 1:
+        return False
     follower = quantize.outputs[0].uses()[0][0]
     clip: Any = follower if follower.op_type == "Clip" else None
     limits = np.iinfo(point.dtype)
     low, high = (limits.min, limits.max) if clip is None else (int(constant(value)) for value in clip.inputs[1:3])
-    codes = [None if end is None else int(np.rint(np.float32(end) / scale.reshape(())) + int(point)) for end in ends]
+    codes = [
+        None if end is None else int(np.rint(np.float32(end.reshape(())) / scale.reshape(())) + int(point))
+        for end in ends
+    ]
     new_low = low if codes[0] is None else min(max(low, codes[0]), high)
     new_high = high if codes[1] is None else max(min(high, codes[1]), new_low)
     quantize.replace_input_with(0, activation.inputs[0])
     graph.remove(activation, safe=True)
     if (new_low, new_high) == (low, high):
-        return
+        return True
     limits_of = [
         new_initializer(graph, f"{quantize.name}_{side}", np.array(code, dtype=point.dtype))
         for side, code in (("min", new_low), ("max", new_high))
@@ -129,6 +151,7 @@ def limit_integers(graph: ir.Graph, quantize: ir.Node) -> None:
     else:
         for position, value in enumerate(limits_of, start=1):
             clip.replace_input_with(position, value)
+    return True
 
 
 def pad_in_convolution(graph: ir.Graph, pad: ir.Node) -> None:

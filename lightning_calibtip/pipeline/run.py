@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from ..allocation.work import Work
+from ..callbacks.decision_costs import DecisionCosts
 from ..callbacks.diagnosis import Diagnosis
 from ..callbacks.stage import Stage
 from ..diagnosis.diagnose import DiagnosisResult
@@ -103,7 +104,8 @@ class QuantizationRun:
     def diagnose(self, **options: Any) -> DiagnosisResult:
         """Find out what each layer costs of the model's loss, why, and what can be done; apply remedies if asked.
 
-        Goes through the calibration data once more. The report shows the diagnosis from then on.
+        Goes through the calibration data once more. The report shows the diagnosis from then on. Where the run counted
+        what mistakes cost (``DecisionCosts``), its ``Utility`` is the loss that layers cost, unless another is given.
 
         Args:
             **options: Arguments of ``Diagnosis``: ``apply=True``, ``max_degradation=0.01``, ``metric="val_acc"``, ...
@@ -116,6 +118,9 @@ class QuantizationRun:
         Example:
             See ``Diagnosis``.
         """
+        utilities = [stage.utility for stage in self.ran if isinstance(stage, DecisionCosts)]
+        if utilities and not options.keys() & {"loss", "options"}:
+            options["loss"] = utilities[-1]
         stage = Diagnosis(**options)
         if self.run_further is None:
             raise ValueError("This run does not know its data: use run_stages(run.module, [Diagnosis()], loader, ...).")

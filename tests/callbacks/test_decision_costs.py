@@ -120,8 +120,9 @@ def test_every_pipeline_runs_and_reports_with_a_utility(tumours, tmp_path):
     assert set(figures) == {"expected_cost_float", "expected_cost", "realised_cost_float", "realised_cost"}
     assert "By the labels of 269 samples" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "confusion_labels.csv").read_text().startswith("model,decision,truth 0,truth 1")
-    found = run.diagnose(loss={"matrix": MATRIX})
+    found = run.diagnose()
     assert found.loss.startswith("cost#") and found.float_loss > 0
+    assert run.diagnose(loss="kl").loss == "kl"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,40 @@ def test_without_optimisations_the_engine_computes_what_torch_computes(images, t
     assert steps.max() < 1.01 and (steps > 0.5).double().mean() < 1e-3
 
 
+class Limited(nn.Module):
+    """A convolution between limits that are given by functions, which exporters write in several ways."""
+
+    def __init__(self, limit):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.limit = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), limit
+
+    def forward(self, x):
+        return self.second(self.limit(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        lambda x: torch.minimum(torch.relu(x), torch.tensor(0.5)),
+        lambda x: torch.maximum(x.clamp_max(0.5), torch.tensor(-0.25)),
+        lambda x: torch.relu(x).clamp(max=0.5),
+        F.relu6,
+    ],
+)
+def test_limits_become_those_of_the_integers(images, tmp_path, limit):
+    module = quantized(Limited(limit), images)
+    report = export_onnx(module, tmp_path / "net.onnx", images)
+    assert report.counts == {"QLinearConv": 2} and report.difference < STEPS
+    assert not {"Relu", "Min", "Max"} & set(operators(tmp_path / "net.onnx"))
+
+
+def test_limits_that_are_no_constants_stay(images, tmp_path):
+    module = quantized(Limited(lambda x: torch.minimum(x, x.mean())), images)
+    report = export_onnx(module, tmp_path / "net.onnx", images)
+    assert operators(tmp_path / "net.onnx").count("Min") == 1 and report.difference < STEPS
+
+
 def test_exporting_leaves_the_module_as_it_is(module, images, tmp_path):
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     types = [type(each) for each in module.modules()]
