@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..batches import is_finite
 from ..network.network import QuantizedNetwork
 from .calibration_set import CalibrationSet
 
@@ -56,7 +57,7 @@ def require_finite_outputs(network: QuantizedNetwork, calibration: CalibrationSe
     # Quantizers and parametrizations are inside of their layer.
     names = [next((x for x in network.layers if name == x or name.startswith(f"{x}.")), name) for name in ruined]
     name = next((name for name in names if name not in known), "")
-    parts = [what for what, tensor in _parameters(network, name) if not bool(torch.isfinite(tensor).all())]
+    parts = [what for what, tensor in _parameters(network, name) if not is_finite(tensor)]
     where = f"first that of {'layer' if name in network.layers else 'module'} {name}" if name else "of no module's own"
     why = f", whose {' and '.join(parts)} has such values, too" if parts else ""
     advice = f"Leave it in float (overrides={{{name!r}: None}}), give it more bits, or look at its weights and data."
@@ -94,7 +95,7 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _has_nan(output: Any) -> bool:
-    return any(not bool(torch.isfinite(leaf).all()) for leaf in _floats(output))
+    return not all(is_finite(leaf) for leaf in _floats(output))
 
 
 def _parameters(network: QuantizedNetwork, name: str) -> list[tuple[str, Tensor]]:

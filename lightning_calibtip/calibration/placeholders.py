@@ -71,7 +71,9 @@ class Placeholders:
         finally:
             for module, attributes, buffers in before if self._made else ():
                 for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                    for name in [name for name, value in now.items() if _is_kept(name, value)]:
+                    for name in [
+                        name for name, value in now.items() if name not in _OF_EVERY_MODULE and _is_kept(value)
+                    ]:
                         kept.append(f"{type(module).__name__} keeps {name}")
                         now.pop(name)
                         now.update({name: then[name]} if name in then else {})
@@ -83,8 +85,8 @@ class Placeholders:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _is_kept(name: str, value: Any) -> bool:
-    return isinstance(value, Tensor | list | tuple | dict) and name not in _OF_EVERY_MODULE and holds_placeholder(value)
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, Tensor | list | tuple | dict) and holds_placeholder(value)
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

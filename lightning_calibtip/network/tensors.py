@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batches import is_finite
 from ..quantization.observers import Observer
 from ..quantization.quantizers import Quantizer, make_quantizer
 from ..quantization.spec import Channels, TensorSpec
@@ -95,7 +96,7 @@ class ObservedTensor:
             x = x[mask.expand(x.shape)]
         if x.numel() == 0:
             return
-        if not bool(torch.isfinite(x).all()):
+        if not is_finite(x):
             raise ValueError(
                 f"{self.name}: NaN or infinity in the activations of a calibration batch; check the model in float."
             )

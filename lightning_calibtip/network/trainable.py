@@ -9,7 +9,8 @@ from torch import Tensor
 
 @contextmanager
 def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, gradients reach exactly these parameters.
+    """Inside, gradients reach exactly these parameters, and autocast keeps no casts of them: a cast that is kept would
+    be that of an earlier step, or of a pass without gradients.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(1), requires_grad=False)
@@ -22,10 +23,14 @@ def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
     was = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    keeps_casts = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
     try:
         with torch.enable_grad():
             yield
     finally:
+        torch.set_autocast_cache_enabled(keeps_casts)
         for parameter, learned in zip(parameters, was, strict=True):
             parameter.requires_grad_(learned)
             parameter.grad = None

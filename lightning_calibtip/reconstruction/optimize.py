@@ -308,8 +308,6 @@ class _Descent:
                 loss.backward(inputs=learned_now)
                 average_gradients(learned_now)
                 optimizer.step(options.rate_at(step))
-                # Autocast keeps casts of parameters, which have just changed.
-                torch.clear_autocast_cache()
                 with torch.no_grad():
                     clamp()
         for quantizers in learned.values():

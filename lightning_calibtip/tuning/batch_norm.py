@@ -26,6 +26,9 @@ REFERENCES = ("float", "training")
 # A channel is stretched by at most this factor: beyond it the statistics of a small set are not to be trusted.
 _MAX_STRETCH = 4.0
 
+# Values whose statistics are computed at once: so many stay in a processor's cache.
+_PIECE = 2**18
+
 
 @dataclass(frozen=True)
 class BatchNormTuningOptions:
@@ -203,7 +206,7 @@ def _channel_dim(layer: QuantizedLayer) -> int:
 
 
 def _channel_statistics(outputs: Iterable[Tensor], dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all samples and positions, merged batch by batch (Chan, Golub,
+    """Mean and standard deviation of each channel over all samples and positions, merged piece by piece (Chan, Golub,
     LeVeque 1979).
 
     Args:
@@ -212,14 +215,18 @@ def _channel_statistics(outputs: Iterable[Tensor], dim: int) -> tuple[Tensor, Te
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for output in outputs:
-        channels = output.detach().float().movedim(dim, 0).flatten(1)
-        added, total = channels.shape[1], count + channels.shape[1]
-        of_batch = channels.mean(1)
-        gap = of_batch - mean.to(channels.device)
-        # Several times as fast as torch.var, and as exact.
-        around = torch.linalg.vector_norm(channels - of_batch.unsqueeze(1), dim=1).square()
-        squares = squares.to(gap.device) + around + gap.square() * (count * added / total)
-        mean, count = mean.to(gap.device) + gap * (added / total), total
+        at = dim % output.dim()
+        channels = output.detach().reshape(output.shape[:at].numel(), output.shape[at], -1)
+        for piece in channels.split(max(1, _PIECE // max(1, channels[:1].numel()))):
+            piece = piece.float()
+            added = piece.shape[0] * piece.shape[2]
+            total = count + added
+            of_piece = piece.mean(2).mean(0)
+            gap = of_piece - mean.to(piece.device)
+            # Several times as fast as torch.var, and as exact.
+            around = torch.linalg.vector_norm(piece - of_piece.unsqueeze(1), dim=2).square().sum(0)
+            squares = squares.to(gap.device) + around + gap.square() * (count * added / total)
+            mean, count = mean.to(gap.device) + gap * (added / total), total
     return mean, (squares / count).sqrt()
 
 

@@ -197,8 +197,6 @@ def _descend(
                 group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / total))
             optimizer.step()
             progress(step + 1, total, f"epoch {step // len(training)}: divergence {float(lost.detach()):.3g}")
-            # Autocast keeps casts of parameters, which have just changed.
-            torch.clear_autocast_cache()
             for quantizer in quantizers:
                 quantizer.clamp_()
             if (step + 1) % len(training) == 0:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -127,3 +128,16 @@ def test_unknown_observers_are_refused_with_the_choices():
         RangeOptions("entropy")
     with pytest.raises(ValueError, match=r"weight_observer must be one of .*mse.*got 'entropy'"):
         RangeOptions("mse", "entropy")
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 70_000), (2, 3, 50, 5)])
+def test_a_histogram_counts_as_torch_does(shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # The ends, and numbers that a sum with the reach would round into the next bin.
+    values.flatten()[:5] = torch.tensor([4.0, -4.0, -1e-9, 1e-9, 0.0])
+    observer = HistogramObserver("mse", bins=64)
+    observer.update(values)
+    reach = float(observer.row[0])
+    edges = torch.linspace(-reach, reach, 65, dtype=torch.float64)
+    wanted, _ = np.histogram(values.double().numpy(), bins=edges.numpy())
+    assert np.array_equal(observer.row[3:].numpy(), wanted)
