@@ -37,6 +37,12 @@ class Value:
     view: tuple[Any, ...]
 
 
+_VIEWS = {
+    "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "squeeze", "t", "transpose",
+    "unsqueeze", "view",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Operator:
     """One call of an operator of PyTorch.
@@ -166,6 +172,11 @@ class Structure:
     def is_fixed(self, value: Value) -> bool:
         """Whether a value is neither an input nor computed in this run: a parameter, a buffer or a constant."""
         return value.storage not in self.writers and value.storage not in self._entered
+
+    def is_view_of_fixed(self, value: Value) -> bool:
+        """Whether a value is a parameter, a buffer or a constant, or a view of one that nothing changes."""
+        writers = self.writers.get(value.storage, ())
+        return value.storage not in self._entered and all(operator.name in _VIEWS for operator in writers)
 
     def weight_taken_by(self, layer: str) -> str | None:
         """Name of the module that takes the weight of a layer which never runs itself; None if there is none."""

@@ -122,3 +122,21 @@ def test_a_residual_connection_around_several_layers_with_attention_does_not_mak
 def test_what_contains_nothing_is_no_block():
     found = blocks(Decoder(), torch.randn(2, 5, 8), contains=lambda name: not name.startswith("layers.0"))
     assert found == ["layers.1"]
+
+
+def test_positions_multiplied_by_a_buffer_are_no_attention():
+    """As rotary embeddings of transformers before 5.2x do it, outside of the layers."""
+
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = Decoder()
+            self.register_buffer("frequencies", torch.rand(4))
+
+        def forward(self, x):
+            positions = torch.arange(x.shape[1]).float()
+            angles = self.frequencies[None, :, None].expand(len(x), -1, 1) @ positions[None, None].expand(len(x), 1, -1)
+            return self.decoder(x + angles.transpose(1, 2).repeat(1, 1, 2).cos())
+
+    wanted = ["0.decoder.layers.0", "0.decoder.layers.1"]
+    assert blocks(nn.Sequential(Rotated()), torch.randn(2, 5, 8)) == wanted
