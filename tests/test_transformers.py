@@ -23,7 +23,8 @@ LAYERS = {
     models.distilbert: ["distilbert.transformer.layer.0", "distilbert.transformer.layer.1"],
     models.gpt2: ["transformer.h.0", "transformer.h.1"],
     models.llama: ["model.layers.0", "model.layers.1"],
-    models.vit: ["vit.layers.0", "vit.layers.1"],
+    # Older transformers call them vit.encoder.layer.
+    models.vit: [name for name, module in models.vit().named_modules() if type(module).__name__ == "ViTLayer"],
 }
 
 
