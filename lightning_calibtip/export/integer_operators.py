@@ -232,7 +232,7 @@ def _transpose(node: ir.Node, x: Tensor, others: list[Any], zero: int) -> Tensor
 def _shape(node: ir.Node, inputs: list[Any]) -> Tensor:
     (x,) = inputs
     lengths = (x if isinstance(x, Tensor) else x.values).shape
-    return torch.tensor(lengths[attribute_of(node, "start", 0) : attribute_of(node, "end", None)])
+    return torch.tensor(lengths[attribute_of(node, "start", 0) : attribute_of(node, "end", None)], dtype=torch.int64)
 
 
 def _concatenate(node: ir.Node, inputs: list[Any]) -> Any:

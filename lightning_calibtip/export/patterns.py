@@ -99,7 +99,8 @@ def limit_integers(graph: ir.Graph, quantize: ir.Node) -> None:
 
 
 def _ends(activation: ir.Node) -> list[np.ndarray | None] | None:
-    """Least and greatest output of an activation function, None where it has no end; None if it is another one."""
+    """Least and greatest output of an activation function, None where it has no end; None if it is another one, or if
+    no number is its end."""
     if activation.op_type == "Relu":
         return [np.zeros((), np.float32), None]
     given: list[ir.Value | None] = []
@@ -110,9 +111,18 @@ def _ends(activation: ir.Node) -> list[np.ndarray | None] | None:
         given = [None, end] if activation.op_type == "Min" else [end, None]
     ends = [constant(value) for value in given]
     scalars = all(
-        value is None or (end is not None and end.shape in ((), (1,))) for value, end in zip(given, ends, strict=True)
+        value is None or (end is not None and end.shape in ((), (1,)) and not np.isnan(end).any())
+        for value, end in zip(given, ends, strict=True)
     )
     return ends if given and scalars else None
+
+
+def _code(end: np.ndarray, scale: np.ndarray, point: np.ndarray) -> int:
+    """Integer of an end, which may lie far outside of those that the type has, or be infinite."""
+    limits = np.iinfo(point.dtype)
+    with np.errstate(over="ignore"):
+        code = np.rint(np.float32(end.reshape(())) / scale.reshape(())) + int(point)
+    return int(np.clip(code, limits.min, limits.max))
 
 
 def _limit_integers(graph: ir.Graph, quantize: ir.Node) -> bool:
@@ -128,10 +138,10 @@ def _limit_integers(graph: ir.Graph, quantize: ir.Node) -> bool:
     clip: Any = follower if follower.op_type == "Clip" else None
     limits = np.iinfo(point.dtype)
     low, high = (limits.min, limits.max) if clip is None else (int(constant(value)) for value in clip.inputs[1:3])
-    codes = [
-        None if end is None else int(np.rint(np.float32(end.reshape(())) / scale.reshape(())) + int(point))
-        for end in ends
-    ]
+    codes = [None if end is None else _code(end, scale, point) for end in ends]
+    if codes[0] is not None and codes[1] is not None:
+        # The greatest output wins where it is below the least.
+        codes[0] = min(codes[0], codes[1])
     new_low = low if codes[0] is None else min(max(low, codes[0]), high)
     new_high = high if codes[1] is None else max(min(high, codes[1]), new_low)
     quantize.replace_input_with(0, activation.inputs[0])

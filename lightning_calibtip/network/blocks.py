@@ -52,9 +52,9 @@ def _attention_of(structure: Structure, operator: Operator, contains: Callable[[
     """Innermost module, with something inside, in which two computed tensors are multiplied; or None."""
     if operator.name not in _PRODUCTS and not is_fused_attention(operator):
         return None
-    computed = _computed_inputs(structure, operator)
     # Rotary embeddings may multiply positions by a view of a buffer.
-    if len(computed) < 2 or any(structure.is_view_of_fixed(value) for value in computed):
+    computed = [x for x in _computed_inputs(structure, operator) if not structure.is_view_of_fixed(x)]
+    if len(computed) < 2:
         return None
     names = [structure.calls[index].name for index in reversed(operator.scope)]
     return next((name for name in names if name and contains(name)), None)

@@ -10,7 +10,8 @@ from torch import Tensor
 @contextmanager
 def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Inside, gradients reach exactly these parameters, and autocast keeps no casts of them: a cast that is kept would
-    be that of an earlier step, or of a pass without gradients.
+    be that of an earlier step, or of a pass without gradients. A model whose own autocast keeps casts needs
+    ``torch.clear_autocast_cache()`` before each step, too.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(1), requires_grad=False)
@@ -31,6 +32,7 @@ def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(keeps_casts)
+        torch.clear_autocast_cache()
         for parameter, learned in zip(parameters, was, strict=True):
             parameter.requires_grad_(learned)
             parameter.grad = None

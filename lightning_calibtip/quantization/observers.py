@@ -192,10 +192,10 @@ def _counts(values: Tensor, bins: int, reach: float) -> Tensor:
     """
     if values.device.type != "cpu":
         return torch.histc(values, bins=bins, min=-reach, max=reach)
-    counts = torch.zeros(bins, dtype=torch.int64)
+    counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
     for piece in values.flatten().split(_PIECE):
         # Exact where there are 2^n bins, since reach is a power of two: a value lies in the bin of its real number.
-        places = (piece * (bins / 2 / reach)).floor_().to(torch.int32).add_(bins // 2)
+        places = (piece / reach).mul_(bins / 2).floor_().to(torch.int32).add_(bins // 2)
         counts += torch.bincount(places.clamp_(0, bins - 1), minlength=bins)
     return counts.float()
 

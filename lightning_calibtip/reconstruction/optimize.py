@@ -292,6 +292,8 @@ class _Descent:
                 for parameter in sparse:
                     parameter.requires_grad_(step % interval == 0)
                 share, weight = share_of_this_rank(index)
+                # An autocast of the model's own keeps casts, of parameters that have changed or without gradients.
+                torch.clear_autocast_cache()
                 batch = self.dataset.take(share)
                 loss = _loss(unit, objectives, batch, drops.mix(batch.call, batch.float_call)) * (weight / unit_error)
                 for term in objectives:

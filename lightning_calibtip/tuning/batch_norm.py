@@ -215,6 +215,8 @@ def _channel_statistics(outputs: Iterable[Tensor], dim: int) -> tuple[Tensor, Te
     """
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for output in outputs:
+        if output.numel() == 0:
+            continue
         at = dim % output.dim()
         channels = output.detach().reshape(output.shape[:at].numel(), output.shape[at], -1)
         for piece in channels.split(max(1, _PIECE // max(1, channels[:1].numel()))):

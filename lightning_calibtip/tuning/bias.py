@@ -190,6 +190,8 @@ def _descend(
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
             index = training[shuffled[step % len(training)]]
             optimizer.zero_grad(set_to_none=True)
+            # An autocast of the model's own keeps casts, of parameters that have changed or without gradients.
+            torch.clear_autocast_cache()
             of_samples = divergence.training_loss(calibration.run(index), targets[index], calibration.tokens(index))
             lost = of_samples.mean()
             lost.backward()

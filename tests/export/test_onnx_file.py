@@ -388,3 +388,11 @@ def test_what_torch_cannot_export_is_told_with_the_models_name(tmp_path):
     with pytest.raises(ValueError, match=r"torch\.onnx cannot export Packs: .*lengths of packed sequences"):
         export_onnx(run.module, tmp_path / "model.onnx", batch)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "limit", [lambda x: torch.maximum(x, torch.tensor(-torch.inf)), lambda x: x.clamp(-3.4e38, 3.4e38)]
+)
+def test_limits_beyond_all_integers_change_nothing(images, tmp_path, limit):
+    report = export_onnx(quantized(Limited(limit), images), tmp_path / "net.onnx", images)
+    assert report.counts == {"QLinearConv": 2} and report.difference < STEPS

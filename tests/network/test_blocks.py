@@ -124,6 +124,25 @@ def test_what_contains_nothing_is_no_block():
     assert found == ["layers.1"]
 
 
+def test_attention_with_a_view_of_a_buffer_or_of_a_learned_query_is_still_attention():
+    class Masked(nn.Module):
+        def __init__(self, learned):
+            super().__init__()
+            self.norm, self.learned = nn.LayerNorm(8), learned
+            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+            self.register_buffer("bias", torch.zeros(1, 16, 16))
+            self.query = nn.Parameter(torch.randn(1, 5, 8))
+
+        def forward(self, x):
+            y = self.norm(x)
+            q, mask = (self.query.expand(len(x), -1, -1), None) if self.learned else (self.q(y), self.bias[:, :5, :5])
+            return x + self.out(F.scaled_dot_product_attention(q, self.k(y), self.v(y), attn_mask=mask))
+
+    for learned in (False, True):
+        model = nn.Sequential(nn.Linear(8, 8), Masked(learned), Masked(learned))
+        assert blocks(model, torch.randn(2, 5, 8)) == ["1", "2"]
+
+
 def test_positions_multiplied_by_a_buffer_are_no_attention():
     """As rotary embeddings of transformers before 5.2x do it, outside of the layers."""
 

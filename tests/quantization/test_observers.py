@@ -133,8 +133,11 @@ def test_unknown_observers_are_refused_with_the_choices():
 @pytest.mark.parametrize("shape", [(7,), (3, 70_000), (2, 3, 50, 5)])
 def test_a_histogram_counts_as_torch_does(shape):
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if values.dim() == 1:
+        values *= 2.0**-120
     # The ends, and numbers that a sum with the reach would round into the next bin.
-    values.flatten()[:5] = torch.tensor([4.0, -4.0, -1e-9, 1e-9, 0.0])
+    top = 2.0 ** float(values.abs().max().log2().ceil())
+    values.view(-1)[:5] = top * torch.tensor([1.0, -1.0, -1e-9, 1e-9, 0.0])
     observer = HistogramObserver("mse", bins=64)
     observer.update(values)
     reach = float(observer.row[0])
