@@ -190,8 +190,6 @@ def _descend(
                 shuffled = torch.randperm(len(training), generator=generator).tolist()
             index = training[shuffled[step % len(training)]]
             optimizer.zero_grad(set_to_none=True)
-            # An autocast of the model's own keeps casts, of parameters that have changed or without gradients.
-            torch.clear_autocast_cache()
             of_samples = divergence.training_loss(calibration.run(index), targets[index], calibration.tokens(index))
             lost = of_samples.mean()
             lost.backward()
@@ -201,8 +199,11 @@ def _descend(
             progress(step + 1, total, f"epoch {step // len(training)}: divergence {float(lost.detach()):.3g}")
             for quantizer in quantizers:
                 quantizer.clamp_()
+            # An autocast of the model's own keeps casts: of parameters that have changed, or without gradients.
+            torch.clear_autocast_cache()
             if (step + 1) % len(training) == 0:
                 yield (step + 1) // len(training)
+                torch.clear_autocast_cache()
     for quantizer in quantizers:
         quantizer.finalize_()
 

@@ -38,11 +38,20 @@ def test_scales_are_tuned_when_asked(calibrated):
     assert not torch.equal(network.layers["head"].weight_quantizer.scale, before.qparams[0])
 
 
-def test_autocast_sees_every_step_of_the_optimiser(images):
+class OwnAutocast(nn.Sequential):
+    """Autocast of the model's own keeps casts, whatever is set around it."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, OwnAutocast])
+def test_autocast_sees_every_step_of_the_optimiser(images, kind):
     """Autocast caches casts of parameters: without clearing, each step would compute with the first step's biases."""
     seen = []
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    model = kind(nn.Flatten(), nn.Linear(64, 4))
     calibration = calibration_set(model, images)
     network = calibrated_network(model, calibration)
     # Far away, so that the first epoch helps.
