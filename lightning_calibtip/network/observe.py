@@ -196,7 +196,8 @@ class _Recorder(TorchDispatchMode):
             # Only zero is on every grid.
             name += "_nonzero"
         replay = _replay(func, args, kwargs) if name in _ACTIVATIONS else None
-        self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay))
+        is_view = not mutates and any(returned.alias_info is not None for returned in func._schema.returns)
+        self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay, is_view))
         return output
 
 

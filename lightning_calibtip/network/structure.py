@@ -37,12 +37,6 @@ class Value:
     view: tuple[Any, ...]
 
 
-_VIEWS = {
-    "alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "squeeze", "t", "transpose",
-    "unsqueeze", "view",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Operator:
     """One call of an operator of PyTorch.
@@ -53,6 +47,7 @@ class Operator:
         writes: Tensors that it returned.
         scope: Indices of the module calls that it ran in, outermost first.
         replay: The same function of one input, if it is an activation function.
+        is_view: Whether it returns views of what it reads, and changes nothing.
 
     Example:
         See ``Structure``.
@@ -63,6 +58,7 @@ class Operator:
     writes: tuple[Value, ...]
     scope: tuple[int, ...]
     replay: Activation | None
+    is_view: bool = False
 
 
 @dataclass
@@ -176,7 +172,7 @@ class Structure:
     def is_view_of_fixed(self, value: Value) -> bool:
         """Whether a value is a parameter, a buffer or a constant, or a view of one that nothing changes."""
         writers = self.writers.get(value.storage, ())
-        return value.storage not in self._entered and all(operator.name in _VIEWS for operator in writers)
+        return value.storage not in self._entered and all(operator.is_view for operator in writers)
 
     def weight_taken_by(self, layer: str) -> str | None:
         """Name of the module that takes the weight of a layer which never runs itself; None if there is none."""

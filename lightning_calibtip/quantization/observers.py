@@ -18,7 +18,7 @@ from .spec import TensorSpec
 Range = tuple[Tensor, Tensor]
 MakeObserver = Callable[[RangeOptions], "Observer"]
 
-# Values that are counted at once.
+# Values that are counted at once on a CPU.
 _PIECE = 2**16
 
 _OBSERVERS: dict[str, MakeObserver] = {}
@@ -192,7 +192,7 @@ def _counts(values: Tensor, bins: int, reach: float) -> Tensor:
     """
     if values.device.type != "cpu":
         return torch.histc(values, bins=bins, min=-reach, max=reach)
-    counts = torch.zeros(bins, dtype=torch.int64, device=values.device)
+    counts = torch.zeros(bins, dtype=torch.int64, device="cpu")
     for piece in values.flatten().split(_PIECE):
         # Exact where there are 2^n bins, since reach is a power of two: a value lies in the bin of its real number.
         places = (piece / reach).mul_(bins / 2).floor_().to(torch.int32).add_(bins // 2)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ranks
+from ..batches import is_finite
 from ..calibration.output_rms import output_rms
 from ..calibration.progress import ProgressCallback, no_progress
 from ..calibration.recording import UnitCall
@@ -292,8 +293,6 @@ class _Descent:
                 for parameter in sparse:
                     parameter.requires_grad_(step % interval == 0)
                 share, weight = share_of_this_rank(index)
-                # An autocast of the model's own keeps casts, of parameters that have changed or without gradients.
-                torch.clear_autocast_cache()
                 batch = self.dataset.take(share)
                 loss = _loss(unit, objectives, batch, drops.mix(batch.call, batch.float_call)) * (weight / unit_error)
                 for term in objectives:
@@ -310,12 +309,14 @@ class _Descent:
                 loss.backward(inputs=learned_now)
                 average_gradients(learned_now)
                 optimizer.step(options.rate_at(step))
+                # Autocast keeps casts of parameters, which have just changed.
+                torch.clear_autocast_cache()
                 with torch.no_grad():
                     clamp()
         for quantizers in learned.values():
             for quantizer in quantizers:
                 quantizer.finalize_()
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
+        finite = all(is_finite(parameter) for parameter in parameters)
         return "" if finite else "a parameter became NaN or infinite"
 
     def _generator_of_batches(self) -> torch.Generator:

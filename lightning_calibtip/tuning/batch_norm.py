@@ -26,7 +26,7 @@ REFERENCES = ("float", "training")
 # A channel is stretched by at most this factor: beyond it the statistics of a small set are not to be trusted.
 _MAX_STRETCH = 4.0
 
-# Values whose statistics are computed at once: so many stay in a processor's cache.
+# Values whose statistics are computed at once on a CPU: so many stay in a processor's cache.
 _PIECE = 2**18
 
 
@@ -219,7 +219,8 @@ def _channel_statistics(outputs: Iterable[Tensor], dim: int) -> tuple[Tensor, Te
             continue
         at = dim % output.dim()
         channels = output.detach().reshape(output.shape[:at].numel(), output.shape[at], -1)
-        for piece in channels.split(max(1, _PIECE // max(1, channels[:1].numel()))):
+        rows = max(1, _PIECE // channels[0].numel()) if channels.device.type == "cpu" else len(channels)
+        for piece in channels.split(rows):
             piece = piece.float()
             added = piece.shape[0] * piece.shape[2]
             total = count + added

@@ -199,7 +199,7 @@ def _descend(
             progress(step + 1, total, f"epoch {step // len(training)}: divergence {float(lost.detach()):.3g}")
             for quantizer in quantizers:
                 quantizer.clamp_()
-            # An autocast of the model's own keeps casts: of parameters that have changed, or without gradients.
+            # Autocast keeps casts of parameters: these have just changed, and are then used without gradients.
             torch.clear_autocast_cache()
             if (step + 1) % len(training) == 0:
                 yield (step + 1) // len(training)
