@@ -1,4 +1,5 @@
-"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), where running has proved the pair."""
+"""Folding of BatchNorm into the layer before it (Jacob et al. 2018, section 3.2), where the structure or running has
+proved the pair."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..batches import is_finite
 from .layer_types import LayerType, layer_type_of, quantizable_layers
 from .structure import Fold, Structure
 from .tying import find_ties, with_baked_parametrizations
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+_CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 
 # What a BatchNorm is made of, also one whose parameters are buffers.
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
@@ -95,10 +99,11 @@ def _after(normalization: nn.Module, x: Tensor) -> Tensor:
 def prove_folds(
     model: nn.Module, structure: Structure, run: Callable[[], Any]
 ) -> tuple[tuple[Fold, ...], dict[str, str]]:
-    """Find each BatchNorm that can be folded into the layer before it: the structure proves the pair, and running one
-    batch checks the result. The model stays as it is.
+    """Find each BatchNorm that can be folded into the layer before it: the structure gives the pairs, and running one
+    batch checks the results. The model stays as it is.
 
-    A fold is proved if the layer with the folded parameters reproduces the BatchNorm's output on samples of the batch.
+    A fold is proved if the layer with the folded parameters reproduces the BatchNorm's output on samples of the batch;
+    PyTorch's own convolutions right before its own BatchNorms need no such proof, and without others nothing is run.
     This covers subclasses of the layer and of the BatchNorm, whose own modules then go on after the layer, and tensors
     that are viewed otherwise in between. Parametrized weights count as baked, and layers that share a weight as if each
     had a copy of its own.
@@ -147,7 +152,10 @@ def prove_folds(
             left[follower] = reason
         else:
             candidates[Fold(name, follower)] = layer
-    exact = _reproduced(modules, candidates, run)
+    exact = {fold for fold in candidates if _needs_no_proof(modules, structure, fold)}
+    unproved = {fold: layer for fold, layer in candidates.items() if fold not in exact}
+    if unproved:
+        exact |= _reproduced(modules, unproved, run)
     folds = tuple(fold for fold in candidates if fold in exact)
     for fold in candidates:
         if fold in exact:
@@ -244,6 +252,29 @@ def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) 
     if axis is None or weight.shape[axis] * groups != len(mean):
         return "it normalizes another dimension than the layer's output channels"
     return ""
+
+
+def _needs_no_proof(modules: Mapping[str, nn.Module], structure: Structure, fold: Fold) -> bool:
+    """Whether a pair is one of PyTorch's own convolutions and a BatchNorm of its own, as they are, on the very tensor
+    that the convolution returns, and all that folding computes is finite."""
+    layer, normalization = modules[fold.layer], modules[fold.normalization]
+    dims = _CONVOLUTIONS.get(type(layer))
+    if dims is None or type(normalization) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return False
+    if normalization.training or not (_is_as_it_is(layer) and _is_as_it_is(normalization)):
+        return False
+    calls = (structure.calls_of[name] for name in (fold.layer, fold.normalization))
+    for producing, reading in zip(*calls, strict=True):
+        # Without a dimension of samples, one of another length would be normalized.
+        if producing.writes != reading.reads or len(producing.writes[0].view[1]) != dims + 2:
+            return False
+    return all(is_finite(parameter) for parameter in _folded_parameters(layer, normalization))
+
+
+def _is_as_it_is(module: nn.Module) -> bool:
+    """Whether nothing was added to an object of PyTorch's own class: a method, a hook, a module inside."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._modules
+    return not hooked and not any(callable(value) for value in vars(module).values())
 
 
 def _reproduced(

@@ -345,9 +345,54 @@ def test_a_layer_whose_weight_has_another_name_and_axis_folds_if_it_has_a_bias()
     assert not folds and left == {"1": "the layer's weight or bias is not a plain parameter"}
 
 
-def test_a_failing_batch_leaves_no_hooks():
+def convolution_and_norm(change):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    randomize_batch_norms(model, torch.Generator().manual_seed(1))
+    change(model)
     x = torch.randn(2, 3, 4, 4)
+    runs = []
+    structure = record(model, lambda: model(x))
+    folds, left = prove_folds(model, structure, lambda: runs.append(model(x)))
+    return len(runs), len(folds), left
+
+
+def test_a_plain_convolution_before_a_plain_batch_norm_needs_no_run():
+    assert convolution_and_norm(lambda model: None) == (0, 1, {})
+
+
+def doubled(x):
+    return 2 * nn.functional.conv2d(x, torch.ones(3, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model[0], "forward", doubled),
+        lambda model: model[0].register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model: model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        lambda model: model[1].register_forward_hook(lambda module, args, output: 2 * output),
+        lambda model: model[1].train(),
+        lambda model: model[1].running_var.fill_(float("nan")),
+    ],
+    ids=["own forward", "hook", "hook before", "norm's hook", "norm in training", "NaN"],
+)
+def test_what_was_changed_must_be_proved_by_a_run(change):
+    with torch.no_grad():
+        runs, folds, left = convolution_and_norm(change)
+    assert runs == 1 and folds + len(left) == 1
+
+
+def test_a_convolution_without_a_dimension_of_samples_is_not_folded():
+    # BatchNorm1d takes (channels, length) for (samples, channels).
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4)).eval()
+    randomize_batch_norms(model, torch.Generator().manual_seed(1))
+    folds, left = proved(model, torch.randn(2, 4))
+    assert not folds and "changes the output" in left["1"]
+
+
+def test_a_failing_batch_leaves_no_hooks():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    x = torch.randn(2, 4)
     structure, before = record(model, lambda: model(x)), state_of(model)
 
     def fail():

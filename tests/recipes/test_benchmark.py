@@ -146,7 +146,7 @@ def test_unknown_kinds_are_refused_before_anything_is_loaded(tmp_path):
 
 def test_every_stage_has_its_share(tmp_path):
     rows = measure_stages(samples=25, side=32, iterations=2)
-    assert rows[0]["stage"] == "Calibration" and rows[0]["over_float"] > 0
+    assert rows[0]["stage"] == "Calibration" and rows[0]["over_float"] > 0 and rows[0]["over_float_of_many"] > 0
     (adaquant,) = (row for row in rows if row["stage"] == "AdaQuant")
     assert 0 < adaquant["outside_steps"] < 1
 
