@@ -5,6 +5,10 @@ import signal
 
 import torch
 
+# The first backward pass of a process decides whether autograd gets threads of its own, which do not survive a fork.
+# None are needed on a CPU, but placeholders for tensors, where a test has made some before, look like another device's.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def in_a_killed_process(work) -> None:
     """Run ``work`` in a process of its own, which must end by SIGKILL.

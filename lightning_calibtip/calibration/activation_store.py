@@ -235,10 +235,12 @@ class TensorSeries:
 
     def __getitem__(self, position: int) -> Tensor:
         """A fresh copy of the tensor at ``position``."""
-        shape = self.shapes[position]
-        assert self._buffer is not None
-        kept = self._shaped(self._buffer.read(self._starts[position], shape.numel()), shape)
-        return torch.empty(shape, dtype=self._dtype, device=self._device).copy_(kept)
+        kept = self._kept(position)
+        return torch.empty(kept.shape, dtype=self._dtype, device=self._device).copy_(kept)
+
+    def view(self, position: int) -> Tensor:
+        """The tensor at ``position``, not to be changed, nor to be used when the series is longer or was freed."""
+        return self._kept(position).to(self._device, self._dtype)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows (int64, shape (n,)) of the long tensor that the aligned tensors form."""
@@ -259,13 +261,26 @@ class TensorSeries:
         """A tensor like the one at ``position``, of other values: of zeros, or whatever ``make`` makes."""
         return make(self.shapes[position], self._dtype, self._device)
 
+    def _kept(self, position: int) -> Tensor:
+        """The tensor at ``position`` as it is kept."""
+        shape = self.shapes[position]
+        assert self._buffer is not None
+        return self._shaped(self._buffer.read(self._starts[position], shape.numel()), shape)
+
     def _is_the_first(self, tensor: Tensor) -> bool:
-        return tensor.shape == self.shapes[0] and torch.equal(tensor.to(self._kept_dtype).to(self._dtype), self[0])
+        if tensor.shape != self.shapes[0]:
+            return False
+        first = self._kept(0)
+        # Most differ in their first row.
+        return all(
+            torch.equal(new.to(self._kept_dtype), old.to(new.device))
+            for new, old in ((tensor[:1], first[:1]) if tensor.dim() else (tensor, first), (tensor, first))
+        )
 
     def _spread_out(self) -> None:
         """Give each tensor so far, of which one was kept, its own place."""
         self.constant = False
-        first, count = self[0], len(self)
+        first, count = self._kept(0), len(self)
         self.free()
         self._make_room(first.numel() * max(self._length, count + 1))
         self._starts, self._end = [], 0

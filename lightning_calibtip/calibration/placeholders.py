@@ -71,9 +71,7 @@ class Placeholders:
         finally:
             for module, attributes, buffers in before if self._made else ():
                 for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                    for name in [
-                        name for name, value in now.items() if name not in _OF_EVERY_MODULE and _is_kept(value)
-                    ]:
+                    for name in _kept(now, then):
                         kept.append(f"{type(module).__name__} keeps {name}")
                         now.pop(name)
                         now.update({name: then[name]} if name in then else {})
@@ -85,8 +83,21 @@ class Placeholders:
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def _is_kept(value: Any) -> bool:
-    return isinstance(value, Tensor | list | tuple | dict) and holds_placeholder(value)
+def _kept(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """Names of what holds a placeholder among the attributes of a module; nothing holds one ``then``."""
+    return [
+        name
+        for name, value in now.items()
+        if name not in _OF_EVERY_MODULE
+        # What is still the same object may have been filled, unless it is a tensor or numbers (as of a kernel's size).
+        and (isinstance(value, list | dict) or value is not then.get(name) or _is_nested(value))
+        and isinstance(value, Tensor | list | tuple | dict)
+        and holds_placeholder(value)
+    ]
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, tuple) and not all(isinstance(item, int | float | str) for item in value)
 
 
 def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

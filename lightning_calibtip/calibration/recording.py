@@ -125,6 +125,14 @@ class Recording:
         read = partial(TensorSeries.like, make=make) if self._forgotten else TensorSeries.__getitem__
         return tree_unflatten([read(*leaf) if isinstance(leaf, _Kept) else _as_given(leaf) for leaf in leaves], spec)
 
+    def views(self) -> Iterator[Any]:
+        """The values one by one, whose tensors must not be changed, nor used later: most are not copied."""
+        for spec, leaves in self._values:
+            yield tree_unflatten(
+                [leaf.series.view(leaf.position) if isinstance(leaf, _Kept) else _as_given(leaf) for leaf in leaves],
+                spec,
+            )
+
     def cut(self, length: int) -> None:
         """Forget the values from ``length`` on."""
         del self._values[length:]

@@ -156,16 +156,16 @@ def tune_batch_norm(
             record = quantized_stream.record(layer.name, keep_inputs=rounds)
             assert record.outputs is not None
             dim = _channel_dim(layer)
-            stretch, shift = _refold(layer, _channel_statistics(record.outputs, dim), reference)
+            stretch, shift = _refold(layer, _channel_statistics(record.outputs.views(), dim), reference)
             if record.inputs is not None:
                 outputs = quantized_stream.record_again(layer.name, record.inputs)
                 record.inputs.forget()
             else:
                 # The integers stay as they are, so that the outputs need not be computed again.
                 outputs = quantized_stream.recording(layer.name)
-                for output in record.outputs:
+                for output in record.outputs.views():
                     factor, added = (along(each, output.dim(), dim % output.dim()) for each in (stretch, shift))
-                    outputs.append((output * factor + added).to(output.dtype))
+                    outputs.append(torch.addcmul(added, output, factor).to(output.dtype))
             record.outputs.forget()
             quantized_stream.finish(layer.name, outputs)
     quantized_stream.forget()

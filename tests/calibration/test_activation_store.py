@@ -113,6 +113,32 @@ def test_equal_tensors_are_kept_once():
     assert torch.equal(series[2], mask) and torch.equal(series[3], mask + 1)
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("budget", [None, 1])
+def test_tensors_that_begin_alike_are_not_taken_for_equal(precision, budget):
+    first = torch.randn(4, 6).bfloat16().float()
+    second = first.clone()
+    second[3, 5] = 2.0
+    with ActivationStore(budget, precision) as store:
+        series = store.series(2)
+        series.append(first)
+        series.append(second)
+        assert not series.constant and torch.equal(series[0], first) and torch.equal(series[1], second)
+        assert torch.equal(series.view(1), second) and series.view(1).dtype == torch.float32
+
+
+def test_views_of_a_recording_are_not_copies():
+    recording = Recording(ActivationStore(), 2)
+    values = [{"x": torch.rand(2, 3), "flag": True} for _ in range(2)]
+    for value in values:
+        recording.append(value)
+    for _ in range(2):
+        for view, value in zip(recording.views(), values, strict=True):
+            assert view["flag"] and torch.equal(view["x"], value["x"])
+            view["x"].add_(1)
+            value["x"].add_(1)
+
+
 def test_a_recording_keeps_nested_values_and_gives_zeros_for_what_is_forgotten():
     store = ActivationStore()
     recording = Recording(store, 2)
