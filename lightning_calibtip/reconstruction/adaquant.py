@@ -140,8 +140,9 @@ def _adaquant(
         floats.finish(unit, record)
         if is_sequential:
             assert inputs is not None
-            outputs = quantized_stream.record_again(unit.name, inputs, unit.prefers_channels_last)
-            quantized_stream.finish(unit.name, outputs)
+            if unit is not units[-1]:
+                outputs = quantized_stream.record_again(unit.name, inputs, unit.prefers_channels_last)
+                quantized_stream.finish(unit.name, outputs)
             inputs.forget()
     floats.forget()
     quantized_stream.forget()

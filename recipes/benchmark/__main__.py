@@ -87,6 +87,7 @@ def reconstruction(
     checkpoint: Path | None = None,
     split: Literal["test", "train"] = "test",
     fine_tuning_rate: float = 1e-5,
+    iterations: int = 100,
 ) -> None:
     """Measure AdaQuant's growth with depth, its step, the share of each stage, its memory and its price.
 
@@ -100,6 +101,7 @@ def reconstruction(
         checkpoint: Trained ResNet-20; resnet20.pt in the data folder if not given.
         split: Evaluate on the test images, or on the training images that are not calibrated on (to choose settings).
         fine_tuning_rate: Learning rate of the fine-tuning that AdaQuant is compared with.
+        iterations: Steps of AdaQuant for each unit where growth is measured.
 
     Raises:
         ValueError: If a part is unknown, or there is no data or checkpoint for it.
@@ -110,7 +112,7 @@ def reconstruction(
     results: dict[str, Any] = {part: {} if part == "price" else [] for part in PARTS}
     for part in parts:
         if part == "growth":
-            results[part] = measure_growth()
+            results[part] = measure_growth(iterations)
         elif part == "step":
             results[part] = measure_step()
         elif part == "stages":
