@@ -14,7 +14,7 @@ from ..network.shared import work_of
 from .activation_store import ActivationStore
 from .calibration_set import output_logits
 from .losses import Loss
-from .replay import CalledAgainError, Replay
+from .replay import CalledAgainError, NotReachedError, Replay
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def visit_layers(
     What comes before the layer is replayed, so that a measurement costs the layer and what follows it. Whether the
     replayed model still gives the same output is tried on one batch for each layer; where a model does not allow it
     (values that leave the graph, side effects), a warning says so and the rest is measured by whole passes. So are
-    layers inside other layers, weights that are parts of other modules, and what the first batch does not reach.
+    layers inside other layers, weights that are parts of other modules, and what some batch does not reach.
 
     Args:
         network: Calibrated network, quantized or shown in float.
@@ -77,6 +77,8 @@ def _visit_by_replay(
             outputs = stream.record(name).outputs
             if right := _is_close(_output(loss, stream.run), wanted):
                 visit(network.layers[name], stream.run)
+        except NotReachedError:
+            continue
         except CalledAgainError:
             right = False
         if not right:

@@ -133,6 +133,13 @@ class Recording:
                 spec,
             )
 
+    def shapes(self) -> list[list[torch.Size]]:
+        """Shapes of the tensors of each value, in the order of its nesting."""
+        return [
+            [leaf.series.shapes[leaf.position] for leaf in leaves if isinstance(leaf, _Kept)]
+            for _, leaves in self._values
+        ]
+
     def cut(self, length: int) -> None:
         """Forget the values from ``length`` on."""
         del self._values[length:]

@@ -37,6 +37,15 @@ class CalledAgainError(RuntimeError):
     """
 
 
+class NotReachedError(RuntimeError):
+    """A batch calls a module less often than the first batch did, as one of several experts: it cannot be looked at by
+    itself.
+
+    Example:
+        See ``Replay``.
+    """
+
+
 class _ReachedUnit(BaseException):
     """Ends a pass; not an ``Exception``, so that no ``except`` clause of the user's model holds it back."""
 
@@ -96,13 +105,20 @@ class Replay:
             unit: Name of the unit.
 
         Raises:
-            RuntimeError: If a batch does not reach the unit.
+            NotReachedError: If a batch does not reach the unit.
         """
         calls, batches = self.calls(unit), len(self.calibration)
         promoted = {name: Recording(self.store, batches) for name in self._to_store(unit)}
         for index in range(batches):
             lengths = {name: len(outputs) for name, outputs in promoted.items()}
-            for call in self._with_placeholders(partial(self._capture_batch, index, unit, calls, promoted, lengths)):
+            run = partial(self._capture_batch, index, unit, calls, promoted, lengths)
+            try:
+                captured = self._with_placeholders(run)
+            except NotReachedError:
+                for outputs in promoted.values():
+                    outputs.forget()
+                raise
+            for call in captured:
                 yield index, call
         for name, outputs in promoted.items():
             # Not those that a batch left out, or that nothing depends on.
@@ -118,7 +134,7 @@ class Replay:
             unit: Name of the unit.
 
         Raises:
-            RuntimeError: If a batch does not reach the unit.
+            NotReachedError: If a batch does not reach the unit.
         """
         module = self.model.get_submodule(unit)
         for _, call in self.capture(unit):
@@ -147,7 +163,7 @@ class Replay:
             The recordings.
 
         Raises:
-            RuntimeError: If a batch does not reach the unit.
+            NotReachedError: If a batch does not reach the unit.
         """
         module = self.model.get_submodule(unit)
         inputs = self.recording(unit, channels_last) if keep_inputs else None
@@ -203,6 +219,8 @@ class Replay:
                 if not holds_placeholder(found):
                     return found
                 reason = "something to come reads them"
+            except NotReachedError:
+                raise
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
             self._placeholders = None
@@ -268,9 +286,9 @@ class Replay:
                 self.calibration.run(index)
             except _ReachedUnit:
                 return captured
-        raise RuntimeError(
-            f"{unit}: calibration batch {index} called it {len(captured)} times, the first batch {calls} times; "
-            "leave it float with overrides={...: None}."
+        raise NotReachedError(
+            f"calibration batch {index} calls it {len(captured)} times, the first batch {calls} times (larger batches "
+            "may reach it alike)"
         )
 
     def _answer(self, stack: ExitStack, index: int) -> None:

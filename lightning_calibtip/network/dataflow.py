@@ -47,6 +47,9 @@ def is_closed(structure: Structure, name: str) -> bool:
 def live_modules(structure: Structure, stored: Collection[str], pending: Sequence[str], to_end: bool) -> set[str]:
     """Find the modules whose stored outputs something to come still depends on, by a walk backwards over the operators.
 
+    What decides over shapes on the way, such as a mask of samples, is depended on as well: stored outputs would not fit
+    other shapes.
+
     Args:
         structure: As observed.
         stored: Names of the modules that answer with stored outputs instead of computing; each is called once.
@@ -67,13 +70,18 @@ def live_modules(structure: Structure, stored: Collection[str], pending: Sequenc
     """
     stored_calls = {structure.calls_of[name][0].index: name for name in stored}
     waiting = output_storages(structure) if to_end else []
+    end = len(structure.operators) if to_end else 0
     for name in pending:
         if any(_is_inside(name, other) for other in stored):
             continue
         for call in structure.calls_of[name]:
+            end = max(end, call.stop)
             waiting += [value.storage for value in call.reads]
             for operator in structure.operators[call.start : call.stop]:
                 waiting += [value.storage for value in operator.reads]
+    for operator in structure.operators[:end]:
+        if not any(index in stored_calls for index in operator.scope):
+            waiting += [value.storage for value in operator.decisive]
     live: set[str] = set()
     seen: set[int] = set()
     while waiting:

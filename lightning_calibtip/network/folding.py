@@ -85,8 +85,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def _eps(normalization: nn.Module) -> float:
-    eps = getattr(normalization, "eps", _EPS)
-    return float(eps) if isinstance(eps, int | float) else _EPS
+    eps: Any = getattr(normalization, "eps", _EPS)
+    try:
+        return float(eps)
+    except (TypeError, ValueError):
+        return _EPS
 
 
 def _after(normalization: nn.Module, x: Tensor) -> Tensor:
@@ -148,7 +151,8 @@ def prove_folds(
             continue
         with torch.no_grad():
             layer = with_baked_parametrizations(modules[name])
-        if reason := _why_not(layer, modules[follower], tied.get(name)):
+        reason = _why_not(layer, modules[follower], tied.get(name)) or _read_elsewhere(modules, structure, name)
+        if reason:
             left[follower] = reason
         else:
             candidates[Fold(name, follower)] = layer
@@ -254,19 +258,39 @@ def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) 
     return ""
 
 
+def _read_elsewhere(modules: Mapping[str, nn.Module], structure: Structure, name: str) -> str:
+    """Reason why a layer cannot be folded into where something else computes with its weight or bias, which would then
+    be the folded ones, or ''. Other layers that share a parameter get a copy of their own."""
+    for key, parameter in modules[name]._parameters.items():
+        holders = {other for other, module in modules.items() if _holds(module, parameter)}
+        for operator in structure.readers.get(structure.parameters.get(f"{name}.{key}".removeprefix("."), 0), ()):
+            if not any(structure.calls[index].name in holders for index in operator.scope):
+                return f"its {key} is also read outside of it, by {operator.name}"
+    return ""
+
+
+def _holds(module: nn.Module, parameter: nn.Parameter | None) -> bool:
+    return any(own is parameter for own in module._parameters.values())
+
+
 def _needs_no_proof(modules: Mapping[str, nn.Module], structure: Structure, fold: Fold) -> bool:
-    """Whether a pair is one of PyTorch's own convolutions and a BatchNorm of its own, as they are, on the very tensor
-    that the convolution returns, and all that folding computes is finite."""
+    """Whether a pair is one of PyTorch's own convolutions and a BatchNorm of its own, as they are, which normalizes the
+    very tensor that the convolution returns by its statistics, and all that folding computes is finite."""
     layer, normalization = modules[fold.layer], modules[fold.normalization]
     dims = _CONVOLUTIONS.get(type(layer))
     if dims is None or type(normalization) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return False
-    if normalization.training or not (_is_as_it_is(layer) and _is_as_it_is(normalization)):
+    if not (_is_as_it_is(layer) and _is_as_it_is(normalization)):
+        return False
+    if normalization.training or normalization.num_batches_tracked is None:
         return False
     calls = (structure.calls_of[name] for name in (fold.layer, fold.normalization))
     for producing, reading in zip(*calls, strict=True):
         # Without a dimension of samples, one of another length would be normalized.
         if producing.writes != reading.reads or len(producing.writes[0].view[1]) != dims + 2:
+            return False
+        # One that is put into training mode for its own call counts its batches.
+        if any(operator.name == "add" for operator in structure.operators[reading.start : reading.stop]):
             return False
     return all(is_finite(parameter) for parameter in _folded_parameters(layer, normalization))
 

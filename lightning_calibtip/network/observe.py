@@ -30,6 +30,8 @@ _ACTIVATIONS = {
     "hardsigmoid", "sigmoid", "tanh", "softplus", "log_sigmoid", "threshold", "clamp", "clamp_min",
 }  # fmt: skip
 
+_MASKS = (torch.bool, torch.uint8)
+
 
 def observe(model: nn.Module, run: Callable[[], Any], between_layers: bool = False) -> Structure:
     """Record what happens to one batch, and find out which BatchNorms can be folded.
@@ -197,8 +199,18 @@ class _Recorder(TorchDispatchMode):
             name += "_nonzero"
         replay = _replay(func, args, kwargs) if name in _ACTIVATIONS else None
         is_view = not mutates and any(returned.alias_info is not None for returned in func._schema.returns)
-        self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay, is_view))
+        decisive = self.values(_decisive(func, args, kwargs))
+        self.structure.operators.append(Operator(name, reads, writes, tuple(self.scope), replay, is_view, decisive))
         return output
+
+
+def _decisive(func: Any, args: Any, kwargs: Any) -> Any:
+    """Arguments whose values decide over the shape of what an operator returns, or over a number."""
+    if not {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags):
+        return ()
+    if func.overloadpacket is not torch.ops.aten.index:
+        return args, kwargs
+    return [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor) and leaf.dtype in _MASKS]
 
 
 def _has_storage(leaf: Any) -> bool:

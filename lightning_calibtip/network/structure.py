@@ -48,6 +48,7 @@ class Operator:
         scope: Indices of the module calls that it ran in, outermost first.
         replay: The same function of one input, if it is an activation function.
         is_view: Whether it returns views of what it reads, and changes nothing.
+        decisive: Those of what it reads whose values decide over the shape that it returns, or over a number.
 
     Example:
         See ``Structure``.
@@ -59,6 +60,7 @@ class Operator:
     scope: tuple[int, ...]
     replay: Activation | None
     is_view: bool = False
+    decisive: tuple[Value, ...] = ()
 
 
 @dataclass

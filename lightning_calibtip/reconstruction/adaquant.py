@@ -1,6 +1,7 @@
 """AdaQuant over a whole model (Hubara et al. 2021): unit by unit, on float or on quantized inputs."""
 
 import logging
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
-from ..calibration.replay import Replay
+from ..calibration.replay import NotReachedError, Replay
 from ..files.state_folder import holding
 from ..network.network import QuantizedNetwork
 from ..network.shared import take_states_of_first, work_of
@@ -114,19 +115,32 @@ def _adaquant(
         result = _load(finished, position, unit, is_sequential, is_mine)
         waits = result is None and not is_mine
         keeps_inputs = result is None and is_mine and (not is_sequential or options.drop_probability > 0)
-        record = floats.record(unit, keeps_inputs, weighs=result is None and is_mine)
-        inputs = record.inputs
-        if is_sequential:
-            channels_last = unit.prefers_channels_last
-            inputs = quantized_stream.record(unit.name, True, False, channels_last).inputs
+        record, channels_last = None, unit.prefers_channels_last
+        try:
+            record = floats.record(unit, keeps_inputs, weighs=result is None and is_mine)
+            inputs = record.inputs
+            if is_sequential:
+                inputs = quantized_stream.record(unit.name, True, False, channels_last).inputs
+        except NotReachedError as error:
+            # Both streams go on computing it wherever it is called.
+            results.append(left_as_it_was(unit, str(error)))
+            if record is not None:
+                floats.finish(unit, record)
+            continue
         if waits:
             # Its owner tells of it at the end.
             result = _waiting(unit)
         elif result is None:
             assert inputs is not None
             recorded = UnitData(inputs, record.targets, record.inputs if is_sequential else None, record.weights)
+            if inputs.shapes() != record.shapes:
+                # One of several experts: the quantized model gives it other samples than the float model does.
+                with network.quantized(False):
+                    recorded = UnitData(inputs, quantized_stream.record_again(unit.name, inputs, channels_last))
             with nullcontext() if is_sequential else ranks.alone():
                 result = reconstruct(unit, recorded, options, used, part_of(progress, position, len(units)))
+            if recorded.targets is not record.targets:
+                recorded.targets.forget()
             if is_sequential:
                 take_states_of_first(unit.layers)
                 result = ranks.from_first(result)
@@ -141,7 +155,7 @@ def _adaquant(
         if is_sequential:
             assert inputs is not None
             if unit is not units[-1]:
-                outputs = quantized_stream.record_again(unit.name, inputs, unit.prefers_channels_last)
+                outputs = quantized_stream.record_again(unit.name, inputs, channels_last)
                 quantized_stream.finish(unit.name, outputs)
             inputs.forget()
     floats.forget()
@@ -238,10 +252,23 @@ def reconstruct(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
-        note = f"it cannot be optimised ({type(error).__name__}: {error})"
-        log.warning("%s: left as it was before AdaQuant: %s.", unit.name, note)
-        layers = tuple(layer.name for layer in unit.layers)
-        return UnitResult(unit.name, layers, float("nan"), float("nan"), False, note, 0.0)
+        return left_as_it_was(unit, f"it cannot be optimised ({type(error).__name__}: {error})")
+
+
+def left_as_it_was(unit: Unit, note: str) -> UnitResult:
+    """The result of a unit that is not reconstructed, for a reason that a warning gives.
+
+    Args:
+        unit: The unit.
+        note: The reason.
+
+    Example:
+        >>> from torch import nn
+        >>> left_as_it_was(Unit("conv1", nn.Identity(), (), None), "it is not reached").kept
+        False
+    """
+    log.warning("%s: left as it was before AdaQuant: %s.", unit.name, note)
+    return UnitResult(unit.name, tuple(layer.name for layer in unit.layers), math.nan, math.nan, False, note, 0.0)
 
 
 def open_finished(

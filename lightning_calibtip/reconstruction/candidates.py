@@ -8,6 +8,7 @@ from .. import ranks
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
+from ..calibration.replay import NotReachedError
 from ..files.state_folder import holding
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
@@ -15,7 +16,7 @@ from ..network.shared import work_of
 from ..network.states import LayerState
 from ..quantization.quantizers import Quantizer
 from ..quantization.spec import BitWidths, LayerConfig
-from .adaquant import open_finished, prepare_units, reconstruct, summary_of
+from .adaquant import left_as_it_was, open_finished, prepare_units, reconstruct, summary_of
 from .float_stream import FloatRecord, FloatStream
 from .optimize import UnitResult
 from .options import AdaQuantOptions
@@ -113,9 +114,15 @@ def _adaquant_candidates(
     assert structure is not None
     owners = ranks.deal([sum(work_of(layer, structure) for layer in unit.layers) for unit in units])
     by_unit: dict[int, dict[_Key, UnitResult]] = {}
+    left: set[str] = set()
     for position, unit in enumerate(units):
         is_mine = owners[position] == ranks.rank()
-        record = floats.record(unit, keep_inputs=is_mine)
+        try:
+            record = floats.record(unit, keep_inputs=is_mine)
+        except NotReachedError as error:
+            left_as_it_was(unit, str(error))
+            left.add(unit.name)
+            continue
         if is_mine:
             with ranks.alone():
                 by_unit[position] = {
@@ -126,14 +133,14 @@ def _adaquant_candidates(
     by_unit = _exchange(network, units, by_unit)
     for position, unit in enumerate(units):
         for candidate in candidates:
-            if (result := by_unit[position].get(work.key(unit, candidate))) is not None:
+            if (result := by_unit.get(position, {}).get(work.key(unit, candidate))) is not None:
                 results[candidate].append(result)
-    reconstructed = {layer.name for unit in units for layer in unit.layers}
+    reconstructed = {layer.name for unit in units if unit.name not in left for layer in unit.layers}
     widest = max(candidates, key=lambda candidate: (candidate.total, candidate.sort_key))
     for name, config in former.items():
         layer, configs = network.layers[name], [network.config_for(name, candidate) for candidate in candidates]
         if name not in reconstructed:
-            # Embeddings: their states come from ranges alone.
+            # Embeddings, and what some batches do not reach: their states come from ranges alone.
             for other in configs:
                 _make_variant(layer, other)
         plain = config.without_equalization

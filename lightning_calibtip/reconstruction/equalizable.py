@@ -83,6 +83,8 @@ def check_absorb(options: EqualizationOptions, scheme: QuantizationScheme) -> No
 def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, list[QuantizedLayer], Channels]]:
     """The tensors whose channels can be equalized, each with all layers that read it, and with its channels.
 
+    Layers that the first batch does not reach cannot be judged.
+
     Args:
         network: Calibrated network.
     """
@@ -94,6 +96,8 @@ def equalizable_inputs(network: QuantizedNetwork) -> list[tuple[ObservedTensor, 
             readers.setdefault(tensor, []).append(layer)
     found = []
     for tensor, layers in readers.items():
+        if any(layer.name not in network.structure.calls_of for layer in layers):
+            continue
         channels = {_channels(layer, network.structure) for layer in layers}
         formats = {layer.config.inputs[:1] for layer in layers}
         (common, *_) = channels

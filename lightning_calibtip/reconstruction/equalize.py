@@ -13,6 +13,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
+from ..calibration.replay import NotReachedError
 from ..network.absorption import find_absorbers
 from ..network.channels import is_free
 from ..network.hooks import make_room_for_bias
@@ -24,11 +25,11 @@ from ..quantization.observers import make_observer
 from ..quantization.ranges import lp_optimal_range
 from ..quantization.spec import Channels, TensorSpec
 from .equalizable import EqualizationOptions, check_absorb, equalizable_inputs, may_divide
-from .float_stream import FloatStream
+from .float_stream import FloatRecord, FloatStream
 from .options import AdaQuantOptions
 from .readers import Reader, readers_of
 from .unit_data import UnitData, split_by_samples
-from .units import find_units
+from .units import Unit, find_units
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +166,13 @@ def equalize(
     with trial(layers, divergence) as attempt:
         for position, unit in enumerate(units):
             progress(position, len(units), unit.name)
-            record = floats.record(unit, keep_inputs=True)
-            assert record.inputs is not None
-            dataset = split_by_samples(unit, UnitData(record.inputs, record.targets, None, record.weights))
+            try:
+                record = floats.record(unit, keep_inputs=True)
+            except NotReachedError as error:
+                log.warning("%s: its inputs are not equalized: %s.", unit.name, error)
+                continue
             inside = [single[layer.name] for layer in unit.layers if layer.name in single]
-            for reader in readers_of(network, unit, inside, dataset, options):
+            for reader in _readers(network, unit, inside, record, options):
                 tensor = readers[reader.layer.name]
                 waiting[tensor].append(reader)
                 if len(waiting[tensor]) == len(set(tensor.readers)):
@@ -187,6 +190,22 @@ def equalize(
     for tensor, channels in groups.items():
         tensor.learnable = channels
     return EqualizationResult(tuple(found), before, after, attempt.kept, note)
+
+
+def _readers(
+    network: QuantizedNetwork, unit: Unit, layers: Sequence[Unit], record: FloatRecord, options: EqualizationOptions
+) -> list[Reader]:
+    """Layers of a unit with what they are given, see ``readers_of``; none, with a warning, if the unit cannot be run by
+    samples."""
+    assert record.inputs is not None
+    try:
+        dataset = split_by_samples(unit, UnitData(record.inputs, record.targets, None, record.weights))
+        return readers_of(network, unit, layers, dataset, options)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        log.warning("%s: its inputs are not equalized (%s: %s).", unit.name, type(error).__name__, error)
+        return []
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording, UnitCall
@@ -21,6 +25,7 @@ class FloatRecord(NamedTuple):
         inputs: Its inputs, if they are kept.
         targets: Its outputs.
         weights: Importance of the elements of its outputs, if they are not all alike.
+        shapes: Shapes of its inputs, call by call.
 
     Example:
         See ``FloatStream``.
@@ -29,6 +34,7 @@ class FloatRecord(NamedTuple):
     inputs: Recording | None
     targets: Recording
     weights: Recording | None
+    shapes: list[list[torch.Size]]
 
 
 class FloatStream:
@@ -77,8 +83,12 @@ class FloatStream:
         weights = stream.recording(unit.name, channels_last) if self._weighs and weighs else None
         objective = make_objective(self._objective, unit.layers)
         position = iter(range(stream.calls(unit.name) * len(self._calibration)))
+        shapes: list[list[torch.Size]] = []
 
         def weigh(index: int, call: UnitCall, output: Any) -> None:
+            # Of those that a recording keeps.
+            leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+            shapes.append([leaf.shape for leaf in leaves])
             if weights is not None:
                 given = None if importance is None else importance[next(position)]
                 weights.append(token_weights(unit, output, self._calibration.tokens(index), given, objective))
@@ -88,7 +98,7 @@ class FloatStream:
         if importance is not None:
             importance.forget()
         assert outputs is not None
-        return FloatRecord(inputs, outputs, weights)
+        return FloatRecord(inputs, outputs, weights, shapes)
 
     def finish(self, unit: Unit, record: FloatRecord) -> None:
         """Go on to the next unit; what was recorded for this one is freed."""

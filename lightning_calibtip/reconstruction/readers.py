@@ -87,6 +87,8 @@ def readers_of(
             [torch.cat(parts) for parts in zip(*values[layer.name], strict=True)],
         )
         for layer in layers
+        # Not all samples may reach a layer, as one of several experts.
+        if values[layer.name] and kept[layer.name]
     ]
 
 

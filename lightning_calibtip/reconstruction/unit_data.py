@@ -99,7 +99,7 @@ class UnitDataset:
     ) -> None:
         self._contiguous = contiguous
         if not inputs.nested_alike:
-            raise ValueError("the unit is called with differently nested arguments in different batches")
+            raise ValueError("its calls differ in which arguments they give")
         # In the order of the fields of MiniBatch.
         self._recordings = (inputs, targets, float_inputs, importance)
         self._tables: list[_Table | None] = []
@@ -267,7 +267,7 @@ def split_by_samples(unit: Unit, data: UnitData) -> UnitDataset:
         data: What is recorded of it.
 
     Raises:
-        ValueError: If batches call the unit with differently nested arguments, or it returns no tensor of samples.
+        ValueError: If the unit's calls differ in which arguments they give, or it returns no tensor of samples.
 
     Example:
         See ``UnitDataset``.

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.logits import float_logits, measure_divergences
 from ..calibration.progress import ProgressCallback, no_progress
-from ..calibration.replay import CalledAgainError, Replay
+from ..calibration.replay import CalledAgainError, NotReachedError, Replay
 from ..network.folding import FoldedBatchNorm
 from ..network.layers import QuantizedLayer
 from ..network.network import QuantizedNetwork
@@ -131,16 +132,21 @@ def tune_batch_norm(
     order = [name for name in network.structure.calls_of if name in norms]
     if not order:
         return BatchNormTuningResult((), 0.0, 0.0, True)
-    structure, layers = network.structure, [network.layers[name] for name in order]
+    structure = network.structure
+    wanted: dict[str, tuple[Tensor, Tensor]] = {}
     quantized_stream: Replay | None = None
     if options.reference == "training":
-        norms_of = [network.model.get_submodule(norms[name]) for name in order]
-        wanted = [(norm.bias, norm.deviation) for norm in norms_of if isinstance(norm, FoldedBatchNorm)]
+        for name in order:
+            norm = network.model.get_submodule(norms[name])
+            assert isinstance(norm, FoldedBatchNorm)
+            wanted[name] = norm.bias, norm.deviation
         logits = float_logits(network, calibration)
     else:
         with network.quantized(False):
             stream = Replay(network.model, structure, calibration, order, store, to_end=True)
-            wanted = [_channel_statistics(_finishing(stream, layer), _channel_dim(layer)) for layer in layers]
+            for layer in [network.layers[name] for name in order]:
+                with _where_reached(layer):
+                    wanted[layer.name] = _channel_statistics(_finishing(stream, layer), _channel_dim(layer))
             logits = float_logits(network, calibration, _going_on(stream))
             stream.forget()
 
@@ -148,33 +154,49 @@ def tune_batch_norm(
         run = calibration.run if quantized_stream is None else _going_on(quantized_stream)
         return measure_divergences(calibration, logits, range(len(calibration)), run)
 
+    layers = [network.layers[name] for name in wanted]
     with trial(layers, divergences) as attempt:
         quantized_stream = Replay(network.model, structure, calibration, order, store, to_end=True)
-        for position, (layer, reference) in enumerate(zip(layers, wanted, strict=True)):
-            progress(position, len(order), layer.name)
-            rounds = layer.output_quantizer is not None
-            record = quantized_stream.record(layer.name, keep_inputs=rounds)
-            assert record.outputs is not None
-            dim = _channel_dim(layer)
-            stretch, shift = _refold(layer, _channel_statistics(record.outputs.views(), dim), reference)
-            if record.inputs is not None:
-                outputs = quantized_stream.record_again(layer.name, record.inputs)
-                record.inputs.forget()
-            else:
-                # The integers stay as they are, so that the outputs need not be computed again.
-                outputs = quantized_stream.recording(layer.name)
-                for output in record.outputs.views():
-                    factor, added = (along(each, output.dim(), dim % output.dim()) for each in (stretch, shift))
-                    outputs.append(torch.addcmul(added, output, factor).to(output.dtype))
-            record.outputs.forget()
-            quantized_stream.finish(layer.name, outputs)
+        for position, layer in enumerate(layers):
+            progress(position, len(layers), layer.name)
+            with _where_reached(layer):
+                _tune_layer(layer, quantized_stream, wanted[layer.name])
     quantized_stream.forget()
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     note = ""
     if not attempt.kept:
         note = f"it did not lower the divergence ({before:.4g} to {float(attempt.tried.mean()):.4g})"
         log.warning("BatchNorm tuning: layers restored, since %s.", note)
-    return BatchNormTuningResult(tuple(order), before, after, attempt.kept, note)
+    return BatchNormTuningResult(tuple(wanted), before, after, attempt.kept, note)
+
+
+@contextmanager
+def _where_reached(layer: QuantizedLayer) -> Iterator[None]:
+    """Inside, a layer that some batches do not reach is left as it is, with a warning."""
+    try:
+        yield
+    except NotReachedError as error:
+        log.warning("%s: its BatchNorm is not tuned, since %s.", layer.name, error)
+
+
+def _tune_layer(layer: QuantizedLayer, stream: Replay, reference: tuple[Tensor, Tensor]) -> None:
+    """Bring a layer's channels to the statistics of the reference, and go on to the next layer."""
+    rounds = layer.output_quantizer is not None
+    record = stream.record(layer.name, keep_inputs=rounds)
+    assert record.outputs is not None
+    dim = _channel_dim(layer)
+    stretch, shift = _refold(layer, _channel_statistics(record.outputs.views(), dim), reference)
+    if record.inputs is not None:
+        outputs = stream.record_again(layer.name, record.inputs)
+        record.inputs.forget()
+    else:
+        # The integers stay as they are, so that the outputs need not be computed again.
+        outputs = stream.recording(layer.name)
+        for output in record.outputs.views():
+            factor, added = (along(each, output.dim(), dim % output.dim()) for each in (stretch, shift))
+            outputs.append(torch.addcmul(added, output, factor).to(output.dtype))
+    record.outputs.forget()
+    stream.finish(layer.name, outputs)
 
 
 def _going_on(stream: Replay) -> Callable[[int], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet, output_logits
-from ..calibration.replay import CalledAgainError, Replay
+from ..calibration.replay import CalledAgainError, NotReachedError, Replay
 from ..network.network import QuantizedNetwork
 from ..quantization.quantizers import Quantizer
 
@@ -102,7 +102,7 @@ class ReplayedPrefix:
                 assert outputs is not None
                 stream.finish(name, outputs)
             self._works = _is_close(output_logits(stream.run(0)), output_logits(self._calibration.run(0)))
-        except CalledAgainError:
+        except (CalledAgainError, NotReachedError):
             self._works = False
         self._stream, self._position, self._recorded = stream, position, factors
         if not self._works:

@@ -1,5 +1,7 @@
 import copy
+import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -360,6 +362,14 @@ def test_a_plain_convolution_before_a_plain_batch_norm_needs_no_run():
     assert convolution_and_norm(lambda model: None) == (0, 1, {})
 
 
+def _in_training(model, x):
+    model[1].train()
+    try:
+        return model[1](model[0](x))
+    finally:
+        model[1].eval()
+
+
 def doubled(x):
     return 2 * nn.functional.conv2d(x, torch.ones(3, 3, 1, 1))
 
@@ -373,13 +383,44 @@ def doubled(x):
         lambda model: model[1].register_forward_hook(lambda module, args, output: 2 * output),
         lambda model: model[1].train(),
         lambda model: model[1].running_var.fill_(float("nan")),
+        lambda model: setattr(model, "forward", functools.partial(_in_training, model)),
     ],
-    ids=["own forward", "hook", "hook before", "norm's hook", "norm in training", "NaN"],
+    ids=["own forward", "hook", "hook before", "norm's hook", "norm in training", "NaN", "norm in training in forward"],
 )
 def test_what_was_changed_must_be_proved_by_a_run(change):
     with torch.no_grad():
         runs, folds, left = convolution_and_norm(change)
     assert runs == 1 and folds + len(left) == 1
+
+
+@pytest.mark.parametrize("eps", [np.float32(0.5), torch.tensor(0.5)])
+def test_eps_of_another_type_folds_as_it_is(eps):
+    _, folds, _ = fold(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, eps=eps)), torch.randn(2, 3, 6, 6))
+    assert folds == [("0", "1")]
+
+
+class _Tied(nn.Module):
+    def __init__(self, layer, norm, read):
+        super().__init__()
+        self.layer, self.norm, self.read = layer, norm, read
+
+    def forward(self, x):
+        return self.read(self.layer, self.norm(self.layer(x)))
+
+
+@pytest.mark.parametrize(
+    "layer,norm,shape,read",
+    [
+        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: F.conv_transpose2d(y, layer.weight)),
+        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: y / layer.weight.norm()),
+        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: (y, layer.bias * 2)),
+        (nn.Linear(3, 6), nn.BatchNorm1d(6), (5, 3), lambda layer, y: F.linear(y, layer.weight.t())),
+    ],
+    ids=["transposed convolution", "norm", "bias", "transposed linear"],
+)
+def test_a_layer_whose_parameters_are_read_elsewhere_is_not_folded_into(layer, norm, shape, read):
+    _, folds, left = fold(_Tied(layer, norm, read), torch.randn(shape))
+    assert not folds and "is also read outside of it, by" in left["norm"]
 
 
 def test_a_convolution_without_a_dimension_of_samples_is_not_folded():
