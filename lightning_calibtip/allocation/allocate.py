@@ -15,7 +15,7 @@ from ..network.trial import trial
 from ..quantization.spec import BitWidths, LayerConfig
 from .check import Assignment, improve
 from .integer_program import InfeasibleBudgetError
-from .options import AllocationOptions
+from .options import DEFAULT_COMPRESSION, AllocationOptions
 from .outcome import Allocation, Point
 from .problem import Problem
 from .sensitivity import SensitivityOptions, base_bits, describe_conditions, keep_states, measure_sensitivity
@@ -85,6 +85,12 @@ def allocate(
     options = options or AllocationOptions()
     problem, budgets = state_problem(network, calibration, options)
     candidates, constraints, sweep = problem.candidates, options.constraints, options.sweep
+    if options.has_default_budget and budgets[0]["compression"] > DEFAULT_COMPRESSION:
+        log.warning(
+            "compression=%g, the default, is out of this model's reach: the budget is %.4g, half-way between the least "
+            "and the most that it can come to. Give allocation.compression, or add narrower candidates.",
+            *(DEFAULT_COMPRESSION, budgets[0]["compression"]),
+        )
     keep_states(network)
     with trial([network.layers[name] for name in network.searchable_layers]):
         measurement = options.sensitivity_options(table_path)
@@ -145,9 +151,20 @@ def state_problem(
     problem = Problem(network, calibration, candidates, constraints)
     budgets = [{**constraints.limits, "compression": value} for value in sweep.compression]
     budgets = budgets or [dict(constraints.limits)]
+    if options.has_default_budget:
+        budgets = [{"compression": _reachable(problem, DEFAULT_COMPRESSION)}]
     for limits in budgets:
         problem.solve({name: limit for name, limit in limits.items() if name != "loss"}, "compression")
     return problem, budgets
+
+
+def _reachable(problem: Problem, compression: float) -> float:
+    """The compression, or one half-way between the least and the most that the candidates allow if it is less than all
+    of these."""
+    least, most = (
+        sum(pick(of_layer.values()) for of_layer in problem.costs["compression"].values()) for pick in (min, max)
+    )
+    return compression if compression >= least else (least + most) / 2
 
 
 def _sensitivities(

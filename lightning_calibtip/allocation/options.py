@@ -34,7 +34,8 @@ class AllocationOptions:
     Args:
         compression: Budget of the weight bits of the quantizable layers over 32 bits each (0.125 is 4 bits throughout),
             above 0 and at most 1. A list makes a sweep: all are solved from one table and evaluated, and one is picked.
-            If None, 0.13, or no such budget where there is another one.
+            If None, 0.13, or half-way between the least and the most that the model can come to where 0.13 is out of
+            reach; no such budget where there is another one.
         candidates: Bit-widths of 2 to 16 bits, or pairs ``(weight_bits, activation_bits)`` in which None stands for
             float; at least two. One number stands for whatever the scheme quantizes.
         weight_bytes: Budget of the weights' bytes, a number or ``"2MB"``; scales and zero points are not counted.
@@ -152,6 +153,8 @@ class AllocationOptions:
         pinned = [scheme.bit_widths(value, "overrides") for value in (scheme.overrides or {}).values() if value]
         edges = [] if scheme.edge_bits is None else [scheme.bit_widths(scheme.edge_bits, "edge_bits")]
         least = min(bits.weight or FLOAT_BITS for bits in (*self.bit_widths(scheme), *pinned, *edges))
+        if self.has_default_budget:
+            return
         limit = self.constraints.limits.get("compression", 1.0)
         lowest = min([limit, *self.sweep.compression])
         if lowest < least / FLOAT_BITS:
@@ -160,6 +163,11 @@ class AllocationOptions:
                 f"candidates, edge_bits and overrides give, it is {least / FLOAT_BITS:g}. Raise it, or add narrower "
                 "candidates."
             )
+
+    @property
+    def has_default_budget(self) -> bool:
+        """Whether no budget is given, so that it is a compression that may be out of a small model's reach."""
+        return self.compression is None and "compression" in self.constraints.limits and not self.budgets
 
     @cached_property
     def sweep(self) -> Sweep:

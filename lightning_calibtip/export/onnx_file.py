@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 # Integers of 8 bits that are rounded otherwise, and all that follows from them, stay below this part of an output.
 _LARGE_DIFFERENCE = 0.1
 
+# Advice where the shapes of inputs may be what cannot be exported.
+_OR_NAME = ", or say which dimensions are free: dynamic={input: {dimension: name}}, or False for none"
+
 # Protobuf files end here.
 _LARGEST_FILE = 2**31 - 1
 
@@ -211,9 +214,9 @@ def _serialized(
             )
         except torch.onnx.OnnxExporterError as error:
             raise ValueError(
-                f"torch.onnx cannot export {type(module.model).__name__}: {_first_line(error.__cause__ or error)} A "
-                "graph has no steps that depend on values (lengths of packed sequences, loops until something is "
-                "found): export the part of the model without them, or give dynamic=False."
+                f"torch.onnx cannot export {type(module.model).__name__}: {_reason(error.__cause__ or error)} A graph "
+                "has no steps that depend on values (lengths of packed sequences, loops until something is found): "
+                f"export the part of the model without them{_OR_NAME if dynamic else ''}."
             ) from error
     assert program is not None
     rewrite(program.model, set(module.network.layers), int4)
@@ -225,8 +228,10 @@ def _serialized(
     return content
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _reason(error: BaseException) -> str:
+    """First line of an error's text, with the next one where it announces that."""
+    lines = [line.strip(" -") for line in str(error).strip().splitlines()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 def _dynamic_shapes(args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool | Mapping[str, Any]) -> Any:

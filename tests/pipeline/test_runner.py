@@ -245,6 +245,18 @@ def test_storage_options_reach_the_stages_and_the_state_is_removed_at_the_end(
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.parametrize("pipeline", ["mixed", "light"])
+def test_a_small_model_gets_a_default_budget_that_it_can_reach(pipeline, caplog):
+    linear = torch.nn.Linear
+    model = torch.nn.Sequential(linear(10, 16), torch.nn.ReLU(), linear(16, 16), torch.nn.ReLU(), linear(16, 10))
+    options = {"adaquant": {"iterations": 2}}
+    run = quantize(model, [torch.randn(32, 10)], pipeline=pipeline, options=options)
+    (stage,) = (stage for stage in run.stages if stage.name == "BitAllocation")
+    # Of 576 weights 256 have 4 or 8 bits, and the others 8.
+    assert stage.figures["compression"] == pytest.approx(((320 * 8 + 256 * 4) / 576 + 8) / 2 / 32, abs=0.03)
+    assert caplog.text.count("compression=0.13, the default, is out of this model's reach: the budget is 0.2222") == 1
+
+
 @pytest.mark.parametrize("pipeline", ["advanced", "mixed", "light"])
 @pytest.mark.parametrize("options, scheme, message", [
     ({"compression": 0.126}, {}, "compression=0.126 is out of reach: with these candidates it can be"),
