@@ -49,7 +49,7 @@ def test_calls_of_different_shapes_stay_whole():
 
 def test_differently_nested_calls_are_refused():
     inputs = recorded(UnitCall((torch.zeros(2),), {}), UnitCall((torch.zeros(2), torch.zeros(2)), {}))
-    with pytest.raises(ValueError, match="differently nested"):
+    with pytest.raises(ValueError, match="differ in which arguments"):
         UnitDataset(inputs, recorded(torch.zeros(2), torch.zeros(2)))
 
 
