@@ -168,16 +168,22 @@ class Replay:
         module = self.model.get_submodule(unit)
         inputs = self.recording(unit, channels_last) if keep_inputs else None
         outputs = self.recording(unit, channels_last) if keep_outputs else None
-        for index, call in self.capture(unit):
-            # Kept first, since the unit may change its arguments in place.
-            if inputs is not None:
-                inputs.append(call)
-            if outputs is not None:
-                with torch.no_grad():
-                    output = module(*call.args, **call.kwargs)
-                    if each is not None:
-                        each(index, call, output)
-                outputs.append(output)
+        try:
+            for index, call in self.capture(unit):
+                # Kept first, since the unit may change its arguments in place.
+                if inputs is not None:
+                    inputs.append(call)
+                if outputs is not None:
+                    with torch.no_grad():
+                        output = module(*call.args, **call.kwargs)
+                        if each is not None:
+                            each(index, call, output)
+                    outputs.append(output)
+        except NotReachedError:
+            for recording in (inputs, outputs):
+                if recording is not None:
+                    recording.forget()
+            raise
         return UnitRecord(inputs, outputs)
 
     @torch.no_grad()

@@ -7,6 +7,10 @@ from .structure import Operator, Structure, Value
 
 _ADDS = {"add", "sub"}
 
+# Operators that choose rows by indices or a mask, their second operand and those after it, and that put rows back.
+_CHOOSES = {"index", "index_select", "gather", "take", "take_along_dim", "masked_select"}
+_PUTS = {"index_add", "index_put", "index_copy", "scatter", "scatter_add", "scatter_reduce", "masked_scatter"}
+
 
 def is_closed(structure: Structure, name: str) -> bool:
     """Whether a module is called once, what it computes leaves it by its return value alone, and it changes nothing
@@ -99,6 +103,60 @@ def live_modules(structure: Structure, stored: Collection[str], pending: Sequenc
             else:
                 waiting += [value.storage for value in operator.reads]
     return live
+
+
+def reads_chosen_samples(structure: Structure, name: str, deciding: Collection[str]) -> bool:
+    """Whether what some modules compute decides which samples a module is given, as a router does for experts.
+
+    Args:
+        structure: As observed.
+        name: Full name of the module.
+        deciding: Full names of those that may decide.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_calibtip.network.observe import record
+        >>> class Best(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.score, self.expert, self.last = nn.Linear(2, 1), nn.Linear(2, 2), nn.Linear(2, 2)
+        ...     def forward(self, x):
+        ...         best = self.score(x)[:, 0].topk(2).indices
+        ...         return self.last(x.index_add(0, best, self.expert(x[best])))
+        >>> structure = record(model := Best(), lambda: model(torch.randn(4, 2)))
+        >>> [reads_chosen_samples(structure, name, ["score"]) for name in ("score", "expert", "last")]
+        [False, True, False]
+    """
+    waiting = [value.storage for call in structure.calls_of.get(name, []) for value in call.reads]
+    seen: set[int] = set()
+    while waiting:
+        storage = waiting.pop()
+        if storage in seen:
+            continue
+        seen.add(storage)
+        for operator in structure.writers.get(storage, []):
+            if operator.name in _CHOOSES and _depends_on(structure, operator.reads[1:], deciding):
+                return True
+            # What is put into a tensor does not change which samples its rows belong to.
+            reads = operator.reads[:1] if operator.name in _PUTS else operator.reads
+            waiting += [value.storage for value in reads]
+    return False
+
+
+def _depends_on(structure: Structure, values: Iterable[Value], names: Collection[str]) -> bool:
+    """Whether any of these values is computed from what modules return."""
+    waiting, seen = [value.storage for value in values], set[int]()
+    while waiting:
+        storage = waiting.pop()
+        if storage in seen:
+            continue
+        seen.add(storage)
+        for operator in structure.writers.get(storage, []):
+            if _layer_of(structure, operator, names) is not None:
+                return True
+            waiting += [value.storage for value in operator.reads]
+    return False
 
 
 def output_storages(structure: Structure) -> list[int]:

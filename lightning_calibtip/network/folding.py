@@ -259,17 +259,24 @@ def _why_not(layer: nn.Module, normalization: nn.Module, embedding: str | None) 
 
 
 def _read_elsewhere(modules: Mapping[str, nn.Module], structure: Structure, name: str) -> str:
-    """Reason why a layer cannot be folded into where something else computes with its weight or bias, which would then
-    be the folded ones, or ''. Other layers that share a parameter get a copy of their own."""
-    for key, parameter in modules[name]._parameters.items():
-        holders = {other for other, module in modules.items() if _holds(module, parameter)}
-        for operator in structure.readers.get(structure.parameters.get(f"{name}.{key}".removeprefix("."), 0), ()):
-            if not any(structure.calls[index].name in holders for index in operator.scope):
+    """Reason why a layer cannot be folded into where something else computes the model's output with its weight or
+    bias, which would then be the folded ones, or ''. Other layers that share a parameter get a copy of their own."""
+    for key, parameter in modules[name].named_parameters():
+        # What a parametrized weight is computed from has a module of its own, which is asked for it from anywhere.
+        is_own = key in modules[name]._parameters
+        holders = {other for other, module in modules.items() if is_own and _holds(module, parameter)} | {name}
+        begin, storage = parameter.storage_offset(), structure.parameters.get(f"{name}.{key}".removeprefix("."), 0)
+        for operator in structure.readers.get(storage, ()):
+            if any(structure.calls[index].name in holders for index in operator.scope):
+                continue
+            # Parameters may be parts of one storage.
+            starts = [value.view[0] for value in operator.reads if value.storage == storage]
+            if any(begin <= start < begin + parameter.numel() for start in starts) and structure.counts(operator):
                 return f"its {key} is also read outside of it, by {operator.name}"
     return ""
 
 
-def _holds(module: nn.Module, parameter: nn.Parameter | None) -> bool:
+def _holds(module: nn.Module, parameter: nn.Parameter) -> bool:
     return any(own is parameter for own in module._parameters.values())
 
 

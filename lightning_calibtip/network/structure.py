@@ -17,6 +17,12 @@ Activation = Callable[[Tensor], Tensor]
 # The fused kernels of attention have names of their own (``scaled_dot_product_flash_attention_for_cpu``).
 _ATTENTION = "scaled_dot_product"
 
+# Operators that take the shape, the type or the device of what they read, and no value.
+_WITHOUT_VALUES = {
+    *("new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+}
+
 
 @dataclass(frozen=True)
 class Value:
@@ -182,6 +188,18 @@ class Structure:
             return None
         scopes = [operator.scope for operator in self.readers.get(self.weights.get(layer, 0), ()) if operator.scope]
         return self.calls[scopes[0][-1]].name if scopes else None
+
+    def counts(self, operator: Operator) -> bool:
+        """Whether the model's output depends on the values that an operator reads."""
+        if operator.is_view or operator.name in _WITHOUT_VALUES:
+            # Who reads the view is another one.
+            return False
+        reached = {value.storage for value in operator.writes}
+        begin = next(index for index, other in enumerate(self.operators) if other is operator)
+        for other in self.operators[begin + 1 :]:
+            if other.name not in _WITHOUT_VALUES and any(value.storage in reached for value in other.reads):
+                reached.update(value.storage for value in other.writes)
+        return bool(reached & self._returned)
 
     def is_returned(self, value: Value) -> bool:
         """Whether the model itself returned a tensor, or what was run of it."""

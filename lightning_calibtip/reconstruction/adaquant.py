@@ -16,6 +16,7 @@ from ..calibration.calibration_set import CalibrationSet
 from ..calibration.progress import ProgressCallback, no_progress, part_of
 from ..calibration.replay import NotReachedError, Replay
 from ..files.state_folder import holding
+from ..network.dataflow import reads_chosen_samples
 from ..network.network import QuantizedNetwork
 from ..network.shared import take_states_of_first, work_of
 from ..network.states import LayerState
@@ -110,6 +111,7 @@ def _adaquant(
     # Units that depend on float inputs alone are dealt out; those in sequence are worked on by all ranks together.
     structure = network.structure
     owners = deal_units(units, [sum(work_of(layer, structure) for layer in unit.layers) for unit in units])
+    chosen = {unit.name for unit in units if reads_chosen_samples(structure, unit.name, network.layers)}
     for position, unit in enumerate(units):
         is_mine = is_sequential or owners[position] == ranks.rank()
         result = _load(finished, position, unit, is_sequential, is_mine)
@@ -133,8 +135,8 @@ def _adaquant(
         elif result is None:
             assert inputs is not None
             recorded = UnitData(inputs, record.targets, record.inputs if is_sequential else None, record.weights)
-            if inputs.shapes() != record.shapes:
-                # One of several experts: the quantized model gives it other samples than the float model does.
+            if is_sequential and (unit.name in chosen or inputs.shapes() != record.shapes):
+                # As one of several experts it is given other samples in the quantized model than in the float one.
                 with network.quantized(False):
                     recorded = UnitData(inputs, quantized_stream.record_again(unit.name, inputs, channels_last))
             with nullcontext() if is_sequential else ranks.alone():

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from ..calibration.activation_store import ActivationStore
 from ..calibration.calibration_set import CalibrationSet
 from ..calibration.recording import Recording, UnitCall
-from ..calibration.replay import Replay
+from ..calibration.replay import NotReachedError, Replay
 from ..network.network import QuantizedNetwork
 from .importance import measure_importance, token_weights
 from .objectives import make_objective, weighs_rows
@@ -77,6 +77,9 @@ class FloatStream:
             unit: The next unit.
             keep_inputs: Whether its inputs will be wanted.
             weighs: Whether the importance of its outputs will be wanted.
+
+        Raises:
+            NotReachedError: If a batch does not reach the unit.
         """
         stream, channels_last = self._stream, unit.prefers_channels_last
         importance = self._importance.pop(unit.name, None)
@@ -93,10 +96,16 @@ class FloatStream:
                 given = None if importance is None else importance[next(position)]
                 weights.append(token_weights(unit, output, self._calibration.tokens(index), given, objective))
 
-        with self._network.quantized(False):
-            inputs, outputs = stream.record(unit.name, keep_inputs, True, channels_last, weigh)
-        if importance is not None:
-            importance.forget()
+        try:
+            with self._network.quantized(False):
+                inputs, outputs = stream.record(unit.name, keep_inputs, True, channels_last, weigh)
+        except NotReachedError:
+            if weights is not None:
+                weights.forget()
+            raise
+        finally:
+            if importance is not None:
+                importance.forget()
         assert outputs is not None
         return FloatRecord(inputs, outputs, weights, shapes)
 

@@ -154,20 +154,21 @@ def tune_batch_norm(
         run = calibration.run if quantized_stream is None else _going_on(quantized_stream)
         return measure_divergences(calibration, logits, range(len(calibration)), run)
 
-    layers = [network.layers[name] for name in wanted]
+    layers, tuned = [network.layers[name] for name in wanted], list[str]()
     with trial(layers, divergences) as attempt:
         quantized_stream = Replay(network.model, structure, calibration, order, store, to_end=True)
         for position, layer in enumerate(layers):
             progress(position, len(layers), layer.name)
             with _where_reached(layer):
                 _tune_layer(layer, quantized_stream, wanted[layer.name])
+                tuned.append(layer.name)
     quantized_stream.forget()
     before, after = float(attempt.before.mean()), float(attempt.after.mean())
     note = ""
     if not attempt.kept:
         note = f"it did not lower the divergence ({before:.4g} to {float(attempt.tried.mean()):.4g})"
         log.warning("BatchNorm tuning: layers restored, since %s.", note)
-    return BatchNormTuningResult(tuple(wanted), before, after, attempt.kept, note)
+    return BatchNormTuningResult(tuple(tuned), before, after, attempt.kept, note)
 
 
 @contextmanager
@@ -215,9 +216,13 @@ def _going_on(stream: Replay) -> Callable[[int], Any]:
 def _finishing(stream: Replay, layer: QuantizedLayer) -> Iterator[Tensor]:
     """Outputs of a layer at all its calls; from then on the layer answers with them."""
     recording = stream.recording(layer.name)
-    for output in stream.outputs(layer.name):
-        recording.append(output)
-        yield output
+    try:
+        for output in stream.outputs(layer.name):
+            recording.append(output)
+            yield output
+    except NotReachedError:
+        recording.forget()
+        raise
     stream.finish(layer.name, recording)
 
 

@@ -418,9 +418,38 @@ class _Tied(nn.Module):
     ],
     ids=["transposed convolution", "norm", "bias", "transposed linear"],
 )
-def test_a_layer_whose_parameters_are_read_elsewhere_is_not_folded_into(layer, norm, shape, read):
-    _, folds, left = fold(_Tied(layer, norm, read), torch.randn(shape))
+@pytest.mark.parametrize("is_parametrized", [False, True])
+def test_a_layer_whose_parameters_are_read_elsewhere_is_not_folded_into(layer, norm, shape, read, is_parametrized):
+    layer = parametrizations.weight_norm(copy.deepcopy(layer)) if is_parametrized else layer
+    _, folds, left = fold(_Tied(layer, copy.deepcopy(norm), read), torch.randn(shape))
     assert not folds and "is also read outside of it, by" in left["norm"]
+
+
+def _remember(layer, y):
+    layer.penalty = layer.weight.square().sum()
+    return y
+
+
+@pytest.mark.parametrize(
+    "read",
+    [lambda layer, y: y + y.new_zeros(1) + torch.zeros_like(layer.bias[:1]), _remember],
+    ids=["no value", "not of the output"],
+)
+def test_reads_that_the_output_does_not_depend_on_do_not_keep_a_fold_back(read):
+    model = _Tied(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), read).eval()
+    x = torch.randn(2, 3, 7, 7)
+    with torch.no_grad():
+        folds, left = prove_folds(model, record(model, lambda: model(x)), lambda: model(x))
+    assert len(folds) == 1 and not left
+
+
+def test_parameters_that_are_parts_of_one_storage_do_not_keep_folds_back():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    structure = record(model.eval(), lambda: model(torch.randn(2, 3, 8, 8)))
+    folds, left = prove_folds(model, structure, lambda: model(torch.randn(2, 3, 8, 8)))
+    assert len(folds) == 2 and not left
 
 
 def test_a_convolution_without_a_dimension_of_samples_is_not_folded():
