@@ -1,7 +1,7 @@
 """Where values of a model come from and go to: walks over its observed structure."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .structure import Operator, Structure, Value
 
@@ -128,24 +128,26 @@ def reads_chosen_samples(structure: Structure, name: str, deciding: Collection[s
         >>> [reads_chosen_samples(structure, name, ["score"]) for name in ("score", "expert", "last")]
         [False, True, False]
     """
-    waiting = [value.storage for call in structure.calls_of.get(name, []) for value in call.reads]
-    seen: set[int] = set()
-    while waiting:
-        storage = waiting.pop()
-        if storage in seen:
-            continue
-        seen.add(storage)
-        for operator in structure.writers.get(storage, []):
-            if operator.name in _CHOOSES and _depends_on(structure, operator.reads[1:], deciding):
-                return True
-            # What is put into a tensor does not change which samples its rows belong to.
-            reads = operator.reads[:1] if operator.name in _PUTS else operator.reads
-            waiting += [value.storage for value in reads]
-    return False
+    reads = [value for call in structure.calls_of.get(name, []) for value in call.reads]
+    return any(
+        _layer_of(structure, deciding_operator, deciding) is not None
+        # What is put into a tensor does not change which samples its rows belong to.
+        for operator in _behind(structure, reads, _read_by_row)
+        if operator.name in _CHOOSES
+        for deciding_operator in _behind(structure, operator.reads[1:])
+    )
 
 
-def _depends_on(structure: Structure, values: Iterable[Value], names: Collection[str]) -> bool:
-    """Whether any of these values is computed from what modules return."""
+def _read_by_row(operator: Operator) -> tuple[Value, ...]:
+    return operator.reads[:1] if operator.name in _PUTS else operator.reads
+
+
+def _behind(
+    structure: Structure,
+    values: Iterable[Value],
+    follow: Callable[[Operator], Iterable[Value]] = lambda operator: operator.reads,
+) -> Iterator[Operator]:
+    """The operators that values come from, the last ones first; ``follow`` says which of what one reads is followed."""
     waiting, seen = [value.storage for value in values], set[int]()
     while waiting:
         storage = waiting.pop()
@@ -153,10 +155,8 @@ def _depends_on(structure: Structure, values: Iterable[Value], names: Collection
             continue
         seen.add(storage)
         for operator in structure.writers.get(storage, []):
-            if _layer_of(structure, operator, names) is not None:
-                return True
-            waiting += [value.storage for value in operator.reads]
-    return False
+            yield operator
+            waiting += [value.storage for value in follow(operator)]
 
 
 def output_storages(structure: Structure) -> list[int]:

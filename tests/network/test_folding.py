@@ -1,64 +1,14 @@
-import copy
-import functools
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_calibtip.network.folding import FoldedBatchNorm, apply_fold, prove_folds
+from lightning_calibtip.network.folding import FoldedBatchNorm, prove_folds
 from lightning_calibtip.network.layer_types import register_layer
 from lightning_calibtip.network.observe import record
-from lightning_calibtip.network.tying import bake_parametrizations, find_ties, own_parameter
-from tests.conftest import randomize_batch_norms
 
-
-def fold(model, *inputs):
-    """Fold a copy; returns it, the folds as pairs, and what was left with the reason."""
-    model.eval()
-    randomize_batch_norms(model, torch.Generator().manual_seed(1))
-    folded = copy.deepcopy(model)
-    folds, left = proved(folded, *inputs)
-    layers = {fold.layer: folded.get_submodule(fold.layer) for fold in folds}
-    ties = find_ties(folded, layers)
-    for name, layer in layers.items():
-        bake_parametrizations(layer)
-        for parameter in ties.copies.get(name, ()):
-            own_parameter(layer, parameter)
-    for pair in folds:
-        apply_fold(folded, pair)
-    with torch.no_grad():
-        for got, wanted in zip(_tuple(folded(*inputs)), _tuple(model(*inputs)), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    return folded, [(f.layer, f.normalization) for f in folds], left
-
-
-def proved(model, *inputs):
-    """Prove folds and see to it that the model has not changed in any way."""
-    before = state_of(model)
-    folds, left = prove_folds(model, record(model, lambda: model(*inputs)), lambda: model(*inputs))
-    after = state_of(model)
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        assert torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key], key
-    return folds, left
-
-
-def state_of(model):
-    """Classes, hooks and tensors by identity, and all values."""
-    state = {f"value {name}": value.clone() for name, value in model.state_dict().items()}
-    for name, module in model.named_modules():
-        state[f"class {name}"] = (id(module), type(module))
-        state[f"hooks {name}"] = (list(module._forward_pre_hooks), list(module._forward_hooks))
-        state[f"children {name}"] = {key: id(child) for key, child in module._modules.items()}
-        state[f"parameters {name}"] = {key: (id(p), getattr(p, "_version", 0)) for key, p in module._parameters.items()}
-    return state
-
-
-def _tuple(output):
-    return output if isinstance(output, tuple) else (output,)
+from .folds import fold, state_of
 
 
 @pytest.mark.parametrize(
@@ -345,119 +295,6 @@ def test_a_layer_whose_weight_has_another_name_and_axis_folds_if_it_has_a_bias()
     assert folds == [("0", "1")] and not left
     _, folds, left = fold(nn.Sequential(Mixing(bias=False), nn.BatchNorm1d(6)), torch.randn(5, 4))
     assert not folds and left == {"1": "the layer's weight or bias is not a plain parameter"}
-
-
-def convolution_and_norm(change):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
-    randomize_batch_norms(model, torch.Generator().manual_seed(1))
-    change(model)
-    x = torch.randn(2, 3, 4, 4)
-    runs = []
-    structure = record(model, lambda: model(x))
-    folds, left = prove_folds(model, structure, lambda: runs.append(model(x)))
-    return len(runs), len(folds), left
-
-
-def test_a_plain_convolution_before_a_plain_batch_norm_needs_no_run():
-    assert convolution_and_norm(lambda model: None) == (0, 1, {})
-
-
-def _in_training(model, x):
-    model[1].train()
-    try:
-        return model[1](model[0](x))
-    finally:
-        model[1].eval()
-
-
-def doubled(x):
-    return 2 * nn.functional.conv2d(x, torch.ones(3, 3, 1, 1))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: setattr(model[0], "forward", doubled),
-        lambda model: model[0].register_forward_hook(lambda module, args, output: 2 * output),
-        lambda model: model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],)),
-        lambda model: model[1].register_forward_hook(lambda module, args, output: 2 * output),
-        lambda model: model[1].train(),
-        lambda model: model[1].running_var.fill_(float("nan")),
-        lambda model: setattr(model, "forward", functools.partial(_in_training, model)),
-    ],
-    ids=["own forward", "hook", "hook before", "norm's hook", "norm in training", "NaN", "norm in training in forward"],
-)
-def test_what_was_changed_must_be_proved_by_a_run(change):
-    with torch.no_grad():
-        runs, folds, left = convolution_and_norm(change)
-    assert runs == 1 and folds + len(left) == 1
-
-
-@pytest.mark.parametrize("eps", [np.float32(0.5), torch.tensor(0.5)])
-def test_eps_of_another_type_folds_as_it_is(eps):
-    _, folds, _ = fold(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, eps=eps)), torch.randn(2, 3, 6, 6))
-    assert folds == [("0", "1")]
-
-
-class _Tied(nn.Module):
-    def __init__(self, layer, norm, read):
-        super().__init__()
-        self.layer, self.norm, self.read = layer, norm, read
-
-    def forward(self, x):
-        return self.read(self.layer, self.norm(self.layer(x)))
-
-
-@pytest.mark.parametrize(
-    "layer,norm,shape,read",
-    [
-        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: F.conv_transpose2d(y, layer.weight)),
-        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: y / layer.weight.norm()),
-        (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), (2, 3, 7, 7), lambda layer, y: (y, layer.bias * 2)),
-        (nn.Linear(3, 6), nn.BatchNorm1d(6), (5, 3), lambda layer, y: F.linear(y, layer.weight.t())),
-    ],
-    ids=["transposed convolution", "norm", "bias", "transposed linear"],
-)
-@pytest.mark.parametrize("is_parametrized", [False, True])
-def test_a_layer_whose_parameters_are_read_elsewhere_is_not_folded_into(layer, norm, shape, read, is_parametrized):
-    layer = parametrizations.weight_norm(copy.deepcopy(layer)) if is_parametrized else layer
-    _, folds, left = fold(_Tied(layer, copy.deepcopy(norm), read), torch.randn(shape))
-    assert not folds and "is also read outside of it, by" in left["norm"]
-
-
-def _remember(layer, y):
-    layer.penalty = layer.weight.square().sum()
-    return y
-
-
-@pytest.mark.parametrize(
-    "read",
-    [lambda layer, y: y + y.new_zeros(1) + torch.zeros_like(layer.bias[:1]), _remember],
-    ids=["no value", "not of the output"],
-)
-def test_reads_that_the_output_does_not_depend_on_do_not_keep_a_fold_back(read):
-    model = _Tied(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), read).eval()
-    x = torch.randn(2, 3, 7, 7)
-    with torch.no_grad():
-        folds, left = prove_folds(model, record(model, lambda: model(x)), lambda: model(x))
-    assert len(folds) == 1 and not left
-
-
-def test_parameters_that_are_parts_of_one_storage_do_not_keep_folds_back():
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
-    flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    nn.utils.vector_to_parameters(flat, model.parameters())
-    structure = record(model.eval(), lambda: model(torch.randn(2, 3, 8, 8)))
-    folds, left = prove_folds(model, structure, lambda: model(torch.randn(2, 3, 8, 8)))
-    assert len(folds) == 2 and not left
-
-
-def test_a_convolution_without_a_dimension_of_samples_is_not_folded():
-    # BatchNorm1d takes (channels, length) for (samples, channels).
-    model = nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4)).eval()
-    randomize_batch_norms(model, torch.Generator().manual_seed(1))
-    folds, left = proved(model, torch.randn(2, 4))
-    assert not folds and "changes the output" in left["1"]
 
 
 def test_a_failing_batch_leaves_no_hooks():
