@@ -111,7 +111,10 @@ def _adaquant(
     # Units that depend on float inputs alone are dealt out; those in sequence are worked on by all ranks together.
     structure = network.structure
     owners = deal_units(units, [sum(work_of(layer, structure) for layer in unit.layers) for unit in units])
-    chosen = {unit.name for unit in units if reads_chosen_samples(structure, unit.name, network.layers)}
+    # Parallel units are given what the float model gives them.
+    chosen = {
+        unit.name for unit in units if is_sequential and reads_chosen_samples(structure, unit.name, network.layers)
+    }
     for position, unit in enumerate(units):
         is_mine = is_sequential or owners[position] == ranks.rank()
         result = _load(finished, position, unit, is_sequential, is_mine)

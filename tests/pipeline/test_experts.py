@@ -27,7 +27,8 @@ class Experts(nn.Module):
 
     def __init__(self, norm):
         super().__init__()
-        self.first, self.router, self.last = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+        # Without biases all experts are chosen about as often, so that rounding cannot leave one without samples.
+        self.first, self.router, self.last = nn.Linear(5, 8, bias=False), nn.Linear(8, 4, bias=False), nn.Linear(8, 3)
         self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), norm(), nn.Linear(16, 8)) for _ in range(4))
 
     def forward(self, x):
